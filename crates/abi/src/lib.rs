@@ -1,0 +1,201 @@
+//! The structures that the planner writes and the attention kernels read, defined once for both.
+//!
+//! A plan is a handful of flat arrays. A [`WorkItem`] is one tile over one range of columns:
+//!
+//! ```text
+//!             columns: the KV slots of the tile's requests, run after run
+//!            ┌───────────────┬───────────────┬──────── … ─┐   KvRun, KvRun, …
+//!  RowSegment│ request A     │▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒│            │
+//!            ├───────────────┼───────────────┤            │   ▒ no row may see it
+//!  RowSegment│▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒│ request B     │            │
+//!            └───────────────┴───────────────┴──────── … ─┘
+//!   rows: (query token, query head) pairs of one head group
+//! ```
+//!
+//! * The **rows** of a tile are the query tokens of its [`RowSegment`]s in order, each token `heads_per_group` rows tall: row
+//!   `t * heads_per_group + h` is head `h` of the group for the tile's token `t`.
+//! * The **columns** of a tile are the slots of consecutive [`KvRun`]s. Row segments say which interval of columns each row sees.
+//! * A work item whose rows see columns outside its range writes *partials*: normalised O in float32 with its log-sum-exp,
+//!   which a [`MergeToken`] names to be merged.
+//! * Every work item is done once for every *head group*: `heads_per_group` consecutive query heads of one KV head. A plan
+//!   says nothing about head groups, because all of them do the same.
+//!
+//! Counts and indices are `u32`: the planner rejects what does not fit.
+#![no_std]
+
+/// Rows of a [`TileKind::Wide`] tile.
+pub const WIDE_TILE_ROWS: u32 = 128;
+/// Rows of a [`TileKind::Narrow`] tile: the least that the tensor cores' `m16n8k16` takes.
+pub const NARROW_TILE_ROWS: u32 = 16;
+/// Columns that a thread block takes at a time.
+pub const COLUMN_STEP: u32 = 64;
+/// The most query heads in a head group, so that one token's rows fit any tile.
+pub const MAX_HEADS_PER_GROUP: u32 = NARROW_TILE_ROWS;
+/// [`WorkItem::partial_row`] of an item whose rows see no columns elsewhere: it writes O itself.
+pub const DIRECT: u32 = u32::MAX;
+
+/// Consecutive KV slots: a page, a part of one, or a contiguous extent.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvRun {
+    /// Index of the first slot in the KV pool.
+    pub first_slot: u32,
+    /// Number of slots, at least 1.
+    pub num_slots: u32,
+}
+
+/// Consecutive query tokens of one request within a tile, and the columns of the tile that they see.
+///
+/// Token `i` of the segment sees columns `column_begin .. column_end + i * column_end_step`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RowSegment {
+    /// Index of the segment's first token in Q and O.
+    pub first_token: u32,
+    /// Number of tokens, at least 1.
+    pub num_tokens: u32,
+    /// First column that the segment's tokens see.
+    pub column_begin: u32,
+    /// One past the last column that the segment's first token sees.
+    pub column_end: u32,
+    /// How many more columns each further token sees: 1 under a causal mask, else 0.
+    pub column_end_step: u32,
+}
+
+/// Which of the kernel's two ways of working suits a tile.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TileKind {
+    /// Many rows: the warps of a block share the columns and divide the rows.
+    Wide = 0,
+    /// Few rows: the warps of a block share the rows and divide the columns.
+    Narrow = 1,
+}
+
+impl TileKind {
+    /// Rows of a tile of this kind.
+    pub const fn rows(self) -> u32 {
+        match self {
+            TileKind::Wide => WIDE_TILE_ROWS,
+            TileKind::Narrow => NARROW_TILE_ROWS,
+        }
+    }
+}
+
+/// One tile over one range of its columns: what a thread block does for one head group.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkItem {
+    /// The tile's first row segment.
+    pub segment_begin: u32,
+    /// Number of row segments of the tile, at least 1.
+    pub num_segments: u32,
+    /// The KV run that holds column `column_begin`.
+    pub run_begin: u32,
+    /// Slots of that run that lie before column `column_begin`.
+    pub run_skip: u32,
+    /// First column of the range.
+    pub column_begin: u32,
+    /// One past the last column of the range; the runs from `run_begin` on reach this far.
+    pub column_end: u32,
+    /// Row of the partial buffers that takes the tile's first row, or [`DIRECT`].
+    pub partial_row: u32,
+    /// The tile's kind.
+    pub tile: TileKind,
+}
+
+/// A query token whose result is merged from partials.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MergeToken {
+    /// Index of the token in Q and O.
+    pub token: u32,
+    /// First entry of the merge sources.
+    pub source_begin: u32,
+    /// Number of merge sources, at least 2. Each names the partial row of the token's first head; the rows of the group's
+    /// other heads follow it.
+    pub num_sources: u32,
+}
+
+/// An address in device memory. Zero means absent where a field may be.
+pub type DeviceAddress = u64;
+
+/// How query heads are divided into head groups.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadGroups {
+    /// Query heads of Q and O.
+    pub num_qo_heads: u32,
+    /// KV heads of K and V.
+    pub num_kv_heads: u32,
+    /// Query heads of one group: rows of one token in a tile.
+    pub heads_per_group: u32,
+    /// Number of groups.
+    pub num_groups: u32,
+}
+
+impl HeadGroups {
+    /// Groups that share a KV head.
+    #[inline(always)]
+    pub const fn groups_per_kv_head(&self) -> u32 {
+        // `checked_div` keeps the division's panic out of device code.
+        match self.num_groups.checked_div(self.num_kv_heads) {
+            Some(groups) => groups,
+            None => 0,
+        }
+    }
+}
+
+/// Parameters of the attention kernel. Thread block `b` does work item `b / num_groups` for head group `b % num_groups`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionParams {
+    /// Q, `[tokens, num_qo_heads, head_dim]`.
+    pub q: DeviceAddress,
+    /// K, `[slots, num_kv_heads, head_dim]`.
+    pub k: DeviceAddress,
+    /// V, like K.
+    pub v: DeviceAddress,
+    /// O, like Q.
+    pub o: DeviceAddress,
+    /// Log-sum-exp, natural logarithm, `[tokens, num_qo_heads]` float32; or zero.
+    pub lse: DeviceAddress,
+    /// Partial O, `[num_groups, num_partial_rows, head_dim]` float32.
+    pub partial_o: DeviceAddress,
+    /// Log-sum-exp of the partials, natural logarithm, `[num_groups, num_partial_rows]` float32; −∞ where a row saw nothing.
+    pub partial_lse: DeviceAddress,
+    /// [`WorkItem`]s.
+    pub items: DeviceAddress,
+    /// [`RowSegment`]s.
+    pub segments: DeviceAddress,
+    /// [`KvRun`]s.
+    pub runs: DeviceAddress,
+    /// Heads.
+    pub heads: HeadGroups,
+    /// Rows of the partial buffers.
+    pub num_partial_rows: u32,
+    /// Softmax scale times log2(e): the kernels exponentiate to base 2.
+    pub scale_log2: f32,
+}
+
+/// Parameters of the merge kernel. Thread block `b` merges [`MergeToken`] `b` for all query heads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct MergeParams {
+    /// As [`AttentionParams::partial_o`].
+    pub partial_o: DeviceAddress,
+    /// As [`AttentionParams::partial_lse`].
+    pub partial_lse: DeviceAddress,
+    /// As [`AttentionParams::o`].
+    pub o: DeviceAddress,
+    /// As [`AttentionParams::lse`].
+    pub lse: DeviceAddress,
+    /// [`MergeToken`]s.
+    pub tokens: DeviceAddress,
+    /// Merge sources, `u32`.
+    pub sources: DeviceAddress,
+    /// Heads.
+    pub heads: HeadGroups,
+    /// Rows of the partial buffers.
+    pub num_partial_rows: u32,
+}

@@ -1,0 +1,241 @@
+//! Requests and where their KV lies.
+
+use packinfer_abi::KvRun;
+
+use crate::{AttentionShape, BatchError};
+
+/// Which KV tokens a query token sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mask {
+    /// Those up to and including its own: the queries are the last `query_len` of the `kv_len` tokens.
+    Causal,
+    /// All of its request.
+    None,
+}
+
+/// One request of a [`Batch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Query tokens it brings to this step.
+    pub query_len: u32,
+    /// KV tokens it has, those of this step included.
+    pub kv_len: u32,
+    /// Index of its first query token in Q and O.
+    pub first_token: u32,
+    /// Its runs, as a range of [`Batch::runs`].
+    first_run: u32,
+    num_runs: u32,
+}
+
+impl Request {
+    /// KV tokens that its first query token sees.
+    pub fn first_token_sees(&self, mask: Mask) -> u32 {
+        match mask {
+            Mask::Causal => self.kv_len - self.query_len + u32::from(self.query_len > 0),
+            Mask::None => self.kv_len,
+        }
+    }
+
+    /// Where its runs stand in [`Batch::runs`].
+    pub fn run_range(&self) -> std::ops::Range<usize> {
+        self.first_run as usize..(self.first_run + self.num_runs) as usize
+    }
+}
+
+/// The requests of one attention call: Q and O are the query tokens of all requests, one request after the other.
+///
+/// A batch can be cleared and filled again without allocating.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    shape: AttentionShape,
+    mask: Mask,
+    requests: Vec<Request>,
+    runs: Vec<KvRun>,
+    num_query_tokens: u32,
+    num_slots: u32,
+}
+
+impl Batch {
+    /// The most requests of a batch.
+    pub const MAX_REQUESTS: usize = 65_536;
+    /// The most KV tokens of a request, and the most slots of a pool.
+    pub const MAX_SLOTS: u32 = 1 << 31;
+    /// The most query tokens of a batch.
+    pub const MAX_QUERY_TOKENS: u32 = 1 << 24;
+
+    /// A batch without requests.
+    pub fn new(shape: AttentionShape, mask: Mask) -> Self {
+        Self { shape, mask, requests: Vec::new(), runs: Vec::new(), num_query_tokens: 0, num_slots: 0 }
+    }
+
+    /// Removes all requests and keeps the memory.
+    pub fn clear(&mut self) {
+        self.requests.clear();
+        self.runs.clear();
+        self.num_query_tokens = 0;
+        self.num_slots = 0;
+    }
+
+    /// Adds a request whose KV lies in the slots from `first_slot` on.
+    ///
+    /// # Errors
+    ///
+    /// See [`Self::push_runs`].
+    pub fn push_contiguous(&mut self, query_len: u32, kv_len: u32, first_slot: u32) -> Result<(), BatchError> {
+        let run = (kv_len > 0).then_some(KvRun { first_slot, num_slots: kv_len });
+        self.push_runs(query_len, kv_len, run)
+    }
+
+    /// Adds a request whose KV lies in `pages` of `page_size` slots: page `p` holds slots `p * page_size ..`. Pages past
+    /// `kv_len` are ignored; the last one may be filled in part.
+    ///
+    /// # Errors
+    ///
+    /// See [`Self::push_runs`]; and a page size of zero, or a page whose slots are numbered past [`Self::MAX_SLOTS`].
+    pub fn push_paged(&mut self, query_len: u32, kv_len: u32, pages: &[u32], page_size: u32) -> Result<(), BatchError> {
+        let request = self.requests.len();
+        if page_size == 0 {
+            return Err(BatchError::EmptyPage { request });
+        }
+        let used = &pages[..pages.len().min(kv_len.div_ceil(page_size) as usize)];
+        let last_page = Self::MAX_SLOTS / page_size;
+        if let Some(&page) = used.iter().find(|&&page| page >= last_page) {
+            return Err(BatchError::BadPage { request, page, page_size, most: Self::MAX_SLOTS });
+        }
+        self.push_runs(query_len, kv_len, used.iter().map(|&page| KvRun { first_slot: page * page_size, num_slots: page_size }))
+    }
+
+    /// Adds a request whose KV lies in `runs`, in order. Runs that adjoin are joined; slots past `kv_len` are ignored.
+    ///
+    /// # Errors
+    ///
+    /// A run that is empty or past [`Self::MAX_SLOTS`], runs too short for `kv_len`, more query tokens than KV tokens under a
+    /// causal mask, queries without KV, or more of anything than is supported. The batch is unchanged then.
+    pub fn push_runs(&mut self, query_len: u32, kv_len: u32, runs: impl IntoIterator<Item = KvRun>) -> Result<(), BatchError> {
+        let first_run = self.runs.len();
+        let checked = self.check_lengths(query_len, kv_len).and_then(|tokens| Ok((tokens, self.append_runs(kv_len, runs)?)));
+        match checked {
+            Ok((num_query_tokens, num_slots)) => {
+                self.requests.push(Request {
+                    query_len,
+                    kv_len,
+                    first_token: self.num_query_tokens,
+                    first_run: first_run as u32,
+                    num_runs: (self.runs.len() - first_run) as u32,
+                });
+                self.num_query_tokens = num_query_tokens;
+                self.num_slots = num_slots;
+                Ok(())
+            }
+            Err(error) => {
+                self.runs.truncate(first_run);
+                Err(error)
+            }
+        }
+    }
+
+    /// Query tokens of the batch with this request.
+    fn check_lengths(&self, query_len: u32, kv_len: u32) -> Result<u32, BatchError> {
+        let request = self.requests.len();
+        if request >= Self::MAX_REQUESTS {
+            return Err(BatchError::TooManyRequests { most: Self::MAX_REQUESTS });
+        }
+        if kv_len > Self::MAX_SLOTS {
+            return Err(BatchError::KvTooLong { request, kv_len, most: Self::MAX_SLOTS });
+        }
+        if query_len > 0 && kv_len == 0 {
+            return Err(BatchError::NoKv { request, query_len });
+        }
+        if self.mask == Mask::Causal && query_len > kv_len {
+            return Err(BatchError::QueryLongerThanKv { request, query_len, kv_len });
+        }
+        let tokens = u64::from(self.num_query_tokens) + u64::from(query_len);
+        if tokens > u64::from(Self::MAX_QUERY_TOKENS) {
+            return Err(BatchError::TooManyTokens { request, tokens, most: Self::MAX_QUERY_TOKENS });
+        }
+        Ok(tokens as u32)
+    }
+
+    /// Appends the runs of the next request, cut to `kv_len` slots, and says how many slots the pool then has at least.
+    fn append_runs(&mut self, kv_len: u32, runs: impl IntoIterator<Item = KvRun>) -> Result<u32, BatchError> {
+        let request = self.requests.len();
+        let first_run = self.runs.len();
+        let mut missing = kv_len;
+        let mut num_slots = self.num_slots;
+        for run in runs {
+            if missing == 0 {
+                break;
+            }
+            let end = run.first_slot.checked_add(run.num_slots).filter(|&end| end <= Self::MAX_SLOTS && run.num_slots > 0);
+            if end.is_none() {
+                return Err(BatchError::BadRun { request, run, most: Self::MAX_SLOTS });
+            }
+            let used = KvRun { first_slot: run.first_slot, num_slots: run.num_slots.min(missing) };
+            missing -= used.num_slots;
+            num_slots = num_slots.max(used.first_slot + used.num_slots);
+            match self.runs[first_run..].last_mut() {
+                Some(last) if last.first_slot + last.num_slots == used.first_slot => last.num_slots += used.num_slots,
+                _ => self.runs.push(used),
+            }
+        }
+        if missing > 0 {
+            return Err(BatchError::TooFewSlots { request, kv_len, slots: u64::from(kv_len - missing) });
+        }
+        Ok(num_slots)
+    }
+
+    /// Heads, head dimension, element type.
+    pub fn shape(&self) -> AttentionShape {
+        self.shape
+    }
+
+    /// Which KV tokens a query token sees.
+    pub fn mask(&self) -> Mask {
+        self.mask
+    }
+
+    /// The requests, in the order of their query tokens.
+    pub fn requests(&self) -> &[Request] {
+        &self.requests
+    }
+
+    /// The KV runs of all requests, request after request.
+    pub fn runs(&self) -> &[KvRun] {
+        &self.runs
+    }
+
+    /// The KV runs of one request of this batch.
+    pub fn runs_of(&self, request: &Request) -> &[KvRun] {
+        &self.runs[request.run_range()]
+    }
+
+    /// Query tokens of all requests: rows of Q and O.
+    pub fn num_query_tokens(&self) -> u32 {
+        self.num_query_tokens
+    }
+
+    /// The least number of slots of a pool that holds every run.
+    pub fn num_slots(&self) -> u32 {
+        self.num_slots
+    }
+
+    /// (query token, KV token) pairs that attention computes, for one query head.
+    pub fn visible_pairs(&self) -> u64 {
+        self.requests
+            .iter()
+            .map(|r| {
+                let (query_len, first) = (u64::from(r.query_len), u64::from(r.first_token_sees(self.mask)));
+                let growth = match self.mask {
+                    Mask::Causal => query_len * query_len.saturating_sub(1) / 2,
+                    Mask::None => 0,
+                };
+                query_len * first + growth
+            })
+            .sum()
+    }
+
+    /// Floating-point operations of attention on this batch: two products of `head_dim` a pair and head.
+    pub fn flops(&self) -> f64 {
+        4.0 * self.visible_pairs() as f64 * self.shape.qo_elements_per_token() as f64
+    }
+}

@@ -1,0 +1,3 @@
+//! Under construction.
+mod plan;
+pub use plan::Plan;
