@@ -29,6 +29,25 @@ pub const WIDE_TILE_ROWS: u32 = 128;
 pub const NARROW_TILE_ROWS: u32 = 16;
 /// Columns that a thread block takes at a time.
 pub const COLUMN_STEP: u32 = 64;
+/// Threads of a block of the attention kernel: four warps.
+pub const ATTENTION_THREADS: u32 = 128;
+/// Blocks of the attention kernel that a multiprocessor holds at a time.
+pub const ATTENTION_BLOCKS_PER_SM: u32 = 2;
+/// Dynamic shared memory of the attention kernel: 96 KiB for tiles of Q, K and V, and three words for each row of a wide tile.
+/// It fits twice into a multiprocessor with 228 KiB (sm_90), and once into the smallest that has tensor cores for bf16 (100 KiB, sm_86 and sm_89).
+pub const ATTENTION_SHARED_BYTES: u32 = TILE_SHARED_BYTES + ROW_TABLE_BYTES;
+/// The part of [`ATTENTION_SHARED_BYTES`] that holds tiles.
+pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
+/// The part of [`ATTENTION_SHARED_BYTES`] that holds the row table.
+pub const ROW_TABLE_BYTES: u32 = 3 * 4 * WIDE_TILE_ROWS;
+/// Threads of a block of the merge kernel: four warps, which divide the sources of one token and head.
+pub const MERGE_THREADS: u32 = 128;
+/// Dynamic shared memory of the merge kernel: six words for each thread.
+pub const MERGE_SHARED_BYTES: u32 = 6 * 4 * MERGE_THREADS;
+/// Threads of a block of the kernel that measures the tensor cores.
+pub const MMA_RATE_THREADS: u32 = 128;
+/// Floating-point operations of a block of that kernel in one iteration: 8 `m16n8k16` for each of 4 warps.
+pub const MMA_RATE_FLOPS_PER_ITERATION: u64 = 4 * 8 * 2 * 16 * 8 * 16;
 /// The most query heads in a head group, so that one token's rows fit any tile.
 pub const MAX_HEADS_PER_GROUP: u32 = NARROW_TILE_ROWS;
 /// [`WorkItem::partial_row`] of an item whose rows see no columns elsewhere: it writes O itself.
@@ -178,7 +197,7 @@ pub struct AttentionParams {
     pub scale_log2: f32,
 }
 
-/// Parameters of the merge kernel. Thread block `b` merges [`MergeToken`] `b` for all query heads.
+/// Parameters of the merge kernel. Thread block `b` merges [`MergeToken`] `b / num_qo_heads` for query head `b % num_qo_heads`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct MergeParams {

@@ -1,0 +1,257 @@
+//! Tiles of few rows: four warps share 16 rows and divide the columns, 16 of every 64 each.
+//!
+//! A warp copies only the columns that it works on, so warps never wait for each other in the loop: each keeps several steps of
+//! copies in flight, which is what saturates memory. At the end the four results are merged through shared memory.
+
+use packinfer_abi::{ATTENTION_THREADS, COLUMN_STEP, NARROW_TILE_ROWS, TILE_SHARED_BYTES};
+
+use super::{Task, store};
+use crate::columns::{ColumnLoader, WARP_COLUMNS};
+use crate::element::{ELEMENT_BYTES, Element};
+use crate::ptx::control::sync_block;
+use crate::ptx::cp_async::{commit_group, wait_group};
+use crate::ptx::memory::{load_global, load_shared_f32, store_global, store_global_f32x2, store_shared_f32, store_shared_f32x2};
+use crate::ptx::mma::{Fragment, OperandA};
+use crate::ptx::{math, warp};
+use crate::rows::{NO_ROW, Row, WarpView};
+use crate::shared_tile::SharedTile;
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities};
+
+/// Warps of a block.
+const WARPS: u32 = ATTENTION_THREADS / 32;
+/// Score fragments of one step of a warp, each 8 columns wide.
+const SCORE_FRAGMENTS: usize = WARP_COLUMNS as usize / 8;
+
+/// The K and V of one warp in shared memory: a ring of stages.
+struct Ring<const DIM_BLOCKS: usize> {
+    base: SharedTile<DIM_BLOCKS>,
+}
+
+impl<const DIM_BLOCKS: usize> Ring<DIM_BLOCKS> {
+    /// Rows of a stage: the warp's columns of K, then of V.
+    const STAGE_ROWS: u32 = 2 * WARP_COLUMNS;
+    /// Stages that fill the block's shared memory: 3 for a head dimension of 128, 6 for 64.
+    const STAGES: u32 = TILE_SHARED_BYTES / (WARPS * Self::STAGE_ROWS * SharedTile::<DIM_BLOCKS>::ROW_BYTES);
+
+    #[inline(always)]
+    fn of_warp(tiles: u32, warp: u32) -> Self {
+        Self { base: SharedTile::at(tiles).skip_rows(warp * Self::STAGES * Self::STAGE_ROWS) }
+    }
+
+    #[inline(always)]
+    fn k(&self, stage: u32) -> SharedTile<DIM_BLOCKS> {
+        self.base.skip_rows(stage * Self::STAGE_ROWS)
+    }
+
+    #[inline(always)]
+    fn v(&self, stage: u32) -> SharedTile<DIM_BLOCKS> {
+        self.k(stage).skip_rows(WARP_COLUMNS)
+    }
+}
+
+/// Does the task's work item.
+///
+/// # Safety
+///
+/// Reached by all threads of the block, with a valid task of a narrow tile.
+#[inline(always)]
+pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
+    let Task { params, item, rows, warp, lane, .. } = task;
+    let lane = *lane;
+    let ring = Ring::<DIM_BLOCKS>::of_warp(task.tiles, *warp);
+    let warp_column = warp * WARP_COLUMNS;
+
+    let mut loader = ColumnLoader::<DIM_BLOCKS>::new(params, item, task.kv_head, warp_column, lane);
+    let mut ahead = item.column_begin + warp_column; // first column of the step that is copied next
+    for stage in 0..Ring::<DIM_BLOCKS>::STAGES {
+        if ahead < item.column_end {
+            loader.load(ring.k(stage), ring.v(stage), COLUMN_STEP);
+        }
+        commit_group();
+        ahead = ahead.saturating_add(COLUMN_STEP);
+    }
+
+    if task.thread < NARROW_TILE_ROWS {
+        rows.write(params, item, task.head_group, task.thread);
+    }
+    sync_block();
+    let view = WarpView::of(rows.read(lane % NARROW_TILE_ROWS));
+    let lane_rows = [rows.read(lane / 4), rows.read(lane / 4 + 8)];
+    let queries = load_queries::<DIM_BLOCKS>(task, &lane_rows);
+    let mut softmax = OnlineSoftmax::<1>::new(params.scale_log2);
+    let mut output = [[[0f32; 4]; DIM_BLOCKS]; 1];
+
+    let mut stage = 0;
+    let mut column = item.column_begin + warp_column;
+    while column < item.column_end {
+        wait_stage::<DIM_BLOCKS>();
+        warp::sync();
+        if view.sees_any(column, WARP_COLUMNS) {
+            let mut scores = [score::<E, DIM_BLOCKS>(&queries, ring.k(stage), lane)];
+            if !view.sees_all(column, WARP_COLUMNS) {
+                mask(&mut scores[0], &lane_rows, column, lane);
+            }
+            softmax.update(&mut scores, &mut output);
+            accumulate::<E, DIM_BLOCKS>(&mut output[0], &scores[0], ring.v(stage), lane);
+        }
+        warp::sync(); // all lanes have read the stage
+        if ahead < item.column_end {
+            loader.load(ring.k(stage), ring.v(stage), COLUMN_STEP);
+        }
+        commit_group();
+        ahead = ahead.saturating_add(COLUMN_STEP);
+        stage = if stage + 1 == Ring::<DIM_BLOCKS>::STAGES { 0 } else { stage + 1 };
+        column += COLUMN_STEP;
+    }
+    wait_group::<0>();
+
+    let result = WarpResult::<DIM_BLOCKS>::of_warp(task.tiles, *warp);
+    for half in 0..ROWS_PER_LANE {
+        let sum = softmax.finish(0, half);
+        let row = lane / 4 + 8 * half as u32;
+        for (dim, fragment) in output[0].iter().enumerate() {
+            let (a, b) = (fragment[2 * half] * sum.inverse, fragment[2 * half + 1] * sum.inverse);
+            store_shared_f32x2(result.output(row, 8 * dim as u32 + lane % 4 * 2), a, b);
+        }
+        if lane % 4 == 0 {
+            store_shared_f32(result.lse(row), sum.lse_log2);
+        }
+    }
+    sync_block();
+    merge_warps::<E, DIM_BLOCKS>(task);
+}
+
+/// What one warp found, in the shared memory that was its ring: 16 rows of O in float32, and their log-sum-exp.
+struct WarpResult<const DIM_BLOCKS: usize> {
+    base: u32,
+}
+
+impl<const DIM_BLOCKS: usize> WarpResult<DIM_BLOCKS> {
+    const DIM: u32 = 8 * DIM_BLOCKS as u32;
+    /// Eight words between rows keep the eight rows that a warp writes at once in different banks.
+    const ROW_BYTES: u32 = (Self::DIM + 8) * 4;
+    const FITS: () = assert!(NARROW_TILE_ROWS * (Self::ROW_BYTES + 4) <= TILE_SHARED_BYTES / WARPS);
+
+    #[inline(always)]
+    fn of_warp(tiles: u32, warp: u32) -> Self {
+        const { Self::FITS };
+        Self { base: tiles + warp * (TILE_SHARED_BYTES / WARPS) }
+    }
+
+    #[inline(always)]
+    fn output(&self, row: u32, element: u32) -> u32 {
+        self.base + row * Self::ROW_BYTES + element * 4
+    }
+
+    #[inline(always)]
+    fn lse(&self, row: u32) -> u32 {
+        self.base + NARROW_TILE_ROWS * Self::ROW_BYTES + row * 4
+    }
+}
+
+/// Merges the results of the four warps by their log-sum-exp and stores them, two elements a thread at a time.
+#[inline(always)]
+unsafe fn merge_warps<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
+    let dim = WarpResult::<DIM_BLOCKS>::DIM;
+    let threads_per_row = dim / 2;
+    let rows_at_once = ATTENTION_THREADS / threads_per_row;
+    let element = task.thread % threads_per_row * 2;
+    for i in 0..NARROW_TILE_ROWS / rows_at_once {
+        let row = i * rows_at_once + task.thread / threads_per_row;
+        let index = task.rows.read(row).index;
+        if index == NO_ROW {
+            continue;
+        }
+        let mut lse = [0f32; WARPS as usize];
+        let mut max = f32::NEG_INFINITY;
+        for (warp, lse) in lse.iter_mut().enumerate() {
+            *lse = load_shared_f32(WarpResult::<DIM_BLOCKS>::of_warp(task.tiles, warp as u32).lse(row));
+            max = math::max(max, *lse);
+        }
+        let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
+        let (mut total, mut sum) = (0f32, [0f32; 2]);
+        for (warp, lse) in lse.iter().enumerate() {
+            let weight = math::exp2(lse - origin);
+            let address = WarpResult::<DIM_BLOCKS>::of_warp(task.tiles, warp as u32).output(row, element);
+            sum[0] += weight * load_shared_f32(address);
+            sum[1] += weight * load_shared_f32(address + 4);
+            total += weight;
+        }
+        let inverse = if total == 0.0 { 0.0 } else { math::reciprocal(total) };
+        let (a, b) = (sum[0] * inverse, sum[1] * inverse);
+        if task.is_direct() {
+            let address = task.params.o + (u64::from(index) * u64::from(dim) + u64::from(element)) * u64::from(ELEMENT_BYTES);
+            store_global(address, E::pack(a, b));
+        } else {
+            let address = task.params.partial_o + (task.partial_index(row) * u64::from(dim) + u64::from(element)) * 4;
+            store_global_f32x2(address, a, b);
+        }
+        if element == 0 {
+            store::lse(task, row, index, origin + math::log2(total));
+        }
+    }
+}
+
+/// Waits for the oldest stage in flight.
+#[inline(always)]
+fn wait_stage<const DIM_BLOCKS: usize>() {
+    const { assert!(matches!(Ring::<DIM_BLOCKS>::STAGES, 3 | 6)) };
+    match Ring::<DIM_BLOCKS>::STAGES {
+        3 => wait_group::<2>(),
+        _ => wait_group::<5>(),
+    }
+}
+
+/// Operands A of Q, straight from global memory: there are few rows and each is read once.
+#[inline(always)]
+unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, rows: &[Row; ROWS_PER_LANE]) -> [[u32; ROWS_PER_LANE]; DIM_BLOCKS] {
+    // `queries[block][half]` are elements 8 block + 2 (lane % 4) and the next of the lane's row `half`.
+    let mut queries = [[0u32; ROWS_PER_LANE]; DIM_BLOCKS];
+    for (half, row) in rows.iter().enumerate() {
+        if row.exists() {
+            let address = task.params.q
+                + u64::from(row.index) * u64::from(SharedTile::<DIM_BLOCKS>::ROW_BYTES)
+                + u64::from(task.lane % 4 * 4);
+            for (block, words) in queries.iter_mut().enumerate() {
+                words[half] = load_global(address + 16 * block as u64);
+            }
+        }
+    }
+    queries
+}
+
+/// Scores of one step: Q Kᵀ for the warp's 16 columns.
+#[inline(always)]
+unsafe fn score<E: Element, const DIM_BLOCKS: usize>(
+    queries: &[[u32; ROWS_PER_LANE]; DIM_BLOCKS],
+    k: SharedTile<DIM_BLOCKS>,
+    lane: u32,
+) -> [Fragment; SCORE_FRAGMENTS] {
+    let mut scores = [[0f32; 4]; SCORE_FRAGMENTS];
+    let k = k.columns_by_lane(lane);
+    for dim in 0..DIM_BLOCKS / 2 {
+        let (left, right) = (&queries[2 * dim], &queries[2 * dim + 1]);
+        let a: OperandA = [left[0], left[1], right[0], right[1]];
+        let b = SharedTile::<DIM_BLOCKS>::operands_b(k, 0, 2 * dim);
+        E::mma(&mut scores[0], a, b[0]);
+        E::mma(&mut scores[1], a, b[1]);
+    }
+    scores
+}
+
+/// Adds P V of one step to the output.
+#[inline(always)]
+unsafe fn accumulate<E: Element, const DIM_BLOCKS: usize>(
+    output: &mut [Fragment; DIM_BLOCKS],
+    exponentials: &[Fragment; SCORE_FRAGMENTS],
+    v: SharedTile<DIM_BLOCKS>,
+    lane: u32,
+) {
+    let v = v.columns_by_lane_transposed(lane);
+    let a = probabilities::<E>(&exponentials[0], &exponentials[1]);
+    for dim in 0..DIM_BLOCKS / 2 {
+        let b = SharedTile::<DIM_BLOCKS>::operands_b_transposed(v, 0, 2 * dim);
+        E::mma(&mut output[2 * dim], a, b[0]);
+        E::mma(&mut output[2 * dim + 1], a, b[1]);
+    }
+}

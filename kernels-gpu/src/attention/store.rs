@@ -1,0 +1,100 @@
+//! Where a tile's results go: O and LSE, or the partial buffers.
+
+use packinfer_abi::DIRECT;
+
+use super::{Task, row_chunk};
+use crate::element::Element;
+use crate::ptx::memory::{load_shared_x4, store_global_f32, store_global_f32x2, store_global_x4, store_shared};
+use crate::ptx::mma::Fragment;
+use crate::ptx::warp;
+use crate::rows::Row;
+use crate::shared_tile::SharedTile;
+use crate::softmax::{LN_2, ROWS_PER_LANE};
+
+impl Task {
+    /// Whether the item writes O itself.
+    #[inline(always)]
+    pub fn is_direct(&self) -> bool {
+        self.item.partial_row == DIRECT
+    }
+
+    /// Index of a tile row in the partial buffers.
+    #[inline(always)]
+    pub fn partial_index(&self, row: u32) -> u64 {
+        u64::from(self.head_group) * u64::from(self.params.num_partial_rows) + u64::from(self.item.partial_row + row)
+    }
+}
+
+/// Stores the log-sum-exp of a row: of the tile's row `row`, which is row `index` of the output.
+///
+/// # Safety
+///
+/// The row exists.
+#[inline(always)]
+pub unsafe fn lse(task: &Task, row: u32, index: u32, lse_log2: f32) {
+    let lse = lse_log2 * LN_2;
+    if !task.is_direct() {
+        store_global_f32(task.params.partial_lse + 4 * task.partial_index(row), lse);
+    } else if task.params.lse != 0 {
+        store_global_f32(task.params.lse + 4 * u64::from(index), lse);
+    }
+}
+
+/// Stores the warp's rows of O, through its rows of a shared tile so that each store is 16 bytes wide.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp; no other warp uses these rows of the tile.
+#[inline(always)]
+pub unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+    task: &Task,
+    tile: SharedTile<DIM_BLOCKS>,
+    first_row: u32,
+    output: &[[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
+) {
+    let lane = task.lane;
+    warp::sync(); // all lanes have read what the tile held
+    for (block, fragments) in output.iter().enumerate() {
+        for (dim, fragment) in fragments.iter().enumerate() {
+            for half in 0..ROWS_PER_LANE {
+                let row = 16 * block as u32 + 8 * half as u32 + lane / 4;
+                store_shared(tile.chunk(row, dim as u32) + lane % 4 * 4, E::pack(fragment[2 * half], fragment[2 * half + 1]));
+            }
+        }
+    }
+    warp::sync();
+    let chunk = tile.chunk_of_lane(lane);
+    for i in 0..16 * ROW_BLOCKS as u32 / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
+        let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
+        let row = task.rows.read(first_row + rows + SharedTile::<DIM_BLOCKS>::row_of_lane(lane));
+        if row.exists() {
+            store_global_x4(row_chunk::<DIM_BLOCKS>(task.params.o, row.index, lane), load_shared_x4(chunk.rows_on(rows)));
+        }
+    }
+}
+
+/// Stores the warp's rows of a partial O: each quad of lanes writes 32 bytes at a time.
+///
+/// # Safety
+///
+/// `rows` are the rows that this lane holds parts of.
+#[inline(always)]
+pub unsafe fn partial<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+    task: &Task,
+    first_row: u32,
+    rows: &[[Row; ROWS_PER_LANE]; ROW_BLOCKS],
+    output: &[[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
+) {
+    let lane = task.lane;
+    for block in 0..ROW_BLOCKS {
+        for half in 0..ROWS_PER_LANE {
+            if rows[block][half].exists() {
+                let row = task.partial_index(first_row + 16 * block as u32 + 8 * half as u32 + lane / 4);
+                let address = task.params.partial_o + row * (8 * DIM_BLOCKS as u64 * 4) + u64::from(lane % 4 * 8);
+                for (dim, fragment) in output[block].iter().enumerate() {
+                    store_global_f32x2(address + 32 * dim as u64, fragment[2 * half], fragment[2 * half + 1]);
+                }
+            }
+        }
+    }
+}

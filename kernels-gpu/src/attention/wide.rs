@@ -1,0 +1,195 @@
+//! Tiles of many rows: four warps take 32 rows each and share the columns, 64 at a time.
+//!
+//! ```text
+//! columns   0..64      64..128    128..192
+//! copies    ███████    ███████    ███████          two stages of K and V: while the block works on one, the other fills
+//! products          QK PV      QK PV      QK PV
+//! ```
+
+use packinfer_abi::{COLUMN_STEP, TILE_SHARED_BYTES, WIDE_TILE_ROWS};
+
+use super::{Task, row_chunk, store};
+use crate::columns::{ColumnLoader, WARP_COLUMNS};
+use crate::element::Element;
+use crate::ptx::control::sync_block;
+use crate::ptx::cp_async::{commit_group, copy_chunk, wait_group};
+use crate::ptx::mma::Fragment;
+use crate::rows::{NO_ROW, Row, WarpView};
+use crate::shared_tile::SharedTile;
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities};
+
+/// Blocks of 16 rows that a warp holds.
+const ROW_BLOCKS: usize = 2;
+/// Rows of a warp.
+const WARP_ROWS: u32 = 16 * ROW_BLOCKS as u32;
+/// Score fragments of one step, each 8 columns wide.
+const SCORE_FRAGMENTS: usize = COLUMN_STEP as usize / 8;
+/// Steps whose K and V shared memory holds.
+const STAGES: u32 = 2;
+
+/// Shared memory of a wide tile: Q, then K and V of each stage.
+struct Tiles<const DIM_BLOCKS: usize> {
+    q: SharedTile<DIM_BLOCKS>,
+}
+
+impl<const DIM_BLOCKS: usize> Tiles<DIM_BLOCKS> {
+    const FITS: () =
+        assert!((WIDE_TILE_ROWS + STAGES * 2 * COLUMN_STEP) * SharedTile::<DIM_BLOCKS>::ROW_BYTES <= TILE_SHARED_BYTES);
+
+    #[inline(always)]
+    fn k(&self, stage: u32) -> SharedTile<DIM_BLOCKS> {
+        self.q.skip_rows(WIDE_TILE_ROWS + stage * 2 * COLUMN_STEP)
+    }
+
+    #[inline(always)]
+    fn v(&self, stage: u32) -> SharedTile<DIM_BLOCKS> {
+        self.k(stage).skip_rows(COLUMN_STEP)
+    }
+}
+
+/// Does the task's work item.
+///
+/// # Safety
+///
+/// Reached by all threads of the block, with a valid task of a wide tile.
+#[inline(always)]
+pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
+    const { Tiles::<DIM_BLOCKS>::FITS };
+    let Task { params, item, rows, warp, lane, .. } = task;
+    let (warp, lane) = (*warp, *lane);
+    let tiles = Tiles::<DIM_BLOCKS> { q: SharedTile::at(task.tiles) };
+    let first_row = warp * WARP_ROWS;
+    let warp_column = warp * WARP_COLUMNS;
+
+    let mut loader = ColumnLoader::<DIM_BLOCKS>::new(params, item, task.kv_head, warp_column, lane);
+    loader.load(tiles.k(0).skip_rows(warp_column), tiles.v(0).skip_rows(warp_column), COLUMN_STEP);
+    rows.write(params, item, task.head_group, task.thread);
+    sync_block();
+    load_queries(task, tiles.q.skip_rows(first_row), first_row);
+    commit_group();
+
+    let view = WarpView::of(rows.read(first_row + lane));
+    let q = tiles.q.skip_rows(first_row).rows_by_lane(lane);
+    let mut softmax = OnlineSoftmax::<ROW_BLOCKS>::new(params.scale_log2);
+    let mut output = [[[0f32; 4]; DIM_BLOCKS]; ROW_BLOCKS];
+
+    let mut stage = 0;
+    let mut column = item.column_begin;
+    while column < item.column_end {
+        wait_group::<0>();
+        sync_block(); // this stage has arrived for all warps, and all have done with the other
+        if column + COLUMN_STEP < item.column_end {
+            let (k, v) = (tiles.k(1 - stage), tiles.v(1 - stage));
+            loader.load(k.skip_rows(warp_column), v.skip_rows(warp_column), COLUMN_STEP);
+            commit_group();
+        }
+        if view.sees_any(column, COLUMN_STEP) {
+            let mut scores = score::<E, DIM_BLOCKS>(q, tiles.k(stage), lane);
+            if !view.sees_all(column, COLUMN_STEP) {
+                for (scores, rows) in scores.iter_mut().zip(&rows_of_lane(task, first_row)) {
+                    mask(scores, rows, column, lane);
+                }
+            }
+            softmax.update(&mut scores, &mut output);
+            accumulate::<E, DIM_BLOCKS>(&mut output, &scores, tiles.v(stage), lane);
+        }
+        stage = 1 - stage;
+        column += COLUMN_STEP;
+    }
+
+    let task = &Task::of_this_block(task.params);
+    let (lane, first_row) = (task.lane, task.warp * WARP_ROWS);
+    let tile = Tiles::<DIM_BLOCKS> { q: SharedTile::at(task.tiles) }.q.skip_rows(first_row);
+    let lane_rows = rows_of_lane(task, first_row);
+    for block in 0..ROW_BLOCKS {
+        for half in 0..ROWS_PER_LANE {
+            let sum = softmax.finish(block, half);
+            for fragment in &mut output[block] {
+                fragment[2 * half] *= sum.inverse;
+                fragment[2 * half + 1] *= sum.inverse;
+            }
+            let row = first_row + 16 * block as u32 + 8 * half as u32 + lane / 4;
+            if lane % 4 == 0 && lane_rows[block][half].exists() {
+                store::lse(task, row, lane_rows[block][half].index, sum.lse_log2);
+            }
+        }
+    }
+    if task.is_direct() {
+        store::direct::<E, DIM_BLOCKS, ROW_BLOCKS>(task, tile, first_row, &output);
+    } else {
+        store::partial(task, first_row, &lane_rows, &output);
+    }
+}
+
+/// The rows that this lane holds parts of: read when needed, since registers are scarce.
+#[inline(always)]
+unsafe fn rows_of_lane(task: &Task, first_row: u32) -> [[Row; ROWS_PER_LANE]; ROW_BLOCKS] {
+    let mut rows = [[Row { index: NO_ROW, begin: 0, end: 0 }; ROWS_PER_LANE]; ROW_BLOCKS];
+    for (block, rows) in rows.iter_mut().enumerate() {
+        for (half, row) in rows.iter_mut().enumerate() {
+            *row = task.rows.read(first_row + 16 * block as u32 + 8 * half as u32 + task.lane / 4);
+        }
+    }
+    rows
+}
+
+/// Starts copies of the warp's rows of Q; zeros for rows that do not exist.
+#[inline(always)]
+unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, tile: SharedTile<DIM_BLOCKS>, first_row: u32) {
+    let chunk = tile.chunk_of_lane(task.lane);
+    for i in 0..WARP_ROWS / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
+        let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
+        let row = task.rows.read(first_row + rows + SharedTile::<DIM_BLOCKS>::row_of_lane(task.lane));
+        let index = if row.exists() { row.index } else { 0 };
+        copy_chunk(chunk.rows_on(rows), row_chunk::<DIM_BLOCKS>(task.params.q, index, task.lane), row.exists());
+    }
+}
+
+/// Scores of one step: Q Kᵀ for the warp's rows.
+#[inline(always)]
+unsafe fn score<E: Element, const DIM_BLOCKS: usize>(
+    q: crate::shared_tile::LaneRow,
+    k: SharedTile<DIM_BLOCKS>,
+    lane: u32,
+) -> [[Fragment; SCORE_FRAGMENTS]; ROW_BLOCKS] {
+    let mut scores = [[[0f32; 4]; SCORE_FRAGMENTS]; ROW_BLOCKS];
+    let k = k.columns_by_lane(lane);
+    for dim in 0..DIM_BLOCKS / 2 {
+        let mut a = [[0u32; 4]; ROW_BLOCKS];
+        for (block, a) in a.iter_mut().enumerate() {
+            *a = SharedTile::<DIM_BLOCKS>::operand_a(q, 16 * block, 2 * dim);
+        }
+        for pair in 0..SCORE_FRAGMENTS / 2 {
+            let b = SharedTile::<DIM_BLOCKS>::operands_b(k, 16 * pair, 2 * dim);
+            for block in 0..ROW_BLOCKS {
+                E::mma(&mut scores[block][2 * pair], a[block], b[0]);
+                E::mma(&mut scores[block][2 * pair + 1], a[block], b[1]);
+            }
+        }
+    }
+    scores
+}
+
+/// Adds P V of one step to the output.
+#[inline(always)]
+unsafe fn accumulate<E: Element, const DIM_BLOCKS: usize>(
+    output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
+    exponentials: &[[Fragment; SCORE_FRAGMENTS]; ROW_BLOCKS],
+    v: SharedTile<DIM_BLOCKS>,
+    lane: u32,
+) {
+    let v = v.columns_by_lane_transposed(lane);
+    for pair in 0..SCORE_FRAGMENTS / 2 {
+        let mut a = [[0u32; 4]; ROW_BLOCKS];
+        for (a, exponentials) in a.iter_mut().zip(exponentials) {
+            *a = probabilities::<E>(&exponentials[2 * pair], &exponentials[2 * pair + 1]);
+        }
+        for dim in 0..DIM_BLOCKS / 2 {
+            let b = SharedTile::<DIM_BLOCKS>::operands_b_transposed(v, 16 * pair, 2 * dim);
+            for block in 0..ROW_BLOCKS {
+                E::mma(&mut output[block][2 * dim], a[block], b[0]);
+                E::mma(&mut output[block][2 * dim + 1], a[block], b[1]);
+            }
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! From a tile's columns to KV slots.
+
+use packinfer_abi::{AttentionParams, KvRun, WorkItem};
+
+use crate::ptx::cp_async::copy_chunk;
+use crate::ptx::memory::load_global_x2;
+use crate::ptx::warp;
+use crate::shared_tile::SharedTile;
+
+/// Columns that a warp loads at a time: what it takes for one step of the sum over columns.
+pub const WARP_COLUMNS: u32 = 16;
+
+/// Walks one column after another, always forward, through the KV runs of a work item.
+struct ColumnCursor {
+    /// Index of the run after the current one.
+    next_run: u32,
+    /// One past the last column of the current run.
+    run_end: u32,
+    /// Slot of a column of the current run, less the column; modulo 2^32.
+    slot_bias: u32,
+}
+
+impl ColumnCursor {
+    #[inline(always)]
+    unsafe fn new(params: &AttentionParams, item: &WorkItem) -> Self {
+        let run = load_run(params, item.run_begin);
+        Self {
+            next_run: item.run_begin + 1,
+            run_end: item.column_begin + (run.num_slots - item.run_skip),
+            slot_bias: run.first_slot.wrapping_add(item.run_skip).wrapping_sub(item.column_begin),
+        }
+    }
+
+    /// The slot of a column, which must not be smaller than that of the last call.
+    #[inline(always)]
+    unsafe fn slot(&mut self, params: &AttentionParams, column: u32) -> u32 {
+        while column >= self.run_end {
+            let run = load_run(params, self.next_run);
+            self.next_run += 1;
+            self.slot_bias = run.first_slot.wrapping_sub(self.run_end);
+            self.run_end += run.num_slots;
+        }
+        column.wrapping_add(self.slot_bias)
+    }
+}
+
+#[inline(always)]
+unsafe fn load_run(params: &AttentionParams, index: u32) -> KvRun {
+    let [first_slot, num_slots] = load_global_x2(params.runs + u64::from(index) * size_of::<KvRun>() as u64);
+    KvRun { first_slot, num_slots }
+}
+
+/// Loads a warp's share of a work item's K and V: 16 columns at a time.
+///
+/// Registers are scarce in the attention loop, so it keeps only what cannot be had again from the kernel's parameters.
+pub struct ColumnLoader<'a, const DIM_BLOCKS: usize> {
+    params: &'a AttentionParams,
+    cursor: ColumnCursor,
+    /// The column that this lane looks up next: lanes `l` and `l + 16` look up column `l` of the warp's 16.
+    column: u32,
+    last_column: u32,
+    /// Byte of a slot at which this lane's chunk begins.
+    chunk_offset: u32,
+    lane: u32,
+}
+
+impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
+    /// A loader of the columns `first`, `first + 1`, … of each step, counted from the item's first column.
+    ///
+    /// # Safety
+    ///
+    /// `params` and `item` are valid.
+    #[inline(always)]
+    pub unsafe fn new(params: &'a AttentionParams, item: &WorkItem, kv_head: u32, first: u32, lane: u32) -> Self {
+        Self {
+            params,
+            cursor: ColumnCursor::new(params, item),
+            column: item.column_begin + first + lane % WARP_COLUMNS,
+            last_column: item.column_end - 1,
+            chunk_offset: kv_head * SharedTile::<DIM_BLOCKS>::ROW_BYTES + SharedTile::<DIM_BLOCKS>::byte_of_lane(lane),
+            lane,
+        }
+    }
+
+    /// Starts copies of the warp's next 16 columns of K and V into the first 16 rows of two tiles, zeros past the item's last column,
+    /// and moves on by `step` columns.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp; nobody reads or writes these rows until the copies are waited for.
+    #[inline(always)]
+    pub unsafe fn load(&mut self, k_tile: SharedTile<DIM_BLOCKS>, v_tile: SharedTile<DIM_BLOCKS>, step: u32) {
+        let slot = self.cursor.slot(self.params, core::cmp::min(self.column, self.last_column));
+        // Columns of the warp that exist; the first lane's column is the warp's first.
+        let present = (self.last_column + 1).saturating_sub(self.column - self.lane % WARP_COLUMNS);
+        let slot_bytes = self.params.heads.num_kv_heads * SharedTile::<DIM_BLOCKS>::ROW_BYTES;
+        let (k_chunk, v_chunk) = (k_tile.chunk_of_lane(self.lane), v_tile.chunk_of_lane(self.lane));
+        let lane_row = SharedTile::<DIM_BLOCKS>::row_of_lane(self.lane);
+        for i in 0..WARP_COLUMNS / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
+            let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
+            let slot = warp::shuffle_from(slot, rows + lane_row);
+            let offset = u64::from(slot) * u64::from(slot_bytes) + u64::from(self.chunk_offset);
+            let is_column = rows + lane_row < present;
+            copy_chunk(k_chunk.rows_on(rows), self.params.k + offset, is_column);
+            copy_chunk(v_chunk.rows_on(rows), self.params.v + offset, is_column);
+        }
+        self.column += step;
+    }
+}

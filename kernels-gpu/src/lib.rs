@@ -1,0 +1,37 @@
+//! PackInfer's device code: attention over packed query-key regions, in Rust that compiles to PTX.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`attention`] | the packed-region attention kernel: [`attention::wide`] for many rows, [`attention::narrow`] for few |
+//! | [`merge`] | merges the partial results of split tiles by log-sum-exp |
+//! | [`rows`], [`columns`] | which query row and which KV slot a tile's rows and columns are |
+//! | [`softmax`] | online softmax over score fragments |
+//! | [`shared_tile`] | a swizzled tile in shared memory |
+//! | [`element`] | bf16 and f16 |
+//! | [`mma_rate`] | measures the tensor cores |
+//! | [`ptx`] | one function an instruction, one file a family; the only place with assembly |
+//!
+//! The structures that kernels read are those of `packinfer-abi`. Entry points are declared with [`kernel!`].
+#![cfg_attr(not(target_feature = "compute_80"), no_std)]
+#![feature(abi_ptx, asm_experimental_arch, stdarch_nvptx)]
+// Device code reads and writes memory by address throughout: that the addresses are good is the host's promise, which
+// `packinfer` keeps by checking plans and buffers before a launch. An unsafe function here is one unsafe block.
+#![allow(unsafe_op_in_unsafe_fn)]
+
+#[macro_use]
+mod entry;
+
+pub mod attention;
+pub mod columns;
+pub mod element;
+pub mod merge;
+pub mod mma_rate;
+pub mod ptx;
+pub mod rows;
+pub mod shared_tile;
+pub mod softmax;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    ptx::control::trap()
+}

@@ -1,0 +1,169 @@
+//! Merges the partial results of query tokens whose columns were split among work items.
+//!
+//! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ wᵢ.
+//! Four warps take every fourth partial each, and are merged the same way.
+
+use packinfer_abi::{MERGE_SHARED_BYTES, MERGE_THREADS, MergeParams, MergeToken};
+
+use crate::element::{Bf16, ELEMENT_BYTES, Element, F16};
+use crate::ptx::control::sync_block;
+use crate::ptx::memory::{load_global, load_global_x2, load_shared_f32, store_global, store_global_f32, store_shared_f32};
+use crate::ptx::special::{block_index, dynamic_shared, thread_index};
+use crate::ptx::{math, warp};
+use crate::softmax::LN_2;
+
+const WARPS: u32 = MERGE_THREADS / 32;
+/// Partials that a warp reads before it uses the first: enough loads in flight to hide their latency.
+const LOADS_AHEAD: usize = 4;
+
+/// A weighted sum of partials: `sum / total` is their merged O, `max + log2(total)` their log-sum-exp to base 2.
+#[derive(Clone, Copy)]
+struct Merged<const PAIRS: usize> {
+    max: f32,
+    total: f32,
+    sum: [[f32; 2]; PAIRS],
+}
+
+impl<const PAIRS: usize> Merged<PAIRS> {
+    const NOTHING: Self = Self { max: f32::NEG_INFINITY, total: 0.0, sum: [[0.0; 2]; PAIRS] };
+
+    /// Takes in a partial: `output` with weight `total · 2^max`.
+    #[inline(always)]
+    fn add(&mut self, max: f32, total: f32, output: &[[f32; 2]; PAIRS]) {
+        if max == f32::NEG_INFINITY {
+            return;
+        }
+        let new_max = math::max(self.max, max);
+        let (old, new) = (math::exp2(self.max - new_max), math::exp2(max - new_max));
+        for (sum, output) in self.sum.iter_mut().zip(output) {
+            sum[0] = sum[0] * old + output[0] * new;
+            sum[1] = sum[1] * old + output[1] * new;
+        }
+        self.total = self.total * old + total * new;
+        self.max = new_max;
+    }
+}
+
+#[inline(always)]
+unsafe fn merge<E: Element, const PAIRS: usize>(params: MergeParams) {
+    let dim = 64 * PAIRS as u32;
+    let heads = &params.heads;
+    let merge_index = math::divide(block_index(), heads.num_qo_heads);
+    let head = block_index() - merge_index * heads.num_qo_heads;
+    let head_group = math::divide(head, heads.heads_per_group);
+    let (warp, lane) = (warp::uniform(thread_index() / 32), thread_index() % 32);
+
+    let merge_token = params.tokens + u64::from(merge_index) * size_of::<MergeToken>() as u64;
+    let token = load_global(merge_token + core::mem::offset_of!(MergeToken, token) as u64);
+    let source_begin = load_global(merge_token + core::mem::offset_of!(MergeToken, source_begin) as u64);
+    let num_sources = load_global(merge_token + core::mem::offset_of!(MergeToken, num_sources) as u64);
+    let sources = params.sources + 4 * u64::from(source_begin);
+    // Partial row 0 of this head.
+    let first_row =
+        u64::from(head_group) * u64::from(params.num_partial_rows) + u64::from(head - head_group * heads.heads_per_group);
+
+    let mut merged = Merged::<PAIRS>::NOTHING;
+    let mut next = warp;
+    while next < num_sources {
+        let mut lse_log2 = [f32::NEG_INFINITY; LOADS_AHEAD];
+        let mut output = [[[0f32; 2]; PAIRS]; LOADS_AHEAD];
+        for ahead in 0..LOADS_AHEAD {
+            let source = next + ahead as u32 * WARPS;
+            if source < num_sources {
+                let row = first_row + u64::from(load_global(sources + 4 * u64::from(source)));
+                lse_log2[ahead] = f32::from_bits(load_global(params.partial_lse + 4 * row)) / LN_2;
+                for (pair, output) in output[ahead].iter_mut().enumerate() {
+                    let element = u64::from(element_of_lane(lane, pair));
+                    let [a, b] = load_global_x2(params.partial_o + 4 * (row * u64::from(dim) + element));
+                    *output = [f32::from_bits(a), f32::from_bits(b)];
+                }
+            }
+        }
+        for ahead in 0..LOADS_AHEAD {
+            merged.add(lse_log2[ahead], 1.0, &output[ahead]);
+        }
+        next += LOADS_AHEAD as u32 * WARPS;
+    }
+
+    share::<PAIRS>(warp, lane, &merged);
+    sync_block();
+    if warp == 0 {
+        let mut merged = shared::<PAIRS>(0, lane);
+        for warp in 1..WARPS {
+            let other = shared::<PAIRS>(warp, lane);
+            merged.add(other.max, other.total, &other.sum);
+        }
+        let inverse = if merged.total == 0.0 { 0.0 } else { math::reciprocal(merged.total) };
+        let row = u64::from(token) * u64::from(heads.num_qo_heads) + u64::from(head);
+        for (pair, sum) in merged.sum.iter().enumerate() {
+            let element = u64::from(element_of_lane(lane, pair));
+            let address = params.o + (row * u64::from(dim) + element) * u64::from(ELEMENT_BYTES);
+            store_global(address, E::pack(sum[0] * inverse, sum[1] * inverse));
+        }
+        if lane == 0 && params.lse != 0 {
+            let max = if merged.max == f32::NEG_INFINITY { 0.0 } else { merged.max };
+            store_global_f32(params.lse + 4 * row, (max + math::log2(merged.total)) * LN_2);
+        }
+    }
+}
+
+/// First of the two elements that a lane holds in its pair `pair`.
+#[inline(always)]
+fn element_of_lane(lane: u32, pair: usize) -> u32 {
+    2 * (lane + 32 * pair as u32)
+}
+
+/// Address of word `word` of what `warp` shares: each word is an array over the lanes.
+#[inline(always)]
+fn shared_word<const PAIRS: usize>(warp: u32, lane: u32, word: usize) -> u32 {
+    const { assert!(WARPS as usize * 32 * 4 * (2 + 2 * PAIRS) <= MERGE_SHARED_BYTES as usize) };
+    dynamic_shared() + ((warp * (2 + 2 * PAIRS as u32) + word as u32) * 32 + lane) * 4
+}
+
+#[inline(always)]
+unsafe fn share<const PAIRS: usize>(warp: u32, lane: u32, merged: &Merged<PAIRS>) {
+    store_shared_f32(shared_word::<PAIRS>(warp, lane, 0), merged.max);
+    store_shared_f32(shared_word::<PAIRS>(warp, lane, 1), merged.total);
+    for (pair, sum) in merged.sum.iter().enumerate() {
+        store_shared_f32(shared_word::<PAIRS>(warp, lane, 2 + 2 * pair), sum[0]);
+        store_shared_f32(shared_word::<PAIRS>(warp, lane, 3 + 2 * pair), sum[1]);
+    }
+}
+
+#[inline(always)]
+unsafe fn shared<const PAIRS: usize>(warp: u32, lane: u32) -> Merged<PAIRS> {
+    let mut merged = Merged::<PAIRS>::NOTHING;
+    merged.max = load_shared_f32(shared_word::<PAIRS>(warp, lane, 0));
+    merged.total = load_shared_f32(shared_word::<PAIRS>(warp, lane, 1));
+    for (pair, sum) in merged.sum.iter_mut().enumerate() {
+        sum[0] = load_shared_f32(shared_word::<PAIRS>(warp, lane, 2 + 2 * pair));
+        sum[1] = load_shared_f32(shared_word::<PAIRS>(warp, lane, 3 + 2 * pair));
+    }
+    merged
+}
+
+kernel! {
+    /// Merges partials, O in bf16, head dimension 64.
+    #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    fn merge_bf16_d64(params: MergeParams) {
+        merge::<Bf16, 1>(params)
+    }
+
+    /// Merges partials, O in bf16, head dimension 128.
+    #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    fn merge_bf16_d128(params: MergeParams) {
+        merge::<Bf16, 2>(params)
+    }
+
+    /// Merges partials, O in f16, head dimension 64.
+    #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    fn merge_f16_d64(params: MergeParams) {
+        merge::<F16, 1>(params)
+    }
+
+    /// Merges partials, O in f16, head dimension 128.
+    #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    fn merge_f16_d128(params: MergeParams) {
+        merge::<F16, 2>(params)
+    }
+}

@@ -1,0 +1,60 @@
+//! Arithmetic that Rust has no operator for.
+
+use core::arch::asm;
+
+/// 2^x; flushes subnormals, 2^−∞ = 0. PTX ISA, Floating Point Instructions: `ex2`.
+#[inline(always)]
+pub fn exp2(x: f32) -> f32 {
+    let y: f32;
+    // SAFETY: register arithmetic.
+    unsafe { asm!("ex2.approx.ftz.f32 {0}, {1};", out(reg32) y, in(reg32) x, options(pure, nomem, nostack)) };
+    y
+}
+
+/// log2(x); −∞ for 0. PTX ISA, Floating Point Instructions: `lg2`.
+#[inline(always)]
+pub fn log2(x: f32) -> f32 {
+    let y: f32;
+    // SAFETY: register arithmetic.
+    unsafe { asm!("lg2.approx.f32 {0}, {1};", out(reg32) y, in(reg32) x, options(pure, nomem, nostack)) };
+    y
+}
+
+/// 1/x, to one ulp. PTX ISA, Floating Point Instructions: `rcp`.
+#[inline(always)]
+pub fn reciprocal(x: f32) -> f32 {
+    let y: f32;
+    // SAFETY: register arithmetic.
+    unsafe { asm!("rcp.approx.ftz.f32 {0}, {1};", out(reg32) y, in(reg32) x, options(pure, nomem, nostack)) };
+    y
+}
+
+/// The larger of two numbers; the other one where one is NaN. PTX ISA, Floating Point Instructions: `max`.
+#[inline(always)]
+pub fn max(a: f32, b: f32) -> f32 {
+    let y: f32;
+    // SAFETY: register arithmetic.
+    unsafe { asm!("max.f32 {0}, {1}, {2};", out(reg32) y, in(reg32) a, in(reg32) b, options(pure, nomem, nostack)) };
+    y
+}
+
+/// a · b + c, rounded once. PTX ISA, Floating Point Instructions: `fma`.
+#[inline(always)]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    let y: f32;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("fma.rn.f32 {0}, {1}, {2}, {3};", out(reg32) y, in(reg32) a, in(reg32) b, in(reg32) c, options(pure, nomem, nostack))
+    };
+    y
+}
+
+/// a / b for b > 0, without the check whose failure would need a panic.
+///
+/// # Safety
+///
+/// `b` is not zero.
+#[inline(always)]
+pub unsafe fn divide(a: u32, b: u32) -> u32 {
+    a.checked_div(b).unwrap_unchecked()
+}

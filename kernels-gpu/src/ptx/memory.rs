@@ -1,0 +1,146 @@
+//! Loads and stores in global and shared memory (PTX ISA, Data Movement and Conversion Instructions). Shared addresses are 32-bit, in the shared window.
+
+use core::arch::asm;
+
+/// Loads what no thread writes during the kernel.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and readable.
+#[inline(always)]
+pub unsafe fn load_global(address: u64) -> u32 {
+    let value: u32;
+    asm!("ld.global.nc.u32 {0}, [{1}];", out(reg32) value, in(reg64) address, options(pure, readonly, nostack));
+    value
+}
+
+/// Loads two words that no thread writes during the kernel.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and readable.
+#[inline(always)]
+pub unsafe fn load_global_x2(address: u64) -> [u32; 2] {
+    let (a, b): (u32, u32);
+    asm!("ld.global.nc.v2.u32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg64) address, options(pure, readonly, nostack));
+    [a, b]
+}
+
+/// Loads four words that no thread writes during the kernel.
+///
+/// # Safety
+///
+/// `address` is aligned to 16 bytes and readable.
+#[inline(always)]
+pub unsafe fn load_global_x4(address: u64) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    asm!("ld.global.nc.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+        out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address, options(pure, readonly, nostack));
+    [a, b, c, d]
+}
+
+/// Stores one word.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and writable.
+#[inline(always)]
+pub unsafe fn store_global(address: u64, value: u32) {
+    asm!("st.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack));
+}
+
+/// Stores one number.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and writable.
+#[inline(always)]
+pub unsafe fn store_global_f32(address: u64, value: f32) {
+    store_global(address, value.to_bits());
+}
+
+/// Stores two numbers.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and writable.
+#[inline(always)]
+pub unsafe fn store_global_f32x2(address: u64, a: f32, b: f32) {
+    asm!("st.global.v2.f32 [{0}], {{{1}, {2}}};", in(reg64) address, in(reg32) a, in(reg32) b, options(nostack));
+}
+
+/// Stores four words.
+///
+/// # Safety
+///
+/// `address` is aligned to 16 bytes and writable.
+#[inline(always)]
+pub unsafe fn store_global_x4(address: u64, [a, b, c, d]: [u32; 4]) {
+    asm!("st.global.v4.u32 [{0}], {{{1}, {2}, {3}, {4}}};",
+        in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
+}
+
+/// Loads one word from shared memory.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and in the block's shared memory.
+#[inline(always)]
+pub unsafe fn load_shared(address: u32) -> u32 {
+    let value: u32;
+    asm!("ld.shared.u32 {0}, [{1}];", out(reg32) value, in(reg32) address, options(nostack));
+    value
+}
+
+/// Loads one number from shared memory.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and in the block's shared memory.
+#[inline(always)]
+pub unsafe fn load_shared_f32(address: u32) -> f32 {
+    f32::from_bits(load_shared(address))
+}
+
+/// Loads four words from shared memory.
+///
+/// # Safety
+///
+/// `address` is aligned to 16 bytes and in the block's shared memory.
+#[inline(always)]
+pub unsafe fn load_shared_x4(address: u32) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    asm!("ld.shared.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+        out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) address, options(nostack));
+    [a, b, c, d]
+}
+
+/// Stores one word to shared memory.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and in the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_shared(address: u32, value: u32) {
+    asm!("st.shared.u32 [{0}], {1};", in(reg32) address, in(reg32) value, options(nostack));
+}
+
+/// Stores one number to shared memory.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and in the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_shared_f32(address: u32, value: f32) {
+    store_shared(address, value.to_bits());
+}
+
+/// Stores two numbers to shared memory.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and in the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_shared_f32x2(address: u32, a: f32, b: f32) {
+    asm!("st.shared.v2.f32 [{0}], {{{1}, {2}}};", in(reg32) address, in(reg32) a, in(reg32) b, options(nostack));
+}

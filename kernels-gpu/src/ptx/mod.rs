@@ -1,0 +1,9 @@
+//! PTX instructions as functions, one file a family. Comments name the section of the PTX ISA, by its title since numbers move, that defines them.
+
+pub mod control;
+pub mod cp_async;
+pub mod math;
+pub mod memory;
+pub mod mma;
+pub mod special;
+pub mod warp;

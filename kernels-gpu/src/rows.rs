@@ -1,0 +1,142 @@
+//! From a tile's rows to query tokens, heads and visible columns.
+
+use packinfer_abi::{AttentionParams, RowSegment, WIDE_TILE_ROWS, WorkItem};
+
+use crate::ptx::math::divide;
+use crate::ptx::memory::{load_global, load_shared, store_shared};
+use crate::ptx::warp;
+
+/// [`Row::index`] of a row past the tile's last.
+pub const NO_ROW: u32 = u32::MAX;
+
+/// A row of a tile.
+#[derive(Clone, Copy)]
+pub struct Row {
+    /// `token * num_qo_heads + head`, or [`NO_ROW`].
+    pub index: u32,
+    /// First column that the row sees in the work item's range.
+    pub begin: u32,
+    /// One past the last.
+    pub end: u32,
+}
+
+impl Row {
+    /// Whether there is such a row.
+    #[inline(always)]
+    pub fn exists(&self) -> bool {
+        self.index != NO_ROW
+    }
+}
+
+/// The rows of a work item's tile, in shared memory.
+///
+/// Rows past the tile's last see every column, so that they never ask for a mask; what they yield is not stored.
+#[derive(Clone, Copy)]
+pub struct RowTable {
+    base: u32,
+}
+
+impl RowTable {
+    /// The table at `base`: three arrays of [`WIDE_TILE_ROWS`] words.
+    #[inline(always)]
+    pub fn at(base: u32) -> Self {
+        Self { base }
+    }
+
+    #[inline(always)]
+    fn address(self, field: u32, row: u32) -> u32 {
+        self.base + (field * WIDE_TILE_ROWS + row) * 4
+    }
+
+    /// Works out row `row` of the item's tile and writes it down.
+    ///
+    /// # Safety
+    ///
+    /// `params` and `item` are valid, `row < WIDE_TILE_ROWS`; the table is read after a barrier.
+    #[inline(always)]
+    pub unsafe fn write(self, params: &AttentionParams, item: &WorkItem, head_group: u32, row: u32) {
+        let heads_per_group = params.heads.heads_per_group;
+        let mut token = divide(row, heads_per_group);
+        let head = head_group * heads_per_group + row - token * heads_per_group;
+        let mut found = Row { index: NO_ROW, begin: 0, end: u32::MAX };
+        let mut segment = params.segments + u64::from(item.segment_begin) * size_of::<RowSegment>() as u64;
+        let end = segment + u64::from(item.num_segments) * size_of::<RowSegment>() as u64;
+        while segment < end {
+            let num_tokens = load_global(segment + core::mem::offset_of!(RowSegment, num_tokens) as u64);
+            if token < num_tokens {
+                let first_token = load_global(segment + core::mem::offset_of!(RowSegment, first_token) as u64);
+                let column_begin = load_global(segment + core::mem::offset_of!(RowSegment, column_begin) as u64);
+                let column_end = load_global(segment + core::mem::offset_of!(RowSegment, column_end) as u64);
+                let step = load_global(segment + core::mem::offset_of!(RowSegment, column_end_step) as u64);
+                found = Row {
+                    index: (first_token + token) * params.heads.num_qo_heads + head,
+                    begin: core::cmp::max(column_begin, item.column_begin),
+                    end: core::cmp::min(column_end + token * step, item.column_end),
+                };
+                break;
+            }
+            token -= num_tokens;
+            segment += size_of::<RowSegment>() as u64;
+        }
+        store_shared(self.address(0, row), found.index);
+        store_shared(self.address(1, row), found.begin);
+        store_shared(self.address(2, row), found.end);
+    }
+
+    /// Reads a row.
+    ///
+    /// # Safety
+    ///
+    /// `row < WIDE_TILE_ROWS`, and it was written before a barrier.
+    #[inline(always)]
+    pub unsafe fn read(self, row: u32) -> Row {
+        Row {
+            index: load_shared(self.address(0, row)),
+            begin: load_shared(self.address(1, row)),
+            end: load_shared(self.address(2, row)),
+        }
+    }
+}
+
+/// What the rows of one warp see, taken together.
+#[derive(Clone, Copy)]
+pub struct WarpView {
+    /// Some row sees a column from here …
+    any_begin: u32,
+    /// … to before here.
+    any_end: u32,
+    /// Every row sees the columns from here …
+    all_begin: u32,
+    /// … to before here.
+    all_end: u32,
+}
+
+impl WarpView {
+    /// The view of up to 32 rows, one a lane.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn of(row: Row) -> Self {
+        let sees = row.exists() && row.begin < row.end;
+        Self {
+            any_begin: warp::min(if sees { row.begin } else { u32::MAX }),
+            any_end: warp::max(if sees { row.end } else { 0 }),
+            all_begin: warp::max(row.begin),
+            all_end: warp::min(row.end),
+        }
+    }
+
+    /// Whether any row sees any of `columns` columns from `column` on.
+    #[inline(always)]
+    pub fn sees_any(&self, column: u32, columns: u32) -> bool {
+        column < self.any_end && column + columns > self.any_begin
+    }
+
+    /// Whether every row sees all of `columns` columns from `column` on.
+    #[inline(always)]
+    pub fn sees_all(&self, column: u32, columns: u32) -> bool {
+        column >= self.all_begin && column + columns <= self.all_end
+    }
+}

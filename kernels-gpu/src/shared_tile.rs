@@ -1,0 +1,142 @@
+//! A tile in shared memory: rows of one head's elements, swizzled so that no access of a warp meets a bank twice.
+
+use crate::element::ELEMENT_BYTES;
+use crate::ptx::cp_async::CHUNK_BYTES;
+use crate::ptx::mma::{OperandA, OperandB, load_matrices, load_matrices_transposed};
+
+/// Rows of `8 * DIM_BLOCKS` elements. A row is `DIM_BLOCKS` chunks of 16 bytes; chunk `c` of row `r` lies where chunk `c ^ (r % 8)` would.
+#[derive(Clone, Copy)]
+pub struct SharedTile<const DIM_BLOCKS: usize> {
+    base: u32,
+}
+
+/// Where a lane reads in a tile: the address of its row, and what the swizzle does to its chunks.
+#[derive(Clone, Copy)]
+pub struct LaneRow {
+    row: u32,
+    swizzle: u32,
+}
+
+impl LaneRow {
+    /// Address of the lane's chunk, `blocks` 8-element blocks on; `blocks` is even.
+    #[inline(always)]
+    fn chunk(self, blocks: usize) -> u32 {
+        self.row + ((blocks as u32 * CHUNK_BYTES) ^ self.swizzle)
+    }
+}
+
+/// Where a lane writes or reads when a warp goes through a tile's rows in order, a chunk a lane.
+#[derive(Clone, Copy)]
+pub struct LaneChunk<const DIM_BLOCKS: usize> {
+    row: u32,
+    swizzle: u32,
+}
+
+impl<const DIM_BLOCKS: usize> LaneChunk<DIM_BLOCKS> {
+    /// Address of the lane's chunk when the warp is `rows` rows on; a multiple of [`SharedTile::ROWS_AT_ONCE`].
+    #[inline(always)]
+    pub fn rows_on(self, rows: u32) -> u32 {
+        self.row + rows * SharedTile::<DIM_BLOCKS>::ROW_BYTES + (self.swizzle ^ (rows % 8 * CHUNK_BYTES))
+    }
+}
+
+impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
+    /// Bytes of a row.
+    pub const ROW_BYTES: u32 = 8 * DIM_BLOCKS as u32 * ELEMENT_BYTES;
+    /// Lanes that go through one row, a chunk each.
+    pub const LANES_PER_ROW: u32 = DIM_BLOCKS as u32;
+    /// Rows that a warp goes through at once.
+    pub const ROWS_AT_ONCE: u32 = 32 / Self::LANES_PER_ROW;
+
+    /// Of the rows that the warp goes through at once, the lane's.
+    #[inline(always)]
+    pub fn row_of_lane(lane: u32) -> u32 {
+        lane / Self::LANES_PER_ROW
+    }
+
+    /// Byte of a row at which the lane's chunk begins.
+    #[inline(always)]
+    pub fn byte_of_lane(lane: u32) -> u32 {
+        lane % Self::LANES_PER_ROW * CHUNK_BYTES
+    }
+
+    /// The chunk that the lane writes or reads when the warp goes through the rows in order.
+    #[inline(always)]
+    pub fn chunk_of_lane(self, lane: u32) -> LaneChunk<DIM_BLOCKS> {
+        let row = Self::row_of_lane(lane);
+        LaneChunk { row: self.base + row * Self::ROW_BYTES, swizzle: Self::byte_of_lane(lane) ^ (row * CHUNK_BYTES) }
+    }
+
+    /// The tile at `base`, which is aligned to 8 rows.
+    #[inline(always)]
+    pub fn at(base: u32) -> Self {
+        Self { base }
+    }
+
+    /// The tile that starts `rows` rows on; `rows` is a multiple of 8.
+    #[inline(always)]
+    pub fn skip_rows(self, rows: u32) -> Self {
+        Self { base: self.base + rows * Self::ROW_BYTES }
+    }
+
+    /// Address of a chunk.
+    #[inline(always)]
+    pub fn chunk(self, row: u32, chunk: u32) -> u32 {
+        self.base + row * Self::ROW_BYTES + ((chunk ^ (row % 8)) * CHUNK_BYTES)
+    }
+
+    #[inline(always)]
+    fn lane_row(self, row: u32, block: u32) -> LaneRow {
+        LaneRow { row: self.base + row * Self::ROW_BYTES, swizzle: (block ^ (row % 8)) * CHUNK_BYTES }
+    }
+
+    /// How this lane reads [`Self::operand_a`].
+    #[inline(always)]
+    pub fn rows_by_lane(self, lane: u32) -> LaneRow {
+        self.lane_row(lane % 16, lane / 16)
+    }
+
+    /// How this lane reads [`Self::operands_b`].
+    #[inline(always)]
+    pub fn columns_by_lane(self, lane: u32) -> LaneRow {
+        self.lane_row(lane % 8 + lane / 16 * 8, lane / 8 % 2)
+    }
+
+    /// How this lane reads [`Self::operands_b_transposed`].
+    #[inline(always)]
+    pub fn columns_by_lane_transposed(self, lane: u32) -> LaneRow {
+        self.rows_by_lane(lane)
+    }
+
+    /// Operand A of 16 tile rows, from `row` on, and 16 of their elements, from `8 * block` on.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, with `lane_row` from [`Self::rows_by_lane`]; the tile holds these rows.
+    #[inline(always)]
+    pub unsafe fn operand_a(lane_row: LaneRow, row: usize, block: usize) -> OperandA {
+        load_matrices(lane_row.chunk(block) + row as u32 * Self::ROW_BYTES)
+    }
+
+    /// Two operands B, of 8 columns each: the tile's rows from `row` on are the columns, 16 of their elements, from `8 * block` on, are summed over.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, with `lane_row` from [`Self::columns_by_lane`]; the tile holds these rows.
+    #[inline(always)]
+    pub unsafe fn operands_b(lane_row: LaneRow, row: usize, block: usize) -> [OperandB; 2] {
+        let [a, b, c, d] = load_matrices(lane_row.chunk(block) + row as u32 * Self::ROW_BYTES);
+        [[a, b], [c, d]]
+    }
+
+    /// Two operands B, of 8 columns each: the tile's elements from `8 * block` on are the columns, 16 rows, from `row` on, are summed over.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, with `lane_row` from [`Self::columns_by_lane_transposed`]; the tile holds these rows.
+    #[inline(always)]
+    pub unsafe fn operands_b_transposed(lane_row: LaneRow, row: usize, block: usize) -> [OperandB; 2] {
+        let [a, b, c, d] = load_matrices_transposed(lane_row.chunk(block) + row as u32 * Self::ROW_BYTES);
+        [[a, b], [c, d]]
+    }
+}

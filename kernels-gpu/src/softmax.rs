@@ -1,0 +1,125 @@
+//! Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention) over score fragments.
+//!
+//! A lane holds parts of `ROW_BLOCKS` blocks of 16 rows; of each block it holds two rows, `lane / 4` and `lane / 4 + 8`, which it shares
+//! with the other three lanes of its quad.
+
+use crate::element::Element;
+use crate::ptx::math;
+use crate::ptx::mma::{Fragment, OperandA};
+use crate::ptx::warp;
+use crate::rows::Row;
+
+/// Rows of a block of 16 that a lane holds a part of.
+pub const ROWS_PER_LANE: usize = 2;
+
+/// ln 2: the kernels' logarithms are to base 2 until they are written.
+pub const LN_2: f32 = core::f32::consts::LN_2;
+
+/// Running maximum and sum of each row that the lane holds a part of.
+#[derive(Clone, Copy)]
+pub struct OnlineSoftmax<const ROW_BLOCKS: usize> {
+    /// Greatest score so far, not yet scaled; the same in all lanes of the quad.
+    max: [[f32; ROWS_PER_LANE]; ROW_BLOCKS],
+    /// Sum of this lane's exponentials.
+    sum: [[f32; ROWS_PER_LANE]; ROW_BLOCKS],
+    /// Softmax scale times log2(e).
+    scale_log2: f32,
+}
+
+/// A row's final factors.
+#[derive(Clone, Copy)]
+pub struct RowSum {
+    /// What O is multiplied with: one over the sum of the exponentials, or 0 for a row that saw nothing.
+    pub inverse: f32,
+    /// log2 of the sum of the exponentials of the scaled scores; −∞ for a row that saw nothing.
+    pub lse_log2: f32,
+}
+
+/// Sets the scores of columns that a row does not see to −∞.
+///
+/// Element `e` of fragment `j` is column `first_column + 8 j + 2 (lane % 4) + e % 2`.
+#[inline(always)]
+pub fn mask<const FRAGMENTS: usize>(
+    scores: &mut [Fragment; FRAGMENTS],
+    rows: &[Row; ROWS_PER_LANE],
+    first_column: u32,
+    lane: u32,
+) {
+    let column = first_column + lane % 4 * 2;
+    for (j, fragment) in scores.iter_mut().enumerate() {
+        for (e, score) in fragment.iter_mut().enumerate() {
+            let column = column + j as u32 * 8 + e as u32 % 2;
+            let row = &rows[e / 2];
+            if column < row.begin || column >= row.end {
+                *score = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
+    /// Nothing seen yet.
+    #[inline(always)]
+    pub fn new(scale_log2: f32) -> Self {
+        Self { max: [[f32::NEG_INFINITY; ROWS_PER_LANE]; ROW_BLOCKS], sum: [[0.0; ROWS_PER_LANE]; ROW_BLOCKS], scale_log2 }
+    }
+
+    /// Takes in scores of further columns: turns them into exponentials and scales what was accumulated before.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn update<const FRAGMENTS: usize, const DIM_BLOCKS: usize>(
+        &mut self,
+        scores: &mut [[Fragment; FRAGMENTS]; ROW_BLOCKS],
+        output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
+    ) {
+        for block in 0..ROW_BLOCKS {
+            for half in 0..ROWS_PER_LANE {
+                let (low, high) = (2 * half, 2 * half + 1);
+                let mut max = self.max[block][half];
+                for fragment in &scores[block] {
+                    max = math::max(max, math::max(fragment[low], fragment[high]));
+                }
+                let max = warp::quad_max(max);
+                // A row that has seen nothing has a maximum of −∞, and −∞ − −∞ must not be computed.
+                let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
+                let rescale = math::exp2((self.max[block][half] - origin) * self.scale_log2);
+                self.max[block][half] = max;
+                let offset = -origin * self.scale_log2;
+                let mut sum = self.sum[block][half] * rescale;
+                for fragment in &mut scores[block] {
+                    fragment[low] = math::exp2(math::fma(fragment[low], self.scale_log2, offset));
+                    fragment[high] = math::exp2(math::fma(fragment[high], self.scale_log2, offset));
+                    sum += fragment[low] + fragment[high];
+                }
+                self.sum[block][half] = sum;
+                for fragment in &mut output[block] {
+                    fragment[low] *= rescale;
+                    fragment[high] *= rescale;
+                }
+            }
+        }
+    }
+
+    /// The factors of a row, when all columns were taken in.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn finish(&self, block: usize, half: usize) -> RowSum {
+        let sum = warp::quad_sum(self.sum[block][half]);
+        if sum == 0.0 {
+            return RowSum { inverse: 0.0, lse_log2: f32::NEG_INFINITY };
+        }
+        RowSum { inverse: math::reciprocal(sum), lse_log2: math::fma(self.max[block][half], self.scale_log2, math::log2(sum)) }
+    }
+}
+
+/// Operand A of the second product: exponentials of 16 columns, from two neighbouring score fragments.
+#[inline(always)]
+pub fn probabilities<E: Element>(left: &Fragment, right: &Fragment) -> OperandA {
+    [E::pack(left[0], left[1]), E::pack(left[2], left[3]), E::pack(right[0], right[1]), E::pack(right[2], right[3])]
+}
