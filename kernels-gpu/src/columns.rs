@@ -1,14 +1,11 @@
 //! From a tile's columns to KV slots.
 
-use packinfer_abi::{AttentionParams, KvRun, WorkItem};
+use packinfer_abi::{AttentionParams, DeviceAddress, KvRun, WorkItem};
 
 use crate::ptx::cp_async::copy_chunk;
 use crate::ptx::memory::load_global_x2;
 use crate::ptx::warp;
-use crate::shared_tile::SharedTile;
-
-/// Columns that a warp loads at a time: what it takes for one step of the sum over columns.
-pub const WARP_COLUMNS: u32 = 16;
+use crate::shared_tile::{LaneChunk, SharedTile};
 
 /// Walks one column after another, always forward, through the KV runs of a work item.
 struct ColumnCursor {
@@ -50,13 +47,13 @@ unsafe fn load_run(params: &AttentionParams, index: u32) -> KvRun {
     KvRun { first_slot, num_slots }
 }
 
-/// Loads a warp's share of a work item's K and V: 16 columns at a time.
+/// Loads a warp's share of a work item's K and V: `COLUMNS` columns at a time, a power of two up to 32.
 ///
 /// Registers are scarce in the attention loop, so it keeps only what cannot be had again from the kernel's parameters.
-pub struct ColumnLoader<'a, const DIM_BLOCKS: usize> {
+pub struct ColumnLoader<'a, const DIM_BLOCKS: usize, const COLUMNS: u32> {
     params: &'a AttentionParams,
     cursor: ColumnCursor,
-    /// The column that this lane looks up next: lanes `l` and `l + 16` look up column `l` of the warp's 16.
+    /// The column that this lane looks up next: lane `l` looks up column `l % COLUMNS` of the warp's.
     column: u32,
     last_column: u32,
     /// Byte of a slot at which this lane's chunk begins.
@@ -64,7 +61,15 @@ pub struct ColumnLoader<'a, const DIM_BLOCKS: usize> {
     lane: u32,
 }
 
-impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
+/// The warp's columns of one step.
+pub struct Columns {
+    /// Slot of the column that this lane looked up.
+    slot: u32,
+    /// How many of the columns are in the item's range.
+    present: u32,
+}
+
+impl<'a, const DIM_BLOCKS: usize, const COLUMNS: u32> ColumnLoader<'a, DIM_BLOCKS, COLUMNS> {
     /// A loader of the columns `first`, `first + 1`, … of each step, counted from the item's first column.
     ///
     /// # Safety
@@ -75,35 +80,52 @@ impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
         Self {
             params,
             cursor: ColumnCursor::new(params, item),
-            column: item.column_begin + first + lane % WARP_COLUMNS,
+            column: item.column_begin + first + lane % COLUMNS,
             last_column: item.column_end - 1,
             chunk_offset: kv_head * SharedTile::<DIM_BLOCKS>::ROW_BYTES + SharedTile::<DIM_BLOCKS>::byte_of_lane(lane),
             lane,
         }
     }
 
-    /// Starts copies of the warp's next 16 columns of K and V into the first 16 rows of two tiles, zeros past the item's last column,
-    /// and moves on by `step` columns.
+    /// The warp's next columns; moves on by `step` columns.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn next(&mut self, step: u32) -> Columns {
+        let slot = self.cursor.slot(self.params, core::cmp::min(self.column, self.last_column));
+        let first_column = self.column - self.lane % COLUMNS;
+        self.column += step;
+        Columns { slot, present: (self.last_column + 1).saturating_sub(first_column) }
+    }
+
+    /// Starts copies of these columns of K or V to rows of a tile; zeros for columns out of the item's range.
     ///
     /// # Safety
     ///
     /// Reached by all lanes of the warp; nobody reads or writes these rows until the copies are waited for.
     #[inline(always)]
-    pub unsafe fn load(&mut self, k_tile: SharedTile<DIM_BLOCKS>, v_tile: SharedTile<DIM_BLOCKS>, step: u32) {
-        let slot = self.cursor.slot(self.params, core::cmp::min(self.column, self.last_column));
-        // Columns of the warp that exist; the first lane's column is the warp's first.
-        let present = (self.last_column + 1).saturating_sub(self.column - self.lane % WARP_COLUMNS);
+    pub unsafe fn copy(&self, columns: &Columns, tensor: DeviceAddress, destination: LaneChunk) {
         let slot_bytes = self.params.heads.num_kv_heads * SharedTile::<DIM_BLOCKS>::ROW_BYTES;
-        let (k_chunk, v_chunk) = (k_tile.chunk_of_lane(self.lane), v_tile.chunk_of_lane(self.lane));
         let lane_row = SharedTile::<DIM_BLOCKS>::row_of_lane(self.lane);
-        for i in 0..WARP_COLUMNS / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
+        for i in 0..COLUMNS / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
             let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
-            let slot = warp::shuffle_from(slot, rows + lane_row);
-            let offset = u64::from(slot) * u64::from(slot_bytes) + u64::from(self.chunk_offset);
-            let is_column = rows + lane_row < present;
-            copy_chunk(k_chunk.rows_on(rows), self.params.k + offset, is_column);
-            copy_chunk(v_chunk.rows_on(rows), self.params.v + offset, is_column);
+            let slot = warp::shuffle_from(columns.slot, rows + lane_row);
+            let source = tensor + u64::from(slot) * u64::from(slot_bytes) + u64::from(self.chunk_offset);
+            copy_chunk(destination.rows_on(rows), source, rows + lane_row < columns.present);
         }
-        self.column += step;
+    }
+
+    /// As [`Self::next`] and [`Self::copy`] of both K and V.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::copy`].
+    #[inline(always)]
+    pub unsafe fn load(&mut self, k_tile: SharedTile<DIM_BLOCKS>, v_tile: SharedTile<DIM_BLOCKS>, step: u32) {
+        let columns = self.next(step);
+        self.copy(&columns, self.params.k, k_tile.chunk_of_lane(self.lane));
+        self.copy(&columns, self.params.v, v_tile.chunk_of_lane(self.lane));
     }
 }

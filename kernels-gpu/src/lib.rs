@@ -2,7 +2,7 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | [`attention`] | the packed-region attention kernel: [`attention::wide`] for many rows, [`attention::narrow`] for few |
+//! | [`attention`] | the packed-region attention kernel, for `sm_80` and for `sm_90a`, each with a way for many rows (`wide`) and one for few (`narrow`) |
 //! | [`merge`] | merges the partial results of split tiles by log-sum-exp |
 //! | [`rows`], [`columns`] | which query row and which KV slot a tile's rows and columns are |
 //! | [`softmax`] | online softmax over score fragments |
@@ -24,7 +24,9 @@ mod entry;
 pub mod attention;
 pub mod columns;
 pub mod element;
+#[cfg(feature = "sm_80")]
 pub mod merge;
+#[cfg(feature = "sm_80")]
 pub mod mma_rate;
 pub mod ptx;
 pub mod rows;

@@ -5,6 +5,7 @@ use packinfer_abi::{AttentionParams, RowSegment, WIDE_TILE_ROWS, WorkItem};
 use crate::ptx::math::divide;
 use crate::ptx::memory::{load_global, load_shared, store_shared};
 use crate::ptx::warp;
+use crate::softmax::{ROWS_PER_LANE, row_of_lane};
 
 /// [`Row::index`] of a row past the tile's last.
 pub const NO_ROW: u32 = u32::MAX;
@@ -96,6 +97,22 @@ impl RowTable {
             end: load_shared(self.address(2, row)),
         }
     }
+
+    /// Reads the rows that a lane holds parts of, of a warp's rows from `first_row` on.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::read`], for all rows of the warp.
+    #[inline(always)]
+    pub unsafe fn of_lane<const ROW_BLOCKS: usize>(self, first_row: u32, lane: u32) -> [[Row; ROWS_PER_LANE]; ROW_BLOCKS] {
+        let mut rows = [[Row { index: NO_ROW, begin: 0, end: 0 }; ROWS_PER_LANE]; ROW_BLOCKS];
+        for (block, rows) in rows.iter_mut().enumerate() {
+            for (half, row) in rows.iter_mut().enumerate() {
+                *row = self.read(first_row + row_of_lane(block, half, lane));
+            }
+        }
+        rows
+    }
 }
 
 /// What the rows of one warp see, taken together.
@@ -126,6 +143,27 @@ impl WarpView {
             all_begin: warp::max(row.begin),
             all_end: warp::min(row.end),
         }
+    }
+
+    /// The view of both views' rows.
+    #[inline(always)]
+    pub fn and(self, other: Self) -> Self {
+        use core::cmp::{max, min};
+        Self {
+            any_begin: min(self.any_begin, other.any_begin),
+            any_end: max(self.any_end, other.any_end),
+            all_begin: max(self.all_begin, other.all_begin),
+            all_end: min(self.all_end, other.all_end),
+        }
+    }
+
+    /// Of the steps of `columns` columns from column `begin` on, those that any row sees a column of: the first, and one past the last.
+    #[inline(always)]
+    pub fn steps(&self, begin: u32, columns: u32) -> (u32, u32) {
+        if self.any_begin >= self.any_end {
+            return (0, 0);
+        }
+        ((self.any_begin - begin) / columns, (self.any_end - begin).div_ceil(columns))
     }
 
     /// Whether any row sees any of `columns` columns from `column` on.

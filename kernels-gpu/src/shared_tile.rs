@@ -27,16 +27,17 @@ impl LaneRow {
 
 /// Where a lane writes or reads when a warp goes through a tile's rows in order, a chunk a lane.
 #[derive(Clone, Copy)]
-pub struct LaneChunk<const DIM_BLOCKS: usize> {
+pub struct LaneChunk {
     row: u32,
     swizzle: u32,
+    row_bytes: u32,
 }
 
-impl<const DIM_BLOCKS: usize> LaneChunk<DIM_BLOCKS> {
+impl LaneChunk {
     /// Address of the lane's chunk when the warp is `rows` rows on; a multiple of [`SharedTile::ROWS_AT_ONCE`].
     #[inline(always)]
     pub fn rows_on(self, rows: u32) -> u32 {
-        self.row + rows * SharedTile::<DIM_BLOCKS>::ROW_BYTES + (self.swizzle ^ (rows % 8 * CHUNK_BYTES))
+        self.row + rows * self.row_bytes + (self.swizzle ^ (rows % 8 * CHUNK_BYTES))
     }
 }
 
@@ -62,9 +63,13 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
 
     /// The chunk that the lane writes or reads when the warp goes through the rows in order.
     #[inline(always)]
-    pub fn chunk_of_lane(self, lane: u32) -> LaneChunk<DIM_BLOCKS> {
+    pub fn chunk_of_lane(self, lane: u32) -> LaneChunk {
         let row = Self::row_of_lane(lane);
-        LaneChunk { row: self.base + row * Self::ROW_BYTES, swizzle: Self::byte_of_lane(lane) ^ (row * CHUNK_BYTES) }
+        LaneChunk {
+            row: self.base + row * Self::ROW_BYTES,
+            swizzle: Self::byte_of_lane(lane) ^ (row * CHUNK_BYTES),
+            row_bytes: Self::ROW_BYTES,
+        }
     }
 
     /// The tile at `base`, which is aligned to 8 rows.
@@ -138,5 +143,53 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
     pub unsafe fn operands_b_transposed(lane_row: LaneRow, row: usize, block: usize) -> [OperandB; 2] {
         let [a, b, c, d] = load_matrices_transposed(lane_row.chunk(block) + row as u32 * Self::ROW_BYTES);
         [[a, b], [c, d]]
+    }
+}
+
+/// A tile of `ROWS` rows as warpgroup products take it: each 64 elements of a row in a [`SharedTile`] of their own, one after the other.
+#[derive(Clone, Copy)]
+pub struct PanelTile<const DIM_BLOCKS: usize, const ROWS: u32> {
+    base: u32,
+}
+
+/// Blocks of 8 elements in a panel.
+pub const PANEL_BLOCKS: usize = 8;
+/// Bytes of a panel's row.
+pub const PANEL_ROW_BYTES: u32 = SharedTile::<PANEL_BLOCKS>::ROW_BYTES;
+
+impl<const DIM_BLOCKS: usize, const ROWS: u32> PanelTile<DIM_BLOCKS, ROWS> {
+    /// Bytes of a panel.
+    pub const PANEL_BYTES: u32 = ROWS * PANEL_ROW_BYTES;
+    /// Bytes of the tile.
+    pub const BYTES: u32 = Self::PANEL_BYTES * (DIM_BLOCKS / PANEL_BLOCKS) as u32;
+
+    /// The tile at `base`, which is aligned to 8 rows of a panel.
+    #[inline(always)]
+    pub fn at(base: u32) -> Self {
+        Self { base }
+    }
+
+    /// Address of row `row` of the first panel.
+    #[inline(always)]
+    pub fn row(self, row: u32) -> u32 {
+        self.base + row * PANEL_ROW_BYTES
+    }
+
+    /// The panel that holds elements `64 * panel ..`.
+    #[inline(always)]
+    pub fn panel(self, panel: usize) -> SharedTile<PANEL_BLOCKS> {
+        SharedTile::at(self.base + panel as u32 * Self::PANEL_BYTES)
+    }
+
+    /// The chunk that the lane writes or reads when the warp goes through the rows from `first_row` on, a multiple of 8, in order.
+    #[inline(always)]
+    pub fn chunk_of_lane(self, first_row: u32, lane: u32) -> LaneChunk {
+        let row = SharedTile::<DIM_BLOCKS>::row_of_lane(lane);
+        let byte = SharedTile::<DIM_BLOCKS>::byte_of_lane(lane);
+        LaneChunk {
+            row: self.row(first_row + row) + byte / PANEL_ROW_BYTES * Self::PANEL_BYTES,
+            swizzle: (byte % PANEL_ROW_BYTES) ^ (row * CHUNK_BYTES),
+            row_bytes: PANEL_ROW_BYTES,
+        }
     }
 }

@@ -12,6 +12,12 @@ use crate::rows::Row;
 /// Rows of a block of 16 that a lane holds a part of.
 pub const ROWS_PER_LANE: usize = 2;
 
+/// Of a warp's rows, the one that the lane holds in half `half` of block `block`.
+#[inline(always)]
+pub fn row_of_lane(block: usize, half: usize, lane: u32) -> u32 {
+    16 * block as u32 + 8 * half as u32 + lane / 4
+}
+
 /// ln 2: the kernels' logarithms are to base 2 until they are written.
 pub const LN_2: f32 = core::f32::consts::LN_2;
 
@@ -24,6 +30,24 @@ pub struct OnlineSoftmax<const ROW_BLOCKS: usize> {
     sum: [[f32; ROWS_PER_LANE]; ROW_BLOCKS],
     /// Softmax scale times log2(e).
     scale_log2: f32,
+}
+
+/// A factor for each row that the lane holds a part of.
+pub type RowFactors<const ROW_BLOCKS: usize> = [[f32; ROWS_PER_LANE]; ROW_BLOCKS];
+
+/// Multiplies each row of a lane's output by its factor.
+#[inline(always)]
+pub fn scale_rows<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+    output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
+    factors: &RowFactors<ROW_BLOCKS>,
+) {
+    for (fragments, factors) in output.iter_mut().zip(factors) {
+        for fragment in fragments {
+            for (e, value) in fragment.iter_mut().enumerate() {
+                *value *= factors[e / 2];
+            }
+        }
+    }
 }
 
 /// A row's final factors.
@@ -64,17 +88,17 @@ impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
         Self { max: [[f32::NEG_INFINITY; ROWS_PER_LANE]; ROW_BLOCKS], sum: [[0.0; ROWS_PER_LANE]; ROW_BLOCKS], scale_log2 }
     }
 
-    /// Takes in scores of further columns: turns them into exponentials and scales what was accumulated before.
+    /// Takes in scores of further columns: turns them into exponentials, and says by what the output so far must be multiplied.
     ///
     /// # Safety
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn update<const FRAGMENTS: usize, const DIM_BLOCKS: usize>(
+    pub unsafe fn update<const FRAGMENTS: usize>(
         &mut self,
         scores: &mut [[Fragment; FRAGMENTS]; ROW_BLOCKS],
-        output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
-    ) {
+    ) -> RowFactors<ROW_BLOCKS> {
+        let mut factors = [[1.0; ROWS_PER_LANE]; ROW_BLOCKS];
         for block in 0..ROW_BLOCKS {
             for half in 0..ROWS_PER_LANE {
                 let (low, high) = (2 * half, 2 * half + 1);
@@ -95,12 +119,10 @@ impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
                     sum += fragment[low] + fragment[high];
                 }
                 self.sum[block][half] = sum;
-                for fragment in &mut output[block] {
-                    fragment[low] *= rescale;
-                    fragment[high] *= rescale;
-                }
+                factors[block][half] = rescale;
             }
         }
+        factors
     }
 
     /// The factors of a row, when all columns were taken in.

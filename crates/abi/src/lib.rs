@@ -29,13 +29,18 @@ pub const WIDE_TILE_ROWS: u32 = 128;
 pub const NARROW_TILE_ROWS: u32 = 16;
 /// Columns that a thread block takes at a time.
 pub const COLUMN_STEP: u32 = 64;
-/// Threads of a block of the attention kernel: four warps.
+/// Threads of a block of the `sm_80` attention kernel: four warps.
 pub const ATTENTION_THREADS: u32 = 128;
-/// Blocks of the attention kernel that a multiprocessor holds at a time.
+/// Blocks of the `sm_80` attention kernel that a multiprocessor holds at a time.
 pub const ATTENTION_BLOCKS_PER_SM: u32 = 2;
-/// Dynamic shared memory of the attention kernel: 96 KiB for tiles of Q, K and V, and three words for each row of a wide tile.
+/// Dynamic shared memory of the `sm_80` attention kernel: 96 KiB for tiles of Q, K and V, and three words for each row of a wide tile.
 /// It fits twice into a multiprocessor with 228 KiB (sm_90), and once into the smallest that has tensor cores for bf16 (100 KiB, sm_86 and sm_89).
 pub const ATTENTION_SHARED_BYTES: u32 = TILE_SHARED_BYTES + ROW_TABLE_BYTES;
+/// Threads of a block of the `sm_90a` attention kernel: a producer warpgroup and two consumer warpgroups.
+pub const HOPPER_THREADS: u32 = 384;
+/// Dynamic shared memory of the `sm_90a` attention kernel: tiles of Q, K and V (160 KiB for a head dimension of 128), an exchange of
+/// 36.5 KiB, two row tables, barriers. One block an `sm_90` multiprocessor, which has 227 KiB.
+pub const HOPPER_SHARED_BYTES: u32 = 202 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds tiles.
 pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds the row table.
@@ -165,7 +170,21 @@ impl HeadGroups {
     }
 }
 
-/// Parameters of the attention kernel. Thread block `b` does work item `b / num_groups` for head group `b % num_groups`.
+/// What the persistent blocks of a launch share: they take tasks in order, and the last one to finish sets both words to zero again.
+///
+/// Task `t` is work item `t / num_groups` for head group `t % num_groups`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scheduler {
+    /// Tasks taken beyond the first of each block.
+    pub taken: u32,
+    /// Blocks that have finished.
+    pub finished: u32,
+}
+
+/// Parameters of the attention kernel.
+///
+/// The `sm_80` kernel is launched with a block for each task; the `sm_90a` kernel with as many blocks as the device holds at a time.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionParams {
@@ -193,6 +212,10 @@ pub struct AttentionParams {
     pub heads: HeadGroups,
     /// Rows of the partial buffers.
     pub num_partial_rows: u32,
+    /// Number of work items.
+    pub num_items: u32,
+    /// A [`Scheduler`], zero between launches; each launch that may run beside another has its own.
+    pub scheduler: DeviceAddress,
     /// Softmax scale times log2(e): the kernels exponentiate to base 2.
     pub scale_log2: f32,
 }

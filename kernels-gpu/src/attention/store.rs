@@ -1,29 +1,13 @@
 //! Where a tile's results go: O and LSE, or the partial buffers.
 
-use packinfer_abi::DIRECT;
-
-use super::{Task, row_chunk};
+use super::task::{Task, row_chunk};
 use crate::element::Element;
 use crate::ptx::memory::{load_shared_x4, store_global_f32, store_global_f32x2, store_global_x4, store_shared};
 use crate::ptx::mma::Fragment;
 use crate::ptx::warp;
 use crate::rows::Row;
 use crate::shared_tile::SharedTile;
-use crate::softmax::{LN_2, ROWS_PER_LANE};
-
-impl Task {
-    /// Whether the item writes O itself.
-    #[inline(always)]
-    pub fn is_direct(&self) -> bool {
-        self.item.partial_row == DIRECT
-    }
-
-    /// Index of a tile row in the partial buffers.
-    #[inline(always)]
-    pub fn partial_index(&self, row: u32) -> u64 {
-        u64::from(self.head_group) * u64::from(self.params.num_partial_rows) + u64::from(self.item.partial_row + row)
-    }
-}
+use crate::softmax::{LN_2, OnlineSoftmax, ROWS_PER_LANE, row_of_lane, scale_rows};
 
 /// Stores the log-sum-exp of a row: of the tile's row `row`, which is row `index` of the output.
 ///
@@ -40,24 +24,57 @@ pub unsafe fn lse(task: &Task, row: u32, index: u32, lse_log2: f32) {
     }
 }
 
+/// Finishes the rows of a warp, the tile's from `first_row` on, and stores them. `staging` holds as many rows.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp; no other warp uses the rows of `staging`.
+#[inline(always)]
+pub unsafe fn rows<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+    task: &Task,
+    lane: u32,
+    first_row: u32,
+    staging: SharedTile<DIM_BLOCKS>,
+    softmax: &OnlineSoftmax<ROW_BLOCKS>,
+    output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
+) {
+    let lane_rows = task.rows.of_lane::<ROW_BLOCKS>(first_row, lane);
+    let mut factors = [[0f32; ROWS_PER_LANE]; ROW_BLOCKS];
+    for block in 0..ROW_BLOCKS {
+        for half in 0..ROWS_PER_LANE {
+            let sum = softmax.finish(block, half);
+            factors[block][half] = sum.inverse;
+            if lane % 4 == 0 && lane_rows[block][half].exists() {
+                lse(task, first_row + row_of_lane(block, half, lane), lane_rows[block][half].index, sum.lse_log2);
+            }
+        }
+    }
+    scale_rows(output, &factors);
+    if task.is_direct() {
+        direct::<E, DIM_BLOCKS, ROW_BLOCKS>(task, lane, first_row, staging, output);
+    } else {
+        partial(task, lane, first_row, &lane_rows, output);
+    }
+}
+
 /// Stores the warp's rows of O, through its rows of a shared tile so that each store is 16 bytes wide.
 ///
 /// # Safety
 ///
 /// Reached by all lanes of the warp; no other warp uses these rows of the tile.
 #[inline(always)]
-pub unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
     task: &Task,
-    tile: SharedTile<DIM_BLOCKS>,
+    lane: u32,
     first_row: u32,
+    tile: SharedTile<DIM_BLOCKS>,
     output: &[[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
 ) {
-    let lane = task.lane;
     warp::sync(); // all lanes have read what the tile held
     for (block, fragments) in output.iter().enumerate() {
         for (dim, fragment) in fragments.iter().enumerate() {
             for half in 0..ROWS_PER_LANE {
-                let row = 16 * block as u32 + 8 * half as u32 + lane / 4;
+                let row = row_of_lane(block, half, lane);
                 store_shared(tile.chunk(row, dim as u32) + lane % 4 * 4, E::pack(fragment[2 * half], fragment[2 * half + 1]));
             }
         }
@@ -79,17 +96,17 @@ pub unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usiz
 ///
 /// `rows` are the rows that this lane holds parts of.
 #[inline(always)]
-pub unsafe fn partial<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+unsafe fn partial<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
     task: &Task,
+    lane: u32,
     first_row: u32,
     rows: &[[Row; ROWS_PER_LANE]; ROW_BLOCKS],
     output: &[[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
 ) {
-    let lane = task.lane;
     for block in 0..ROW_BLOCKS {
         for half in 0..ROWS_PER_LANE {
             if rows[block][half].exists() {
-                let row = task.partial_index(first_row + 16 * block as u32 + 8 * half as u32 + lane / 4);
+                let row = task.partial_index(first_row + row_of_lane(block, half, lane));
                 let address = task.params.partial_o + row * (8 * DIM_BLOCKS as u64 * 4) + u64::from(lane % 4 * 8);
                 for (dim, fragment) in output[block].iter().enumerate() {
                     store_global_f32x2(address + 32 * dim as u64, fragment[2 * half], fragment[2 * half + 1]);

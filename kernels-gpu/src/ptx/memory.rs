@@ -125,6 +125,17 @@ pub unsafe fn store_shared(address: u32, value: u32) {
     asm!("st.shared.u32 [{0}], {1};", in(reg32) address, in(reg32) value, options(nostack));
 }
 
+/// Stores four words to shared memory.
+///
+/// # Safety
+///
+/// `address` is aligned to 16 bytes and in the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_shared_x4(address: u32, [a, b, c, d]: [u32; 4]) {
+    asm!("st.shared.v4.u32 [{0}], {{{1}, {2}, {3}, {4}}};",
+        in(reg32) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
+}
+
 /// Stores one number to shared memory.
 ///
 /// # Safety
@@ -143,4 +154,16 @@ pub unsafe fn store_shared_f32(address: u32, value: f32) {
 #[inline(always)]
 pub unsafe fn store_shared_f32x2(address: u32, a: f32, b: f32) {
     asm!("st.shared.v2.f32 [{0}], {{{1}, {2}}};", in(reg32) address, in(reg32) a, in(reg32) b, options(nostack));
+}
+
+/// Adds to a word that other blocks change too, and returns what it was.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and writable.
+#[inline(always)]
+pub unsafe fn fetch_add_global(address: u64, value: u32) -> u32 {
+    let before: u32;
+    asm!("atom.acq_rel.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) before, in(reg64) address, in(reg32) value, options(nostack));
+    before
 }

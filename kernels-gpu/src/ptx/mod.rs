@@ -3,7 +3,13 @@
 pub mod control;
 pub mod cp_async;
 pub mod math;
+#[cfg(feature = "sm_90a")]
+pub mod mbarrier;
 pub mod memory;
 pub mod mma;
 pub mod special;
 pub mod warp;
+#[cfg(feature = "sm_90a")]
+pub mod warpgroup;
+#[cfg(feature = "sm_90a")]
+pub mod wgmma;

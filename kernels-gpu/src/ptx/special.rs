@@ -26,6 +26,10 @@ special_register! {
     /// Index of the block in the grid.
     block_index = "%ctaid.x"
 }
+special_register! {
+    /// Number of blocks in the grid.
+    num_blocks = "%nctaid.x"
+}
 
 /// Address, in the shared window, of the block's dynamic shared memory; aligned to 1024 bytes.
 #[inline(always)]

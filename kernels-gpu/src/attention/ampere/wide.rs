@@ -8,15 +8,17 @@
 
 use packinfer_abi::{COLUMN_STEP, TILE_SHARED_BYTES, WIDE_TILE_ROWS};
 
-use super::{Task, row_chunk, store};
-use crate::columns::{ColumnLoader, WARP_COLUMNS};
+use super::{Block, WARP_COLUMNS};
+use crate::attention::store;
+use crate::attention::task::{Task, row_chunk};
+use crate::columns::ColumnLoader;
 use crate::element::Element;
 use crate::ptx::control::sync_block;
 use crate::ptx::cp_async::{commit_group, copy_chunk, wait_group};
 use crate::ptx::mma::Fragment;
-use crate::rows::{NO_ROW, Row, WarpView};
-use crate::shared_tile::SharedTile;
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities};
+use crate::rows::WarpView;
+use crate::shared_tile::{LaneRow, SharedTile};
+use crate::softmax::{OnlineSoftmax, mask, probabilities, scale_rows};
 
 /// Blocks of 16 rows that a warp holds.
 const ROW_BLOCKS: usize = 2;
@@ -47,28 +49,28 @@ impl<const DIM_BLOCKS: usize> Tiles<DIM_BLOCKS> {
     }
 }
 
-/// Does the task's work item.
+/// Does the block's task.
 ///
 /// # Safety
 ///
 /// Reached by all threads of the block, with a valid task of a wide tile.
 #[inline(always)]
-pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
+pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
     const { Tiles::<DIM_BLOCKS>::FITS };
-    let Task { params, item, rows, warp, lane, .. } = task;
-    let (warp, lane) = (*warp, *lane);
-    let tiles = Tiles::<DIM_BLOCKS> { q: SharedTile::at(task.tiles) };
+    let Block { task, warp, lane, .. } = block;
+    let (params, item, warp, lane) = (&task.params, &task.item, *warp, *lane);
+    let tiles = Tiles::<DIM_BLOCKS> { q: SharedTile::at(block.tiles) };
     let first_row = warp * WARP_ROWS;
     let warp_column = warp * WARP_COLUMNS;
 
-    let mut loader = ColumnLoader::<DIM_BLOCKS>::new(params, item, task.kv_head, warp_column, lane);
+    let mut loader = ColumnLoader::<DIM_BLOCKS, WARP_COLUMNS>::new(params, item, task.kv_head, warp_column, lane);
     loader.load(tiles.k(0).skip_rows(warp_column), tiles.v(0).skip_rows(warp_column), COLUMN_STEP);
-    rows.write(params, item, task.head_group, task.thread);
+    task.rows.write(params, item, task.head_group, block.thread);
     sync_block();
-    load_queries(task, tiles.q.skip_rows(first_row), first_row);
+    load_queries(task, lane, tiles.q.skip_rows(first_row), first_row);
     commit_group();
 
-    let view = WarpView::of(rows.read(first_row + lane));
+    let view = WarpView::of(task.rows.read(first_row + lane));
     let q = tiles.q.skip_rows(first_row).rows_by_lane(lane);
     let mut softmax = OnlineSoftmax::<ROW_BLOCKS>::new(params.scale_log2);
     let mut output = [[[0f32; 4]; DIM_BLOCKS]; ROW_BLOCKS];
@@ -86,69 +88,40 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
         if view.sees_any(column, COLUMN_STEP) {
             let mut scores = score::<E, DIM_BLOCKS>(q, tiles.k(stage), lane);
             if !view.sees_all(column, COLUMN_STEP) {
-                for (scores, rows) in scores.iter_mut().zip(&rows_of_lane(task, first_row)) {
+                for (scores, rows) in scores.iter_mut().zip(&task.rows.of_lane::<ROW_BLOCKS>(first_row, lane)) {
                     mask(scores, rows, column, lane);
                 }
             }
-            softmax.update(&mut scores, &mut output);
+            let factors = softmax.update(&mut scores);
+            scale_rows(&mut output, &factors);
             accumulate::<E, DIM_BLOCKS>(&mut output, &scores, tiles.v(stage), lane);
         }
         stage = 1 - stage;
         column += COLUMN_STEP;
     }
 
-    let task = &Task::of_this_block(task.params);
-    let (lane, first_row) = (task.lane, task.warp * WARP_ROWS);
-    let tile = Tiles::<DIM_BLOCKS> { q: SharedTile::at(task.tiles) }.q.skip_rows(first_row);
-    let lane_rows = rows_of_lane(task, first_row);
-    for block in 0..ROW_BLOCKS {
-        for half in 0..ROWS_PER_LANE {
-            let sum = softmax.finish(block, half);
-            for fragment in &mut output[block] {
-                fragment[2 * half] *= sum.inverse;
-                fragment[2 * half + 1] *= sum.inverse;
-            }
-            let row = first_row + 16 * block as u32 + 8 * half as u32 + lane / 4;
-            if lane % 4 == 0 && lane_rows[block][half].exists() {
-                store::lse(task, row, lane_rows[block][half].index, sum.lse_log2);
-            }
-        }
-    }
-    if task.is_direct() {
-        store::direct::<E, DIM_BLOCKS, ROW_BLOCKS>(task, tile, first_row, &output);
-    } else {
-        store::partial(task, first_row, &lane_rows, &output);
-    }
-}
-
-/// The rows that this lane holds parts of: read when needed, since registers are scarce.
-#[inline(always)]
-unsafe fn rows_of_lane(task: &Task, first_row: u32) -> [[Row; ROWS_PER_LANE]; ROW_BLOCKS] {
-    let mut rows = [[Row { index: NO_ROW, begin: 0, end: 0 }; ROWS_PER_LANE]; ROW_BLOCKS];
-    for (block, rows) in rows.iter_mut().enumerate() {
-        for (half, row) in rows.iter_mut().enumerate() {
-            *row = task.rows.read(first_row + 16 * block as u32 + 8 * half as u32 + task.lane / 4);
-        }
-    }
-    rows
+    let Block { task, tiles, warp, lane, .. } = &Block::this(block.task.params);
+    let first_row = warp * WARP_ROWS;
+    let staging = SharedTile::at(*tiles).skip_rows(first_row); // the warp's own rows of Q
+    store::rows::<E, DIM_BLOCKS, ROW_BLOCKS>(task, *lane, first_row, staging, &softmax, &mut output);
 }
 
 /// Starts copies of the warp's rows of Q; zeros for rows that do not exist.
 #[inline(always)]
-unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, tile: SharedTile<DIM_BLOCKS>, first_row: u32) {
-    let chunk = tile.chunk_of_lane(task.lane);
+unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, lane: u32, tile: SharedTile<DIM_BLOCKS>, first_row: u32) {
+    let chunk = tile.chunk_of_lane(lane);
     for i in 0..WARP_ROWS / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
         let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
-        let row = task.rows.read(first_row + rows + SharedTile::<DIM_BLOCKS>::row_of_lane(task.lane));
+        let row = task.rows.read(first_row + rows + SharedTile::<DIM_BLOCKS>::row_of_lane(lane));
         let index = if row.exists() { row.index } else { 0 };
-        copy_chunk(chunk.rows_on(rows), row_chunk::<DIM_BLOCKS>(task.params.q, index, task.lane), row.exists());
+        copy_chunk(chunk.rows_on(rows), row_chunk::<DIM_BLOCKS>(task.params.q, index, lane), row.exists());
     }
 }
 
 /// Scores of one step: Q Kᵀ for the warp's rows.
 #[inline(always)]
 unsafe fn score<E: Element, const DIM_BLOCKS: usize>(
-    q: crate::shared_tile::LaneRow,
+    q: LaneRow,
     k: SharedTile<DIM_BLOCKS>,
     lane: u32,
 ) -> [[Fragment; SCORE_FRAGMENTS]; ROW_BLOCKS] {

@@ -5,8 +5,10 @@
 
 use packinfer_abi::{ATTENTION_THREADS, COLUMN_STEP, NARROW_TILE_ROWS, TILE_SHARED_BYTES};
 
-use super::{Task, store};
-use crate::columns::{ColumnLoader, WARP_COLUMNS};
+use super::{Block, WARP_COLUMNS};
+use crate::attention::store;
+use crate::attention::task::Task;
+use crate::columns::ColumnLoader;
 use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::control::sync_block;
 use crate::ptx::cp_async::{commit_group, wait_group};
@@ -15,7 +17,7 @@ use crate::ptx::mma::{Fragment, OperandA};
 use crate::ptx::{math, warp};
 use crate::rows::{NO_ROW, Row, WarpView};
 use crate::shared_tile::SharedTile;
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities};
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, row_of_lane, scale_rows};
 
 /// Warps of a block.
 const WARPS: u32 = ATTENTION_THREADS / 32;
@@ -49,19 +51,19 @@ impl<const DIM_BLOCKS: usize> Ring<DIM_BLOCKS> {
     }
 }
 
-/// Does the task's work item.
+/// Does the block's task.
 ///
 /// # Safety
 ///
 /// Reached by all threads of the block, with a valid task of a narrow tile.
 #[inline(always)]
-pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
-    let Task { params, item, rows, warp, lane, .. } = task;
-    let lane = *lane;
-    let ring = Ring::<DIM_BLOCKS>::of_warp(task.tiles, *warp);
+pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
+    let Block { task, tiles, thread, warp, lane } = block;
+    let (params, item, rows, lane) = (&task.params, &task.item, task.rows, *lane);
+    let ring = Ring::<DIM_BLOCKS>::of_warp(*tiles, *warp);
     let warp_column = warp * WARP_COLUMNS;
 
-    let mut loader = ColumnLoader::<DIM_BLOCKS>::new(params, item, task.kv_head, warp_column, lane);
+    let mut loader = ColumnLoader::<DIM_BLOCKS, WARP_COLUMNS>::new(params, item, task.kv_head, warp_column, lane);
     let mut ahead = item.column_begin + warp_column; // first column of the step that is copied next
     for stage in 0..Ring::<DIM_BLOCKS>::STAGES {
         if ahead < item.column_end {
@@ -71,13 +73,13 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
         ahead = ahead.saturating_add(COLUMN_STEP);
     }
 
-    if task.thread < NARROW_TILE_ROWS {
-        rows.write(params, item, task.head_group, task.thread);
+    if *thread < NARROW_TILE_ROWS {
+        rows.write(params, item, task.head_group, *thread);
     }
     sync_block();
     let view = WarpView::of(rows.read(lane % NARROW_TILE_ROWS));
-    let lane_rows = [rows.read(lane / 4), rows.read(lane / 4 + 8)];
-    let queries = load_queries::<DIM_BLOCKS>(task, &lane_rows);
+    let [lane_rows] = rows.of_lane::<1>(0, lane);
+    let queries = load_queries::<DIM_BLOCKS>(task, lane, &lane_rows);
     let mut softmax = OnlineSoftmax::<1>::new(params.scale_log2);
     let mut output = [[[0f32; 4]; DIM_BLOCKS]; 1];
 
@@ -91,7 +93,8 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
             if !view.sees_all(column, WARP_COLUMNS) {
                 mask(&mut scores[0], &lane_rows, column, lane);
             }
-            softmax.update(&mut scores, &mut output);
+            let factors = softmax.update(&mut scores);
+            scale_rows(&mut output, &factors);
             accumulate::<E, DIM_BLOCKS>(&mut output[0], &scores[0], ring.v(stage), lane);
         }
         warp::sync(); // all lanes have read the stage
@@ -105,10 +108,10 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
     }
     wait_group::<0>();
 
-    let result = WarpResult::<DIM_BLOCKS>::of_warp(task.tiles, *warp);
+    let result = WarpResult::<DIM_BLOCKS>::of_warp(*tiles, *warp);
     for half in 0..ROWS_PER_LANE {
         let sum = softmax.finish(0, half);
-        let row = lane / 4 + 8 * half as u32;
+        let row = row_of_lane(0, half, lane);
         for (dim, fragment) in output[0].iter().enumerate() {
             let (a, b) = (fragment[2 * half] * sum.inverse, fragment[2 * half + 1] * sum.inverse);
             store_shared_f32x2(result.output(row, 8 * dim as u32 + lane % 4 * 2), a, b);
@@ -118,7 +121,7 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
         }
     }
     sync_block();
-    merge_warps::<E, DIM_BLOCKS>(task);
+    merge_warps::<E, DIM_BLOCKS>(block);
 }
 
 /// What one warp found, in the shared memory that was its ring: 16 rows of O in float32, and their log-sum-exp.
@@ -151,13 +154,14 @@ impl<const DIM_BLOCKS: usize> WarpResult<DIM_BLOCKS> {
 
 /// Merges the results of the four warps by their log-sum-exp and stores them, two elements a thread at a time.
 #[inline(always)]
-unsafe fn merge_warps<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
+unsafe fn merge_warps<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
+    let Block { task, tiles, thread, .. } = block;
     let dim = WarpResult::<DIM_BLOCKS>::DIM;
     let threads_per_row = dim / 2;
     let rows_at_once = ATTENTION_THREADS / threads_per_row;
-    let element = task.thread % threads_per_row * 2;
+    let element = thread % threads_per_row * 2;
     for i in 0..NARROW_TILE_ROWS / rows_at_once {
-        let row = i * rows_at_once + task.thread / threads_per_row;
+        let row = i * rows_at_once + thread / threads_per_row;
         let index = task.rows.read(row).index;
         if index == NO_ROW {
             continue;
@@ -165,14 +169,14 @@ unsafe fn merge_warps<E: Element, const DIM_BLOCKS: usize>(task: &Task) {
         let mut lse = [0f32; WARPS as usize];
         let mut max = f32::NEG_INFINITY;
         for (warp, lse) in lse.iter_mut().enumerate() {
-            *lse = load_shared_f32(WarpResult::<DIM_BLOCKS>::of_warp(task.tiles, warp as u32).lse(row));
+            *lse = load_shared_f32(WarpResult::<DIM_BLOCKS>::of_warp(*tiles, warp as u32).lse(row));
             max = math::max(max, *lse);
         }
         let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
         let (mut total, mut sum) = (0f32, [0f32; 2]);
         for (warp, lse) in lse.iter().enumerate() {
             let weight = math::exp2(lse - origin);
-            let address = WarpResult::<DIM_BLOCKS>::of_warp(task.tiles, warp as u32).output(row, element);
+            let address = WarpResult::<DIM_BLOCKS>::of_warp(*tiles, warp as u32).output(row, element);
             sum[0] += weight * load_shared_f32(address);
             sum[1] += weight * load_shared_f32(address + 4);
             total += weight;
@@ -204,14 +208,17 @@ fn wait_stage<const DIM_BLOCKS: usize>() {
 
 /// Operands A of Q, straight from global memory: there are few rows and each is read once.
 #[inline(always)]
-unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, rows: &[Row; ROWS_PER_LANE]) -> [[u32; ROWS_PER_LANE]; DIM_BLOCKS] {
+unsafe fn load_queries<const DIM_BLOCKS: usize>(
+    task: &Task,
+    lane: u32,
+    rows: &[Row; ROWS_PER_LANE],
+) -> [[u32; ROWS_PER_LANE]; DIM_BLOCKS] {
     // `queries[block][half]` are elements 8 block + 2 (lane % 4) and the next of the lane's row `half`.
     let mut queries = [[0u32; ROWS_PER_LANE]; DIM_BLOCKS];
     for (half, row) in rows.iter().enumerate() {
         if row.exists() {
-            let address = task.params.q
-                + u64::from(row.index) * u64::from(SharedTile::<DIM_BLOCKS>::ROW_BYTES)
-                + u64::from(task.lane % 4 * 4);
+            let address =
+                task.params.q + u64::from(row.index) * u64::from(SharedTile::<DIM_BLOCKS>::ROW_BYTES) + u64::from(lane % 4 * 4);
             for (block, words) in queries.iter_mut().enumerate() {
                 words[half] = load_global(address + 16 * block as u64);
             }

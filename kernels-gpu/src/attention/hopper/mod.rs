@@ -1,0 +1,98 @@
+//! For `sm_90a`: a persistent block per multiprocessor, whose warpgroups divide the labour.
+//!
+//! ```text
+//! producer   (1 warpgroup)    takes tasks, gathers Q, K and V through cp.async       task ▸ Q ▸ K₀ V₀ K₁ V₁ … task ▸ …
+//! consumers  (2 warpgroups)   wide tiles:   64 rows each, wgmma over 128 columns     S₀ · S₁ P₀V₀ · S₂ P₁V₁ · … · store
+//!                             narrow tiles: 16 rows, 8 warps divide the columns      S₀ P₀V₀ · S₁ P₁V₁ · … · merge, store
+//! ```
+//!
+//! The producer runs ahead, also across tasks: while the consumers finish one, the K and V of the next arrive. All that passes between
+//! them lies in [`Shared`], guarded by pairs of barriers: *full* (the producer has filled it) and *empty* (the consumers have done with it).
+
+mod consumer;
+mod narrow;
+mod producer;
+mod shared;
+mod wide;
+
+use packinfer_abi::AttentionParams;
+
+use crate::element::{Bf16, Element, F16};
+use crate::ptx::control::sync_block;
+use crate::ptx::mma::Fragment;
+use crate::ptx::special::{dynamic_shared, thread_index};
+use crate::ptx::warp;
+use crate::ptx::warpgroup::{THREADS, give_registers, take_registers};
+use crate::ptx::wgmma::Accumulator;
+use shared::Shared;
+
+/// Columns of a step.
+const STEP: u32 = 128;
+/// Score fragments of a step of a wide tile, each 8 columns wide.
+const SCORE_FRAGMENTS: usize = STEP as usize / 8;
+/// Warps that consume.
+const CONSUMER_WARPS: u32 = 8;
+/// Threads that consume.
+const CONSUMER_THREADS: u32 = 32 * CONSUMER_WARPS;
+
+/// Registers of a thread: 168 at the launch, then what each role needs; 128 · 56 + 256 · 224 = 384 · 168.
+const PRODUCER_REGISTERS: u32 = 56;
+const CONSUMER_REGISTERS: u32 = 224;
+
+/// Barriers among warpgroups; 0 is the whole block's.
+mod barrier {
+    /// Among the producer's threads.
+    pub const PRODUCER: u32 = 1;
+    /// The turn of consumer 0 to start products, and after it that of consumer 1.
+    pub const TURN: u32 = 2;
+    /// Among the consumers' threads.
+    pub const CONSUMERS: u32 = 4;
+}
+
+#[inline(always)]
+unsafe fn attention<E: Element, const DIM_BLOCKS: usize>(params: AttentionParams)
+where
+    [Fragment; SCORE_FRAGMENTS]: Accumulator<E>,
+    [Fragment; DIM_BLOCKS]: Accumulator<E>,
+{
+    let shared = Shared::<DIM_BLOCKS>::at(dynamic_shared());
+    let thread = thread_index();
+    let warpgroup = warp::uniform(thread / THREADS);
+    if thread == 0 {
+        shared.init_barriers();
+    }
+    sync_block();
+    if warpgroup == 0 {
+        give_registers::<PRODUCER_REGISTERS>();
+        producer::run::<DIM_BLOCKS>(&params, shared, thread);
+    } else {
+        take_registers::<CONSUMER_REGISTERS>();
+        consumer::run::<E, DIM_BLOCKS>(&params, shared, warpgroup - 1, thread - THREADS);
+    }
+}
+
+kernel! {
+    /// Attention in bf16, head dimension 64.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    fn attention_bf16_d64(params: AttentionParams) {
+        attention::<Bf16, 8>(params)
+    }
+
+    /// Attention in bf16, head dimension 128.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    fn attention_bf16_d128(params: AttentionParams) {
+        attention::<Bf16, 16>(params)
+    }
+
+    /// Attention in f16, head dimension 64.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    fn attention_f16_d64(params: AttentionParams) {
+        attention::<F16, 8>(params)
+    }
+
+    /// Attention in f16, head dimension 128.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    fn attention_f16_d128(params: AttentionParams) {
+        attention::<F16, 16>(params)
+    }
+}

@@ -1,0 +1,222 @@
+//! The block's shared memory, and the barriers that guard its parts.
+
+use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS, ROW_TABLE_BYTES, WIDE_TILE_ROWS, WorkItem};
+
+use super::{CONSUMER_WARPS, STEP};
+use crate::attention::task::Task;
+use crate::ptx::mbarrier;
+use crate::ptx::memory::{load_shared_x4, store_shared_x4};
+use crate::ptx::warpgroup::THREADS;
+use crate::rows::RowTable;
+use crate::shared_tile::{PanelTile, SharedTile};
+
+/// Tasks that are known at a time: the one that the consumers do, and the one that the producer loads for.
+pub const TASKS: u32 = 2;
+
+/// Q of a task.
+pub type QueryTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, WIDE_TILE_ROWS>;
+/// K or V of a step.
+pub type ColumnTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, STEP>;
+
+/// A ring of `STAGES` parts of shared memory that the producer fills and the consumers empty in turn. Each side counts for itself.
+#[derive(Clone, Copy)]
+pub struct Ring<const STAGES: u32> {
+    barriers: u32,
+    /// The part whose turn it is.
+    pub stage: u32,
+    /// Parity of the phase of its full barrier.
+    parity: u32,
+}
+
+impl<const STAGES: u32> Ring<STAGES> {
+    const BYTES: u32 = 2 * STAGES * mbarrier::BYTES;
+
+    fn at(barriers: u32) -> Self {
+        Self { barriers, stage: 0, parity: 0 }
+    }
+
+    unsafe fn init(&self) {
+        for stage in 0..STAGES {
+            mbarrier::init(self.barriers + stage * mbarrier::BYTES, THREADS);
+            mbarrier::init(self.barriers + (STAGES + stage) * mbarrier::BYTES, CONSUMER_WARPS);
+        }
+    }
+
+    #[inline(always)]
+    fn full(&self) -> u32 {
+        self.barriers + self.stage * mbarrier::BYTES
+    }
+
+    #[inline(always)]
+    fn empty(&self) -> u32 {
+        self.barriers + (STAGES + self.stage) * mbarrier::BYTES
+    }
+
+    #[inline(always)]
+    fn advance(&mut self) {
+        self.stage += 1;
+        if self.stage == STAGES {
+            self.stage = 0;
+            self.parity ^= 1;
+        }
+    }
+
+    /// Producer: waits until the consumers have done with the part.
+    #[inline(always)]
+    pub unsafe fn wait_empty(&self) {
+        mbarrier::wait(self.empty(), self.parity ^ 1);
+    }
+
+    /// Producer, every thread: the part is full once the thread's copies have arrived; on to the next.
+    #[inline(always)]
+    pub unsafe fn fill_by_copies(&mut self) {
+        mbarrier::arrive_after_copies(self.full());
+        self.advance();
+    }
+
+    /// Producer, every thread: the part is full; on to the next.
+    #[inline(always)]
+    pub unsafe fn fill(&mut self) {
+        mbarrier::arrive(self.full());
+        self.advance();
+    }
+
+    /// Consumer: waits until the part is full.
+    #[inline(always)]
+    pub unsafe fn wait_full(&self) {
+        mbarrier::wait(self.full(), self.parity);
+    }
+
+    /// Consumer, every warp, its lanes having done with the part: on to the next.
+    #[inline(always)]
+    pub unsafe fn release(&mut self, lane: u32) {
+        if lane == 0 {
+            mbarrier::arrive(self.empty());
+        }
+        self.advance();
+    }
+}
+
+/// Where the parts lie, in this order: Q, K, V, the consumers' exchange, row tables, task slots, barriers.
+#[derive(Clone, Copy)]
+pub struct Shared<const DIM_BLOCKS: usize> {
+    base: u32,
+}
+
+impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
+    /// Steps whose K and V are held.
+    pub const STAGES: u32 = 2;
+    /// Bytes of the exchange, where each consumer warp stages its 16 rows of O, and where narrow tiles are merged.
+    const EXCHANGE_BYTES: u32 = super::narrow::EXCHANGE_BYTES;
+
+    const K: u32 = QueryTile::<DIM_BLOCKS>::BYTES;
+    const V: u32 = Self::K + Self::STAGES * ColumnTile::<DIM_BLOCKS>::BYTES;
+    const EXCHANGE: u32 = Self::V + Self::STAGES * ColumnTile::<DIM_BLOCKS>::BYTES;
+    const ROWS: u32 = Self::EXCHANGE + Self::EXCHANGE_BYTES;
+    const SLOTS: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
+    const SLOT_BYTES: u32 = 48;
+    const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
+    const END: u32 = Self::BARRIERS + Ring::<1>::BYTES + 2 * Ring::<2>::BYTES + Ring::<TASKS>::BYTES;
+    const FITS: () = assert!(
+        Self::END <= HOPPER_SHARED_BYTES
+            && CONSUMER_WARPS * NARROW_TILE_ROWS * SharedTile::<DIM_BLOCKS>::ROW_BYTES <= Self::EXCHANGE_BYTES
+            && Self::STAGES == 2
+    );
+
+    #[inline(always)]
+    pub fn at(base: u32) -> Self {
+        const { Self::FITS };
+        Self { base }
+    }
+
+    pub unsafe fn init_barriers(&self) {
+        self.query_ring().init();
+        self.k_ring().init();
+        self.v_ring().init();
+        self.task_ring().init();
+        mbarrier::fence_init();
+    }
+
+    #[inline(always)]
+    pub fn query_ring(&self) -> Ring<1> {
+        Ring::at(self.base + Self::BARRIERS)
+    }
+
+    #[inline(always)]
+    pub fn k_ring(&self) -> Ring<2> {
+        Ring::at(self.base + Self::BARRIERS + Ring::<1>::BYTES)
+    }
+
+    #[inline(always)]
+    pub fn v_ring(&self) -> Ring<2> {
+        Ring::at(self.base + Self::BARRIERS + Ring::<1>::BYTES + Ring::<2>::BYTES)
+    }
+
+    #[inline(always)]
+    pub fn task_ring(&self) -> Ring<TASKS> {
+        Ring::at(self.base + Self::BARRIERS + Ring::<1>::BYTES + 2 * Ring::<2>::BYTES)
+    }
+
+    #[inline(always)]
+    pub fn queries(&self) -> QueryTile<DIM_BLOCKS> {
+        QueryTile::at(self.base)
+    }
+
+    #[inline(always)]
+    pub fn k(&self, stage: u32) -> ColumnTile<DIM_BLOCKS> {
+        ColumnTile::at(self.base + Self::K + stage * ColumnTile::<DIM_BLOCKS>::BYTES)
+    }
+
+    #[inline(always)]
+    pub fn v(&self, stage: u32) -> ColumnTile<DIM_BLOCKS> {
+        ColumnTile::at(self.base + Self::V + stage * ColumnTile::<DIM_BLOCKS>::BYTES)
+    }
+
+    /// Start of the exchange.
+    #[inline(always)]
+    pub fn exchange(&self) -> u32 {
+        self.base + Self::EXCHANGE
+    }
+
+    #[inline(always)]
+    pub fn rows(&self, stage: u32) -> RowTable {
+        RowTable::at(self.base + Self::ROWS + stage * ROW_TABLE_BYTES)
+    }
+
+    #[inline(always)]
+    fn slot(&self, stage: u32) -> u32 {
+        self.base + Self::SLOTS + stage * Self::SLOT_BYTES
+    }
+
+    /// Producer: tells the consumers the task, or that there is none left.
+    #[inline(always)]
+    pub unsafe fn post_task(&self, stage: u32, task: Option<&Task>) {
+        let slot = self.slot(stage);
+        if let Some(task) = task {
+            let words: [[u32; 4]; 2] = core::mem::transmute(task.item);
+            store_shared_x4(slot, words[0]);
+            store_shared_x4(slot + 16, words[1]);
+        }
+        let head_group = task.map_or(0, |task| task.head_group);
+        store_shared_x4(slot + 32, [task.is_some() as u32, head_group, 0, 0]);
+    }
+
+    /// Consumer: the task, if there is one left.
+    #[inline(always)]
+    pub unsafe fn read_task(&self, params: &AttentionParams, stage: u32) -> Option<Task> {
+        let slot = self.slot(stage);
+        let [is_task, head_group, ..] = load_shared_x4(slot + 32);
+        if is_task == 0 {
+            return None;
+        }
+        let item: WorkItem = core::mem::transmute([load_shared_x4(slot), load_shared_x4(slot + 16)]);
+        // Consumers read no K or V from global memory, so they need not know the KV head.
+        Some(Task { params: *params, item, head_group, kv_head: 0, rows: self.rows(stage) })
+    }
+
+    /// Where the producer tells its threads which task is next.
+    #[inline(always)]
+    pub fn next_task(&self) -> u32 {
+        self.slot(0) + 32 + 12
+    }
+}

@@ -1,0 +1,65 @@
+//! What a thread block does at a time: one work item for one head group.
+
+use packinfer_abi::{AttentionParams, DIRECT, DeviceAddress, WorkItem};
+
+use crate::ptx::math::divide;
+use crate::ptx::memory::load_global_x4;
+use crate::rows::RowTable;
+use crate::shared_tile::SharedTile;
+
+/// One work item for one head group.
+#[derive(Clone, Copy)]
+pub(crate) struct Task {
+    pub params: AttentionParams,
+    pub item: WorkItem,
+    pub head_group: u32,
+    pub kv_head: u32,
+    pub rows: RowTable,
+}
+
+impl Task {
+    /// The task of the given index, with its rows in `rows`.
+    ///
+    /// # Safety
+    ///
+    /// `params` are valid, and there is such a task.
+    #[inline(always)]
+    pub unsafe fn load(params: AttentionParams, index: u32, rows: RowTable) -> Self {
+        let item_index = divide(index, params.heads.num_groups);
+        let head_group = index - item_index * params.heads.num_groups;
+        Self {
+            item: load_item(params.items + u64::from(item_index) * size_of::<WorkItem>() as u64),
+            head_group,
+            kv_head: divide(head_group, params.heads.groups_per_kv_head()),
+            params,
+            rows,
+        }
+    }
+
+    /// Whether the item writes O itself.
+    #[inline(always)]
+    pub fn is_direct(&self) -> bool {
+        self.item.partial_row == DIRECT
+    }
+
+    /// Index of a tile row in the partial buffers.
+    #[inline(always)]
+    pub fn partial_index(&self, row: u32) -> u64 {
+        u64::from(self.head_group) * u64::from(self.params.num_partial_rows) + u64::from(self.item.partial_row + row)
+    }
+}
+
+/// Reads a work item: two loads of 16 bytes.
+#[inline(always)]
+unsafe fn load_item(address: u64) -> WorkItem {
+    const { assert!(size_of::<WorkItem>() == 32) };
+    let words = [load_global_x4(address), load_global_x4(address + 16)];
+    core::mem::transmute(words)
+}
+
+/// Address of a lane's chunk of row `index` of Q or O.
+#[inline(always)]
+pub(crate) fn row_chunk<const DIM_BLOCKS: usize>(tensor: DeviceAddress, index: u32, lane: u32) -> DeviceAddress {
+    let row_bytes = SharedTile::<DIM_BLOCKS>::ROW_BYTES;
+    tensor + u64::from(index) * u64::from(row_bytes) + u64::from(SharedTile::<DIM_BLOCKS>::byte_of_lane(lane))
+}

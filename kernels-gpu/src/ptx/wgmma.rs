@@ -1,0 +1,160 @@
+//! Tensor cores by the warpgroup (PTX ISA, Asynchronous Warpgroup Level Matrix Instructions).
+//!
+//! A product runs beside the program from [`commit_group`] to [`wait_group`]; meanwhile its registers must not be touched. The compiler
+//! does not know that, so [`Accumulator::hold`] stands on both sides of a flight: it makes the compiler believe that all of an accumulator's
+//! registers change there, and nothing moves across.
+//!
+//! Warp `w` of the warpgroup holds rows `16 w ..` of the 64 × N accumulator, as [`Fragment`]s of 8 columns each.
+
+use core::arch::asm;
+
+use super::mma::{Fragment, OperandA};
+use crate::element::{Bf16, F16};
+
+/// Where an operand lies in shared memory: rows of 128 bytes, swizzled by 128 bytes (PTX ISA, Matrix Descriptor Format).
+#[derive(Clone, Copy)]
+pub struct Descriptor(u64);
+
+impl Descriptor {
+    const SWIZZLE_128B: u64 = 1 << 62;
+    /// Bytes of eight rows, the unit that the swizzle repeats in.
+    const EIGHT_ROWS: u64 = 8 * 128;
+
+    const fn new(address: u32, leading_bytes: u64, stride_bytes: u64) -> Self {
+        Self(Self::SWIZZLE_128B | (stride_bytes >> 4) << 32 | (leading_bytes >> 4) << 16 | (address as u64 & 0x3_FFFF) >> 4)
+    }
+
+    /// Rows are rows of A or columns of B; a row's 64 elements are summed over. The leading offset is not used.
+    #[inline(always)]
+    pub fn along_sum(address: u32) -> Self {
+        Self::new(address, 16, Self::EIGHT_ROWS)
+    }
+
+    /// Rows are summed over; a row's 64 elements are columns of B, the next 64 lie `half_bytes` on.
+    #[inline(always)]
+    pub fn across_sum(address: u32, half_bytes: u32) -> Self {
+        Self::new(address, half_bytes as u64, Self::EIGHT_ROWS)
+    }
+
+    /// The operand `bytes` on, a multiple of 16.
+    #[inline(always)]
+    pub fn skip(self, bytes: u32) -> Self {
+        Self(self.0 + (bytes >> 4) as u64)
+    }
+}
+
+/// Orders register and shared memory accesses before the products that follow. PTX ISA, `wgmma.fence`.
+///
+/// # Safety
+///
+/// Reached by all threads of the warpgroup.
+#[inline(always)]
+pub unsafe fn fence() {
+    asm!("wgmma.fence.sync.aligned;", options(nostack));
+}
+
+/// Ends a group of products. PTX ISA, `wgmma.commit_group`.
+///
+/// # Safety
+///
+/// Reached by all threads of the warpgroup.
+#[inline(always)]
+pub unsafe fn commit_group() {
+    asm!("wgmma.commit_group.sync.aligned;", options(nostack));
+}
+
+/// Waits until all but the `NEWEST` last groups have ended. PTX ISA, `wgmma.wait_group`.
+///
+/// # Safety
+///
+/// Reached by all threads of the warpgroup.
+#[inline(always)]
+pub unsafe fn wait_group<const NEWEST: u32>() {
+    asm!("wgmma.wait_group.sync.aligned {0};", const NEWEST, options(nostack));
+}
+
+/// Makes the compiler believe that operand A changes here.
+#[inline(always)]
+pub fn hold_operands<const N: usize>(operands: &mut [OperandA; N]) {
+    for a in operands {
+        // SAFETY: a comment.
+        unsafe {
+            asm!("// {0} {1} {2} {3}", inout(reg32) a[0], inout(reg32) a[1], inout(reg32) a[2], inout(reg32) a[3], options(nomem, nostack))
+        };
+    }
+}
+
+/// The accumulator of a product of 64 rows with operands of type `E`.
+pub trait Accumulator<E> {
+    /// Makes the compiler believe that the accumulator changes here.
+    fn hold(&mut self);
+
+    /// Starts `self += a · b`, or `self = a · b` where not `accumulate`: both operands in shared memory, 16 elements summed over.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all threads of the warpgroup, between [`fence`] and [`commit_group`]; both operands are in shared memory until waited for.
+    unsafe fn add_product_shared(&mut self, a: Descriptor, b: Descriptor, accumulate: bool);
+
+    /// Starts `self += a · b`: A in registers, B across the sum in shared memory, 16 rows summed over.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::add_product_shared`]; the registers of A do not change until waited for.
+    unsafe fn add_product(&mut self, a: OperandA, b: Descriptor);
+}
+
+macro_rules! registers {
+    (64) => {
+        concat!(
+            "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
+            "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, ",
+            "{32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}, ",
+            "{48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, {58}, {59}, {60}, {61}, {62}, {63}"
+        )
+    };
+    (32) => {
+        concat!(
+            "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
+            "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}"
+        )
+    };
+}
+
+macro_rules! accumulator {
+    ($element:ident, $ty:literal, $blocks:literal, $columns:literal, $registers:tt,
+     operands $a0:literal $a1:literal $a2:literal $a3:literal $a4:literal, [$($block:literal)*]) => {
+        impl Accumulator<$element> for [Fragment; $blocks] {
+            #[inline(always)]
+            fn hold(&mut self) {
+                // SAFETY: a comment.
+                unsafe {
+                    asm!(concat!("// ", registers!($registers)),
+                        $(inout(reg32) self[$block][0], inout(reg32) self[$block][1], inout(reg32) self[$block][2], inout(reg32) self[$block][3],)*
+                        options(nomem, nostack));
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn add_product_shared(&mut self, a: Descriptor, b: Descriptor, accumulate: bool) {
+                asm!(concat!("{{ .reg .pred p; setp.ne.b32 p, {", $a2, "}, 0; wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $ty, ".", $ty,
+                        " {{", registers!($registers), "}}, {", $a0, "}, {", $a1, "}, p, 1, 1, 0, 0; }}"),
+                    $(inout(reg32) self[$block][0], inout(reg32) self[$block][1], inout(reg32) self[$block][2], inout(reg32) self[$block][3],)*
+                    in(reg64) a.0, in(reg64) b.0, in(reg32) accumulate as u32, options(nomem, nostack));
+            }
+
+            #[inline(always)]
+            unsafe fn add_product(&mut self, a: OperandA, b: Descriptor) {
+                asm!(concat!("wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $ty, ".", $ty, " {{", registers!($registers), "}}, ",
+                        "{{{", $a0, "}, {", $a1, "}, {", $a2, "}, {", $a3, "}}}, {", $a4, "}, 1, 1, 1, 1;"),
+                    $(inout(reg32) self[$block][0], inout(reg32) self[$block][1], inout(reg32) self[$block][2], inout(reg32) self[$block][3],)*
+                    in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg64) b.0, options(nomem, nostack));
+            }
+        }
+    };
+}
+
+accumulator!(Bf16, "bf16", 16, 128, 64, operands 64 65 66 67 68, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
+accumulator!(Bf16, "bf16", 8, 64, 32, operands 32 33 34 35 36, [0 1 2 3 4 5 6 7]);
+accumulator!(F16, "f16", 16, 128, 64, operands 64 65 66 67 68, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
+accumulator!(F16, "f16", 8, 64, 32, operands 32 33 34 35 36, [0 1 2 3 4 5 6 7]);
