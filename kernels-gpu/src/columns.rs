@@ -129,3 +129,76 @@ impl<'a, const DIM_BLOCKS: usize, const COLUMNS: u32> ColumnLoader<'a, DIM_BLOCK
         self.copy(&columns, self.params.v, v_tile.chunk_of_lane(self.lane));
     }
 }
+
+/// Up to 32 consecutive KV runs of a work item, one a lane, and the columns that they are.
+#[cfg(feature = "sm_90a")]
+pub struct RunWindow {
+    /// Index of the run after the window.
+    next_run: u32,
+    /// Column after the window; the same in all lanes.
+    window_end: u32,
+    /// Slot of column `begin`.
+    pub slot: u32,
+    /// First column of the lane's run in the item's range.
+    pub begin: u32,
+    /// One past its last.
+    pub end: u32,
+}
+
+#[cfg(feature = "sm_90a")]
+impl RunWindow {
+    /// The window from the item's first run on.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp; `params` and `item` are valid.
+    #[inline(always)]
+    pub unsafe fn new(params: &AttentionParams, item: &WorkItem, lane: u32) -> Self {
+        let mut window = Self { next_run: item.run_begin, window_end: item.column_begin, slot: 0, begin: 0, end: 0 };
+        window.load(params, item, lane, item.run_skip);
+        window
+    }
+
+    /// Whether the window holds all columns before `column`.
+    #[inline(always)]
+    pub fn reaches(&self, column: u32) -> bool {
+        self.window_end >= column
+    }
+
+    /// On to the next 32 runs.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp; the item has columns past the window.
+    #[inline(always)]
+    pub unsafe fn advance(&mut self, params: &AttentionParams, item: &WorkItem, lane: u32) {
+        self.load(params, item, lane, 0);
+    }
+
+    /// Loads the 32 runs from `next_run` on, less the first `skip` slots.
+    #[inline(always)]
+    unsafe fn load(&mut self, params: &AttentionParams, item: &WorkItem, lane: u32, skip: u32) {
+        let index = self.next_run + lane;
+        let mut run = KvRun::default();
+        if index < params.num_runs {
+            run = load_run(params, index);
+        }
+        let skip = if lane == 0 { skip } else { 0 };
+        // Columns past the item's range do not matter; cut to them, the sum of 32 runs cannot overflow for long.
+        let left = item.column_end - self.window_end;
+        let columns = core::cmp::min(run.num_slots - skip, left);
+        let mut sum = columns;
+        for log2 in 0..5 {
+            let below = warp::shuffle_up(sum, 1 << log2);
+            if lane >= 1 << log2 {
+                sum = core::cmp::min(sum + below, left);
+            }
+        }
+        let before = warp::shuffle_up(sum, 1);
+        self.slot = run.first_slot + skip;
+        self.begin = self.window_end + if lane == 0 { 0 } else { before };
+        self.end = self.window_end + sum;
+        self.next_run += 32;
+        self.window_end += warp::shuffle_from(sum, 31);
+    }
+}

@@ -158,15 +158,25 @@ pub const PANEL_BLOCKS: usize = 8;
 pub const PANEL_ROW_BYTES: u32 = SharedTile::<PANEL_BLOCKS>::ROW_BYTES;
 
 impl<const DIM_BLOCKS: usize, const ROWS: u32> PanelTile<DIM_BLOCKS, ROWS> {
+    /// Elements of a panel's rows.
+    pub const PANEL_ELEMENTS: u32 = 8 * PANEL_BLOCKS as u32;
+    /// Panels of the tile.
+    pub const PANELS: u32 = (DIM_BLOCKS / PANEL_BLOCKS) as u32;
     /// Bytes of a panel.
     pub const PANEL_BYTES: u32 = ROWS * PANEL_ROW_BYTES;
     /// Bytes of the tile.
-    pub const BYTES: u32 = Self::PANEL_BYTES * (DIM_BLOCKS / PANEL_BLOCKS) as u32;
+    pub const BYTES: u32 = Self::PANELS * Self::PANEL_BYTES;
 
     /// The tile at `base`, which is aligned to 8 rows of a panel.
     #[inline(always)]
     pub fn at(base: u32) -> Self {
         Self { base }
+    }
+
+    /// The tile `tiles` tiles on.
+    #[inline(always)]
+    pub fn skip_tiles(self, tiles: u32) -> Self {
+        Self { base: self.base + tiles * Self::BYTES }
     }
 
     /// Address of row `row` of the first panel.

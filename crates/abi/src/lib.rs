@@ -45,6 +45,12 @@ pub const HOPPER_SHARED_BYTES: u32 = 202 * 1024;
 pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds the row table.
 pub const ROW_TABLE_BYTES: u32 = 3 * 4 * WIDE_TILE_ROWS;
+/// Boxes of 1, 2, 4 … 128 slots, of which the `sm_90a` kernel puts runs of any length together.
+pub const NUM_KV_BOXES: u32 = 8;
+/// Elements of a box's rows: what a swizzle of 128 bytes spans.
+pub const KV_BOX_ELEMENTS: u32 = 64;
+/// Bytes of a tensor map.
+pub const TENSOR_MAP_BYTES: u32 = 128;
 /// Threads of a block of the merge kernel: four warps, which divide the sources of one token and head.
 pub const MERGE_THREADS: u32 = 128;
 /// Dynamic shared memory of the merge kernel: six words for each thread.
@@ -208,12 +214,17 @@ pub struct AttentionParams {
     pub segments: DeviceAddress,
     /// [`KvRun`]s.
     pub runs: DeviceAddress,
+    /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots × one head × 64 elements of
+    /// the tensor `[slots, num_kv_heads, head_dim]`, swizzled by 128 bytes.
+    pub kv_maps: DeviceAddress,
     /// Heads.
     pub heads: HeadGroups,
     /// Rows of the partial buffers.
     pub num_partial_rows: u32,
     /// Number of work items.
     pub num_items: u32,
+    /// Number of KV runs.
+    pub num_runs: u32,
     /// A [`Scheduler`], zero between launches; each launch that may run beside another has its own.
     pub scheduler: DeviceAddress,
     /// Softmax scale times log2(e): the kernels exponentiate to base 2.

@@ -34,6 +34,16 @@ pub unsafe fn arrive(barrier: u32) {
     asm!("mbarrier.arrive.shared::cta.b64 _, [{0}];", in(reg32) barrier, options(nostack));
 }
 
+/// Arrives, and lets the phase end only after the copy engine has brought `bytes` bytes.
+///
+/// # Safety
+///
+/// `barrier` was initialised.
+#[inline(always)]
+pub unsafe fn arrive_expecting(barrier: u32, bytes: u32) {
+    asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1};", in(reg32) barrier, in(reg32) bytes, options(nostack));
+}
+
 /// Arrives when all `cp.async` copies that this thread started have arrived.
 ///
 /// # Safety

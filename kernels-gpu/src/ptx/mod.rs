@@ -8,6 +8,8 @@ pub mod mbarrier;
 pub mod memory;
 pub mod mma;
 pub mod special;
+#[cfg(feature = "sm_90a")]
+pub mod tma;
 pub mod warp;
 #[cfg(feature = "sm_90a")]
 pub mod warpgroup;

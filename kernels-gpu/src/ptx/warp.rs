@@ -28,6 +28,19 @@ shuffle! {
     shuffle_from, u32, "idx"
 }
 
+/// The value of the lane `distance` below; the lane's own where there is none.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp.
+#[inline(always)]
+pub unsafe fn shuffle_up(value: u32, distance: u32) -> u32 {
+    let result: u32;
+    asm!("shfl.sync.up.b32 {0}, {1}, {2}, 0, 0xffffffff;",
+        out(reg32) result, in(reg32) value, in(reg32) distance, options(nomem, nostack));
+    result
+}
+
 /// A value that is the same in all lanes, made opaque: the compiler must not relate it to the thread index, or it would split
 /// the code for thread 0 from that for the others, collectives included.
 ///

@@ -2,6 +2,7 @@
 
 use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS, ROW_TABLE_BYTES, WIDE_TILE_ROWS, WorkItem};
 
+use super::producer::QUERY_THREADS;
 use super::{CONSUMER_WARPS, STEP};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
@@ -35,15 +36,17 @@ impl<const STAGES: u32> Ring<STAGES> {
         Self { barriers, stage: 0, parity: 0 }
     }
 
-    unsafe fn init(&self) {
+    /// Makes the barriers; `arrivals` of the producer's side fill a part.
+    unsafe fn init(&self, arrivals: u32) {
         for stage in 0..STAGES {
-            mbarrier::init(self.barriers + stage * mbarrier::BYTES, THREADS);
+            mbarrier::init(self.barriers + stage * mbarrier::BYTES, arrivals);
             mbarrier::init(self.barriers + (STAGES + stage) * mbarrier::BYTES, CONSUMER_WARPS);
         }
     }
 
+    /// The barrier that ends when the part is full.
     #[inline(always)]
-    fn full(&self) -> u32 {
+    pub fn full(&self) -> u32 {
         self.barriers + self.stage * mbarrier::BYTES
     }
 
@@ -52,8 +55,9 @@ impl<const STAGES: u32> Ring<STAGES> {
         self.barriers + (STAGES + self.stage) * mbarrier::BYTES
     }
 
+    /// On to the next part.
     #[inline(always)]
-    fn advance(&mut self) {
+    pub fn advance(&mut self) {
         self.stage += 1;
         if self.stage == STAGES {
             self.stage = 0;
@@ -67,7 +71,13 @@ impl<const STAGES: u32> Ring<STAGES> {
         mbarrier::wait(self.empty(), self.parity ^ 1);
     }
 
-    /// Producer, every thread: the part is full once the thread's copies have arrived; on to the next.
+    /// Producer, one thread: the part is full once the copy engine has brought `bytes` bytes.
+    #[inline(always)]
+    pub unsafe fn expect(&self, bytes: u32) {
+        mbarrier::arrive_expecting(self.full(), bytes);
+    }
+
+    /// Producer, every thread that copies: the part is full once the thread's copies have arrived; on to the next.
     #[inline(always)]
     pub unsafe fn fill_by_copies(&mut self) {
         mbarrier::arrive_after_copies(self.full());
@@ -130,10 +140,10 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     }
 
     pub unsafe fn init_barriers(&self) {
-        self.query_ring().init();
-        self.k_ring().init();
-        self.v_ring().init();
-        self.task_ring().init();
+        self.query_ring().init(QUERY_THREADS);
+        self.k_ring().init(1);
+        self.v_ring().init(1);
+        self.task_ring().init(THREADS);
         mbarrier::fence_init();
     }
 
@@ -164,12 +174,12 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
 
     #[inline(always)]
     pub fn k(&self, stage: u32) -> ColumnTile<DIM_BLOCKS> {
-        ColumnTile::at(self.base + Self::K + stage * ColumnTile::<DIM_BLOCKS>::BYTES)
+        ColumnTile::at(self.base + Self::K).skip_tiles(stage)
     }
 
     #[inline(always)]
     pub fn v(&self, stage: u32) -> ColumnTile<DIM_BLOCKS> {
-        ColumnTile::at(self.base + Self::V + stage * ColumnTile::<DIM_BLOCKS>::BYTES)
+        ColumnTile::at(self.base + Self::V).skip_tiles(stage)
     }
 
     /// Start of the exchange.

@@ -1,0 +1,25 @@
+//! The copy engine: boxes of tensors to shared memory (PTX ISA, Data Movement and Conversion Instructions: `cp.async.bulk.tensor`).
+
+use core::arch::asm;
+
+/// Starts a copy of a box of a three-dimensional tensor; `barrier` counts its bytes. What lies outside the tensor arrives as zeros.
+///
+/// # Safety
+///
+/// `map` is the address of a tensor map; the box at `destination`, aligned to 128 bytes, is in the block's shared memory and nobody reads or
+/// writes it until `barrier` says that it has arrived.
+#[inline(always)]
+pub unsafe fn copy_box(destination: u32, map: u64, [x, y, z]: [u32; 3], barrier: u32) {
+    asm!("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}, {{{3}, {4}, {5}}}], [{2}];",
+        in(reg32) destination, in(reg64) map, in(reg32) barrier, in(reg32) x, in(reg32) y, in(reg32) z, options(nostack));
+}
+
+/// Fetches a tensor map ahead of its use.
+///
+/// # Safety
+///
+/// `map` is the address of a tensor map.
+#[inline(always)]
+pub unsafe fn prefetch_map(map: u64) {
+    asm!("prefetch.tensormap [{0}];", in(reg64) map, options(nostack));
+}
