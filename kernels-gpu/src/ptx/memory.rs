@@ -167,3 +167,13 @@ pub unsafe fn fetch_add_global(address: u64, value: u32) -> u32 {
     asm!("atom.acq_rel.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) before, in(reg64) address, in(reg32) value, options(nostack));
     before
 }
+
+/// Brings a line of global memory to the second-level cache.
+///
+/// # Safety
+///
+/// `address` is readable.
+#[inline(always)]
+pub unsafe fn prefetch_global(address: u64) {
+    asm!("prefetch.global.L2 [{0}];", in(reg64) address, options(nostack));
+}

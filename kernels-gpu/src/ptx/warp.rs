@@ -2,6 +2,9 @@
 
 use core::arch::asm;
 
+/// Lanes of a warp.
+pub const LANES: u32 = 32;
+
 macro_rules! shuffle {
     ($(#[doc = $doc:literal])* $name:ident, $ty:ty, $mode:literal) => {
         $(#[doc = $doc])*

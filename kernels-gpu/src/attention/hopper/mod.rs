@@ -1,7 +1,7 @@
 //! For `sm_90a`: a persistent block per multiprocessor, whose warpgroups divide the labour.
 //!
 //! ```text
-//! producer   (1 warpgroup)    takes tasks, gathers Q, K and V through cp.async       task ▸ Q ▸ K₀ V₀ K₁ V₁ … task ▸ …
+//! producer   (1 warpgroup)    takes tasks; brings Q, K and V                        task ▸ Q ▸ K₀ V₀ K₁ V₁ … task ▸ …
 //! consumers  (2 warpgroups)   wide tiles:   64 rows each, wgmma over 128 columns     S₀ · S₁ P₀V₀ · S₂ P₁V₁ · … · store
 //!                             narrow tiles: 16 rows, 8 warps divide the columns      S₀ P₀V₀ · S₁ P₁V₁ · … · merge, store
 //! ```
@@ -35,14 +35,12 @@ const CONSUMER_WARPS: u32 = 8;
 /// Threads that consume.
 const CONSUMER_THREADS: u32 = 32 * CONSUMER_WARPS;
 
-/// Registers of a thread: 168 at the launch, then what each role needs; 128 · 56 + 256 · 224 = 384 · 168.
-const PRODUCER_REGISTERS: u32 = 56;
-const CONSUMER_REGISTERS: u32 = 224;
+/// Registers of a thread: 168 at the launch, then what each role needs; 128 · 40 + 256 · 232 = 384 · 168.
+const PRODUCER_REGISTERS: u32 = 40;
+const CONSUMER_REGISTERS: u32 = 232;
 
 /// Barriers among warpgroups; 0 is the whole block's.
 mod barrier {
-    /// Among the producer's threads.
-    pub const PRODUCER: u32 = 1;
     /// The turn of consumer 0 to start products, and after it that of consumer 1.
     pub const TURN: u32 = 2;
     /// Among the consumers' threads.

@@ -1,29 +1,26 @@
-//! The producer: takes tasks, has the copy engine bring their K and V, and gathers their Q.
+//! The producer: takes tasks, has the copy engine bring their K and V, and gathers their Q. Each of its warps has a part of its own.
 //!
 //! | warp | does |
 //! | --- | --- |
 //! | 0, 1 | K, V: a box for each piece of a KV run |
-//! | 2, 3 | Q: rows of 16-byte chunks through `cp.async` |
+//! | 2 | Q: rows of 16-byte chunks through `cp.async` |
+//! | 3 | takes tasks, works out their rows, and posts them, several ahead |
 
-use packinfer_abi::{AttentionParams, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, TileKind};
+use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 
+use super::STEP;
 use super::shared::{ColumnTile, QueryTile, Ring, Shared};
-use super::{STEP, barrier};
 use crate::attention::task::{Task, row_chunk};
 use crate::columns::RunWindow;
 use crate::ptx::cp_async::copy_chunk;
-use crate::ptx::memory::{fetch_add_global, load_shared, store_global, store_shared};
+use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
 use crate::ptx::tma::copy_box;
-use crate::ptx::{warp, warpgroup};
+use crate::ptx::warp::{self, LANES};
 use crate::shared_tile::SharedTile;
 
-/// Warps that gather Q.
-const QUERY_WARPS: u32 = 2;
-/// Threads that gather Q.
-pub const QUERY_THREADS: u32 = 32 * QUERY_WARPS;
-/// Rows of Q that each of these warps gathers of a wide tile.
-const QUERY_WARP_ROWS: u32 = 128 / QUERY_WARPS;
+/// Warps that load what the scheduler warp has posted.
+pub const LOADER_WARPS: u32 = 3;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 const NO_SLOT: u32 = i32::MAX as u32 - STEP;
@@ -35,41 +32,69 @@ const NO_SLOT: u32 = i32::MAX as u32 - STEP;
 /// Reached by all threads of the producer's warpgroup.
 #[inline(always)]
 pub unsafe fn run<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Shared<DIM_BLOCKS>, thread: u32) {
-    let (warp, lane) = (warp::uniform(thread / 32), thread % 32);
-    let (mut tasks, mut queries) = (shared.task_ring(), shared.query_ring());
-    let (mut k, mut v) = (shared.k_ring(), shared.v_ring());
-    let num_tasks = params.num_items * params.heads.num_groups;
+    let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
     let v_maps = params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES);
+    match warp {
+        0 => {
+            let mut ring = shared.k_ring();
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane));
+        }
+        1 => {
+            let mut ring = shared.v_ring();
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane));
+        }
+        2 => {
+            let mut ring = shared.query_ring();
+            for_each_task(params, shared, lane, |task| {
+                ring.wait_empty();
+                load_queries(task, shared.queries(), lane);
+                ring.fill_by_copies();
+            });
+        }
+        _ => schedule(params, shared, lane),
+    }
+}
+
+/// Does something for every task that the scheduler warp posts.
+#[inline(always)]
+unsafe fn for_each_task<const DIM_BLOCKS: usize>(
+    params: &AttentionParams,
+    shared: Shared<DIM_BLOCKS>,
+    lane: u32,
+    mut load: impl FnMut(&Task),
+) {
+    let mut tasks = shared.task_ring();
+    loop {
+        tasks.wait_full();
+        let Some(task) = shared.read_task(params, tasks.stage) else { break };
+        load(&task);
+        warp::sync();
+        tasks.release(lane);
+    }
+}
+
+/// Takes tasks and posts them, until none is left.
+#[inline(always)]
+unsafe fn schedule<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Shared<DIM_BLOCKS>, lane: u32) {
+    let num_tasks = params.num_items * params.heads.num_groups;
+    let mut tasks = shared.task_ring();
     let mut index = block_index();
     while index < num_tasks {
+        let next = if lane == 0 { take_task(params) } else { 0 };
         tasks.wait_empty();
         let task = Task::load(*params, index, shared.rows(tasks.stage));
-        task.rows.write(params, &task.item, task.head_group, thread);
-        if thread == 0 {
+        for row in 0..WIDE_TILE_ROWS / LANES {
+            task.rows.write(params, &task.item, task.head_group, row * LANES + lane);
+        }
+        if lane == 0 {
             shared.post_task(tasks.stage, Some(&task));
+            prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         tasks.fill();
-        let next = if thread == 0 { take_task(params) } else { 0 };
-        warpgroup::sync(barrier::PRODUCER, warpgroup::THREADS); // the rows are known to all
-
-        match warp {
-            0 => load_columns(&task, &mut k, shared.k(0), params.kv_maps, lane),
-            1 => load_columns(&task, &mut v, shared.v(0), v_maps, lane),
-            _ => {
-                queries.wait_empty();
-                load_queries(&task, shared.queries(), warp - 2, lane);
-                queries.fill_by_copies();
-            }
-        }
-
-        if thread == 0 {
-            store_shared(shared.next_task(), next);
-        }
-        warpgroup::sync(barrier::PRODUCER, warpgroup::THREADS);
-        index = load_shared(shared.next_task());
+        index = warp::uniform(next);
     }
     tasks.wait_empty();
-    if thread == 0 {
+    if lane == 0 {
         shared.post_task(tasks.stage, None);
         leave(params);
     }
@@ -136,22 +161,19 @@ impl<const DIM_BLOCKS: usize> BoxCopies<DIM_BLOCKS> {
     }
 }
 
-/// Gathers the tile's rows of Q: all that a consumer of this tile kind reads, zeros for those that do not exist.
+/// Gathers the tile's rows of Q, zeros for those that do not exist.
 #[inline(always)]
-unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, tile: QueryTile<DIM_BLOCKS>, warp: u32, lane: u32) {
-    if task.item.tile == TileKind::Narrow && warp > 0 {
-        return; // the first warp's rows hold all of a narrow tile's
-    }
-    let num_rows = core::cmp::min(task.item.tile.rows(), QUERY_WARP_ROWS);
-    let first_row = warp * QUERY_WARP_ROWS;
-    let destination = tile.chunk_of_lane(first_row, lane);
-    for i in 0..QUERY_WARP_ROWS / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
-        let on = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
-        if on < num_rows {
+unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, tile: QueryTile<DIM_BLOCKS>, lane: u32) {
+    let mut first_row = 0;
+    while first_row < task.item.tile.rows() {
+        let destination = tile.chunk_of_lane(first_row, lane);
+        for i in 0..8 / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
+            let on = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
             let row = task.rows.read(first_row + on + SharedTile::<DIM_BLOCKS>::row_of_lane(lane));
             let index = if row.exists() { row.index } else { 0 };
             copy_chunk(destination.rows_on(on), row_chunk::<DIM_BLOCKS>(task.params.q, index, lane), row.exists());
         }
+        first_row += 8;
     }
 }
 

@@ -2,24 +2,24 @@
 
 use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS, ROW_TABLE_BYTES, WIDE_TILE_ROWS, WorkItem};
 
-use super::producer::QUERY_THREADS;
+use super::producer::LOADER_WARPS;
 use super::{CONSUMER_WARPS, STEP};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
 use crate::ptx::memory::{load_shared_x4, store_shared_x4};
-use crate::ptx::warpgroup::THREADS;
+use crate::ptx::warp::LANES as WARP_LANES;
 use crate::rows::RowTable;
 use crate::shared_tile::{PanelTile, SharedTile};
 
-/// Tasks that are known at a time: the one that the consumers do, and the one that the producer loads for.
-pub const TASKS: u32 = 2;
+/// Tasks that are known at a time: what the scheduler warp may be ahead of the consumers, so that nobody waits for the plan's memory.
+pub const TASKS: u32 = 4;
 
 /// Q of a task.
 pub type QueryTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, WIDE_TILE_ROWS>;
 /// K or V of a step.
 pub type ColumnTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, STEP>;
 
-/// A ring of `STAGES` parts of shared memory that the producer fills and the consumers empty in turn. Each side counts for itself.
+/// A ring of `STAGES` parts of shared memory that one side fills and the other empties in turn. Each warp of either side counts for itself.
 #[derive(Clone, Copy)]
 pub struct Ring<const STAGES: u32> {
     barriers: u32,
@@ -30,17 +30,18 @@ pub struct Ring<const STAGES: u32> {
 }
 
 impl<const STAGES: u32> Ring<STAGES> {
+    /// Bytes of the barriers.
     const BYTES: u32 = 2 * STAGES * mbarrier::BYTES;
 
     fn at(barriers: u32) -> Self {
         Self { barriers, stage: 0, parity: 0 }
     }
 
-    /// Makes the barriers; `arrivals` of the producer's side fill a part.
-    unsafe fn init(&self, arrivals: u32) {
+    /// Makes the barriers: so many arrivals fill a part, so many empty it.
+    unsafe fn init(&self, fills: u32, empties: u32) {
         for stage in 0..STAGES {
-            mbarrier::init(self.barriers + stage * mbarrier::BYTES, arrivals);
-            mbarrier::init(self.barriers + (STAGES + stage) * mbarrier::BYTES, CONSUMER_WARPS);
+            mbarrier::init(self.barriers + stage * mbarrier::BYTES, fills);
+            mbarrier::init(self.barriers + (STAGES + stage) * mbarrier::BYTES, empties);
         }
     }
 
@@ -65,39 +66,39 @@ impl<const STAGES: u32> Ring<STAGES> {
         }
     }
 
-    /// Producer: waits until the consumers have done with the part.
+    /// Filling side: waits until the other has done with the part.
     #[inline(always)]
     pub unsafe fn wait_empty(&self) {
         mbarrier::wait(self.empty(), self.parity ^ 1);
     }
 
-    /// Producer, one thread: the part is full once the copy engine has brought `bytes` bytes.
+    /// Filling side, one thread: the part is full once the copy engine has brought `bytes` bytes.
     #[inline(always)]
     pub unsafe fn expect(&self, bytes: u32) {
         mbarrier::arrive_expecting(self.full(), bytes);
     }
 
-    /// Producer, every thread that copies: the part is full once the thread's copies have arrived; on to the next.
+    /// Filling side, every lane: the part is full once the thread's copies have arrived; on to the next.
     #[inline(always)]
     pub unsafe fn fill_by_copies(&mut self) {
         mbarrier::arrive_after_copies(self.full());
         self.advance();
     }
 
-    /// Producer, every thread: the part is full; on to the next.
+    /// Filling side, every lane: the part is full; on to the next.
     #[inline(always)]
     pub unsafe fn fill(&mut self) {
         mbarrier::arrive(self.full());
         self.advance();
     }
 
-    /// Consumer: waits until the part is full.
+    /// Emptying side: waits until the part is full.
     #[inline(always)]
     pub unsafe fn wait_full(&self) {
         mbarrier::wait(self.full(), self.parity);
     }
 
-    /// Consumer, every warp, its lanes having done with the part: on to the next.
+    /// Emptying side, every warp, its lanes having done with the part: on to the next.
     #[inline(always)]
     pub unsafe fn release(&mut self, lane: u32) {
         if lane == 0 {
@@ -124,6 +125,7 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     const EXCHANGE: u32 = Self::V + Self::STAGES * ColumnTile::<DIM_BLOCKS>::BYTES;
     const ROWS: u32 = Self::EXCHANGE + Self::EXCHANGE_BYTES;
     const SLOTS: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
+    /// Bytes of a task slot: a work item, and four words.
     const SLOT_BYTES: u32 = 48;
     const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
     const END: u32 = Self::BARRIERS + Ring::<1>::BYTES + 2 * Ring::<2>::BYTES + Ring::<TASKS>::BYTES;
@@ -140,10 +142,10 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     }
 
     pub unsafe fn init_barriers(&self) {
-        self.query_ring().init(QUERY_THREADS);
-        self.k_ring().init(1);
-        self.v_ring().init(1);
-        self.task_ring().init(THREADS);
+        self.query_ring().init(WARP_LANES, CONSUMER_WARPS);
+        self.k_ring().init(1, CONSUMER_WARPS);
+        self.v_ring().init(1, CONSUMER_WARPS);
+        self.task_ring().init(WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);
         mbarrier::fence_init();
     }
 
@@ -198,7 +200,7 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
         self.base + Self::SLOTS + stage * Self::SLOT_BYTES
     }
 
-    /// Producer: tells the consumers the task, or that there is none left.
+    /// Tells everyone the task, or that there is none left.
     #[inline(always)]
     pub unsafe fn post_task(&self, stage: u32, task: Option<&Task>) {
         let slot = self.slot(stage);
@@ -206,27 +208,21 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
             let words: [[u32; 4]; 2] = core::mem::transmute(task.item);
             store_shared_x4(slot, words[0]);
             store_shared_x4(slot + 16, words[1]);
+            store_shared_x4(slot + 32, [1, task.head_group, task.kv_head, 0]);
+        } else {
+            store_shared_x4(slot + 32, [0; 4]);
         }
-        let head_group = task.map_or(0, |task| task.head_group);
-        store_shared_x4(slot + 32, [task.is_some() as u32, head_group, 0, 0]);
     }
 
-    /// Consumer: the task, if there is one left.
+    /// The task, if there is one left.
     #[inline(always)]
     pub unsafe fn read_task(&self, params: &AttentionParams, stage: u32) -> Option<Task> {
         let slot = self.slot(stage);
-        let [is_task, head_group, ..] = load_shared_x4(slot + 32);
+        let [is_task, head_group, kv_head, _] = load_shared_x4(slot + 32);
         if is_task == 0 {
             return None;
         }
         let item: WorkItem = core::mem::transmute([load_shared_x4(slot), load_shared_x4(slot + 16)]);
-        // Consumers read no K or V from global memory, so they need not know the KV head.
-        Some(Task { params: *params, item, head_group, kv_head: 0, rows: self.rows(stage) })
-    }
-
-    /// Where the producer tells its threads which task is next.
-    #[inline(always)]
-    pub fn next_task(&self) -> u32 {
-        self.slot(0) + 32 + 12
+        Some(Task { params: *params, item, head_group, kv_head, rows: self.rows(stage) })
     }
 }
