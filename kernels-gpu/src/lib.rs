@@ -26,7 +26,6 @@ pub mod columns;
 pub mod element;
 #[cfg(feature = "sm_80")]
 pub mod merge;
-#[cfg(feature = "sm_80")]
 pub mod mma_rate;
 pub mod ptx;
 pub mod rows;

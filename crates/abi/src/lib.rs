@@ -63,6 +63,12 @@ pub const MMA_RATE_FLOPS_PER_ITERATION: u64 = 4 * 8 * 2 * 16 * 8 * 16;
 pub const MAX_HEADS_PER_GROUP: u32 = NARROW_TILE_ROWS;
 /// [`WorkItem::partial_row`] of an item whose rows see no columns elsewhere: it writes O itself.
 pub const DIRECT: u32 = u32::MAX;
+/// Threads of a block of the kernel that measures the tensor cores through `wgmma`: two warpgroups.
+pub const WGMMA_RATE_THREADS: u32 = 256;
+/// Dynamic shared memory of that kernel: its operands.
+pub const WGMMA_RATE_SHARED_BYTES: u32 = (128 + 2 * 64) * 64 * 2;
+/// Floating-point operations of a block of that kernel in one iteration: 4 `m64n128k16` for each of 2 warpgroups.
+pub const WGMMA_RATE_FLOPS_PER_ITERATION: u64 = 2 * 4 * 2 * 64 * 128 * 16;
 
 /// Consecutive KV slots: a page, a part of one, or a contiguous extent.
 #[repr(C)]

@@ -53,6 +53,13 @@ pub unsafe fn fence() {
     asm!("wgmma.fence.sync.aligned;", options(nostack));
 }
 
+/// Makes what this thread wrote to shared memory visible to products. PTX ISA, `fence.proxy.async`.
+#[inline(always)]
+pub fn fence_shared_writes() {
+    // SAFETY: orders memory accesses.
+    unsafe { asm!("fence.proxy.async.shared::cta;", options(nostack)) };
+}
+
 /// Ends a group of products. PTX ISA, `wgmma.commit_group`.
 ///
 /// # Safety

@@ -2,8 +2,8 @@
 //!
 //! | warp | does |
 //! | --- | --- |
-//! | 0, 1 | K, V: a box for each piece of a KV run |
-//! | 2 | Q: rows of 16-byte chunks through `cp.async` |
+//! | 0 | K and V: a box for each piece of a KV run |
+//! | 1, 2 | Q: rows of 16-byte chunks through `cp.async` |
 //! | 3 | takes tasks, works out their rows, and posts them, several ahead |
 
 use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
@@ -22,6 +22,9 @@ use crate::shared_tile::SharedTile;
 /// Warps that load what the scheduler warp has posted.
 pub const LOADER_WARPS: u32 = 3;
 
+/// Warps that gather Q.
+pub const QUERY_WARPS: u32 = 2;
+
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 const NO_SLOT: u32 = i32::MAX as u32 - STEP;
 
@@ -33,21 +36,16 @@ const NO_SLOT: u32 = i32::MAX as u32 - STEP;
 #[inline(always)]
 pub unsafe fn run<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Shared<DIM_BLOCKS>, thread: u32) {
     let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
-    let v_maps = params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES);
     match warp {
         0 => {
-            let mut ring = shared.k_ring();
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane));
+            let mut columns = ColumnCopies { shared, k: shared.k_ring(), v: shared.v_ring(), lane };
+            for_each_task(params, shared, lane, |task| columns.load(task));
         }
-        1 => {
-            let mut ring = shared.v_ring();
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane));
-        }
-        2 => {
+        1 | 2 => {
             let mut ring = shared.query_ring();
             for_each_task(params, shared, lane, |task| {
                 ring.wait_empty();
-                load_queries(task, shared.queries(), lane);
+                load_queries(task, shared.queries(), warp - 1, lane);
                 ring.fill_by_copies();
             });
         }
@@ -101,38 +99,48 @@ unsafe fn schedule<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Sh
     tasks.fill();
 }
 
-/// Brings all columns of the task's K, or of its V, step by step; `tiles` is the ring's first tile.
-#[inline(always)]
-unsafe fn load_columns<const DIM_BLOCKS: usize>(
-    task: &Task,
-    ring: &mut Ring<2>,
-    tiles: ColumnTile<DIM_BLOCKS>,
-    maps: u64,
+/// The warp that has the copy engine bring K and V.
+struct ColumnCopies<const DIM_BLOCKS: usize> {
+    shared: Shared<DIM_BLOCKS>,
+    k: Ring<2>,
+    v: Ring<2>,
     lane: u32,
-) {
-    let item = &task.item;
-    let mut window = RunWindow::new(&task.params, item, lane);
-    let mut step = item.column_begin;
-    while step < item.column_end {
-        let end = core::cmp::min(item.column_end, step + STEP);
-        ring.wait_empty();
-        let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage), maps, kv_head: task.kv_head, barrier: ring.full() };
-        if lane == 0 {
-            ring.expect(ColumnTile::<DIM_BLOCKS>::BYTES);
-            copies.copy(NO_SLOT, end - step, STEP); // zeros where no column is left
-        }
-        loop {
-            let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
-            if begin < end_of_run {
-                copies.copy(window.slot.wrapping_add(begin - window.begin), begin - step, end_of_run - step);
+}
+
+impl<const DIM_BLOCKS: usize> ColumnCopies<DIM_BLOCKS> {
+    /// Brings all columns of a task, step by step: those of K, then those of V.
+    #[inline(always)]
+    unsafe fn load(&mut self, task: &Task) {
+        let (params, item) = (&task.params, &task.item);
+        let mut window = RunWindow::new(params, item, self.lane);
+        let mut step = item.column_begin;
+        while step < item.column_end {
+            let end = core::cmp::min(item.column_end, step + STEP);
+            let k = BoxCopies {
+                tile: self.shared.k(self.k.stage),
+                maps: params.kv_maps,
+                kv_head: task.kv_head,
+                barrier: self.k.full(),
+            };
+            let v = BoxCopies {
+                tile: self.shared.v(self.v.stage),
+                maps: params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES),
+                kv_head: task.kv_head,
+                barrier: self.v.full(),
+            };
+            self.k.wait_empty();
+            k.copy_step(&self.k, &window, step, end, self.lane);
+            self.v.wait_empty();
+            v.copy_step(&self.v, &window, step, end, self.lane);
+            while !window.reaches(end) {
+                window.advance(params, item, self.lane);
+                k.copy_run(&window, step, end);
+                v.copy_run(&window, step, end);
             }
-            if window.reaches(end) {
-                break;
-            }
-            window.advance(&task.params, item, lane);
+            self.k.advance();
+            self.v.advance();
+            step += STEP;
         }
-        ring.advance();
-        step += STEP;
     }
 }
 
@@ -145,6 +153,25 @@ struct BoxCopies<const DIM_BLOCKS: usize> {
 }
 
 impl<const DIM_BLOCKS: usize> BoxCopies<DIM_BLOCKS> {
+    /// Starts what the window holds of the columns `step .. end`, and zeros for the rest of the tile.
+    #[inline(always)]
+    unsafe fn copy_step(&self, ring: &Ring<2>, window: &RunWindow, step: u32, end: u32, lane: u32) {
+        if lane == 0 {
+            ring.expect(ColumnTile::<DIM_BLOCKS>::BYTES);
+            self.copy(NO_SLOT, end - step, STEP);
+        }
+        self.copy_run(window, step, end);
+    }
+
+    /// Starts a copy of the columns `step .. end` that are in the lane's run.
+    #[inline(always)]
+    unsafe fn copy_run(&self, window: &RunWindow, step: u32, end: u32) {
+        let (begin, end) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
+        if begin < end {
+            self.copy(window.slot.wrapping_add(begin - window.begin), begin - step, end - step);
+        }
+    }
+
     /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: the largest box that fits, then the next.
     #[inline(always)]
     unsafe fn copy(&self, mut slot: u32, mut row: u32, end: u32) {
@@ -161,10 +188,10 @@ impl<const DIM_BLOCKS: usize> BoxCopies<DIM_BLOCKS> {
     }
 }
 
-/// Gathers the tile's rows of Q, zeros for those that do not exist.
+/// Gathers every second block of eight rows of Q, from block `warp` on; zeros for rows that do not exist.
 #[inline(always)]
-unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, tile: QueryTile<DIM_BLOCKS>, lane: u32) {
-    let mut first_row = 0;
+unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, tile: QueryTile<DIM_BLOCKS>, warp: u32, lane: u32) {
+    let mut first_row = 8 * warp;
     while first_row < task.item.tile.rows() {
         let destination = tile.chunk_of_lane(first_row, lane);
         for i in 0..8 / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
@@ -173,7 +200,7 @@ unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, tile: QueryTile<DIM
             let index = if row.exists() { row.index } else { 0 };
             copy_chunk(destination.rows_on(on), row_chunk::<DIM_BLOCKS>(task.params.q, index, lane), row.exists());
         }
-        first_row += 8;
+        first_row += 8 * QUERY_WARPS;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS, ROW_TABLE_BYTES, WIDE_TILE_ROWS, WorkItem};
 
-use super::producer::LOADER_WARPS;
+use super::producer::{LOADER_WARPS, QUERY_WARPS};
 use super::{CONSUMER_WARPS, STEP};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
@@ -142,7 +142,7 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     }
 
     pub unsafe fn init_barriers(&self) {
-        self.query_ring().init(WARP_LANES, CONSUMER_WARPS);
+        self.query_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS);
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
         self.task_ring().init(WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);
