@@ -18,6 +18,15 @@ pub struct LaneRow {
 }
 
 impl LaneRow {
+    /// The same, but unknown to the compiler: addresses are then worked out where they are used, rather than all of them kept in
+    /// registers across a loop that needs those for its accumulators.
+    #[inline(always)]
+    pub fn opaque(mut self) -> Self {
+        // SAFETY: a move.
+        unsafe { core::arch::asm!("mov.b32 {0}, {0};", inout(reg32) self.swizzle, options(nomem, nostack)) };
+        self
+    }
+
     /// Address of the lane's chunk, `blocks` 8-element blocks on; `blocks` is even.
     #[inline(always)]
     fn chunk(self, blocks: usize) -> u32 {

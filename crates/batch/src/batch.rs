@@ -219,6 +219,35 @@ impl Batch {
         self.num_slots
     }
 
+    /// KV slots that attention reads, those of several requests counted once.
+    pub fn distinct_slots(&self) -> u64 {
+        let mut runs: Vec<KvRun> = Vec::new();
+        for request in self.requests.iter().filter(|request| request.query_len > 0) {
+            runs.extend(self.runs_of(request));
+        }
+        runs.sort_unstable_by_key(|run| run.first_slot);
+        let mut counted_to = 0;
+        let mut slots = 0;
+        for run in runs {
+            let end = run.first_slot + run.num_slots;
+            slots += u64::from(end.saturating_sub(run.first_slot.max(counted_to)));
+            counted_to = counted_to.max(end);
+        }
+        slots
+    }
+
+    /// Bytes that attention on this batch moves at the least: distinct KV, Q and O, each once.
+    pub fn least_bytes(&self) -> u64 {
+        self.distinct_slots() * self.shape.kv_bytes_per_slot()
+            + u64::from(self.num_query_tokens) * self.shape.qo_bytes_per_token()
+    }
+
+    /// Bytes of Q, O, and K and V of a pool that just holds every run.
+    pub fn tensor_bytes(&self) -> u64 {
+        u64::from(self.num_slots) * self.shape.kv_bytes_per_slot()
+            + u64::from(self.num_query_tokens) * self.shape.qo_bytes_per_token()
+    }
+
     /// (query token, KV token) pairs that attention computes, for one query head.
     pub fn visible_pairs(&self) -> u64 {
         self.requests

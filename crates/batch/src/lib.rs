@@ -17,10 +17,14 @@
 //! ```
 
 mod batch;
+mod builtin;
 mod error;
+mod file;
+mod pages;
 mod shape;
 
 pub use batch::{Batch, Mask, Request};
 pub use error::BatchError;
+pub use file::{BatchFile, BatchFileError, RequestLengths};
 pub use packinfer_abi::KvRun;
 pub use shape::{AttentionShape, DType};

@@ -1,1 +1,46 @@
-//! Under construction.
+//! Packed attention on the CPU: the same plans that GPUs run, and the exact result to compare with.
+//!
+//! * [`execute()`] runs a plan work item by work item on rayon's threads, with float32 sums, as the kernels do.
+//! * [`reference::attention`] computes float64 attention straight from the batch, for all query tokens or some.
+//! * [`relative_error`] says how far apart two results are; [`Element::TOLERANCE`] how far they may be.
+//! * [`random_elements`] makes inputs.
+//! * [`ceilings`] measures what the machine can do at best.
+//!
+//! Everything is generic over the [`Element`] type, `half::bf16` or `half::f16`.
+//!
+//! ```
+//! use half::bf16;
+//! use packinfer_batch::{AttentionShape, Batch, DType, Mask};
+//! use packinfer_cpu::{Element, Inputs, Outputs, execute, random_elements, reference, relative_error};
+//! use packinfer_planner::Planner;
+//!
+//! let mut batch = Batch::new(AttentionShape::new(8, 2, 64, DType::Bf16)?, Mask::Causal);
+//! batch.push_contiguous(1, 100, 0)?; // a decode request
+//! batch.push_contiguous(5, 5, 100)?; // a prompt
+//!
+//! let (q, k, v) = (random_elements(6 * 8 * 64, 1), random_elements(105 * 2 * 64, 2), random_elements(105 * 2 * 64, 3));
+//! let inputs = Inputs { q: &q, k: &k, v: &v, scale: None };
+//! let mut o = vec![bf16::ZERO; q.len()];
+//! execute(&Planner::default().plan(&batch)?, inputs, Outputs { o: &mut o, lse: None })?;
+//!
+//! let exact = reference::attention(&batch, inputs, &[0, 1, 2, 3, 4, 5])?;
+//! assert!(relative_error(&o, &exact.o) <= bf16::TOLERANCE);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod buffers;
+pub mod ceilings;
+mod compare;
+mod element;
+mod error;
+mod execute;
+mod random;
+pub mod reference;
+mod tile;
+
+pub use buffers::{Inputs, Outputs};
+pub use compare::{largest_difference, relative_error};
+pub use element::Element;
+pub use error::CpuError;
+pub use execute::execute;
+pub use random::random_elements;

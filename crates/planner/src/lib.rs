@@ -1,3 +1,49 @@
-//! Under construction.
+//! Packs the requests of a step into load-balanced work items.
+//!
+//! A [`Planner`] turns a [`Batch`](packinfer_batch::Batch) into a [`Plan`]: flat arrays that go to the device as they are, and serve all layers
+//! of the step. What work items cost is told by a [`DeviceModel`]; [`Plan::explain`] tells what it expects of the whole plan.
+//!
+//! ```text
+//! requests ──▸ tiles ──▸ work items ──▸ order
+//!              pack      split          the longest first
+//! ```
+//!
+//! 1. Query tokens are put into tiles. What remains of a prompt behind its full tiles shares a tile with what remains of others,
+//!    where that is faster.
+//! 2. Tiles that would keep a multiprocessor busy after all others are done are split along their columns. The partial results
+//!    are merged.
+//! 3. The longest items come first, so that the device balances itself.
+//!
+//! ```
+//! use packinfer_batch::{AttentionShape, Batch, DType, Mask};
+//! use packinfer_planner::{DeviceModel, Planner};
+//!
+//! let mut batch = Batch::new(AttentionShape::new(32, 8, 128, DType::Bf16)?, Mask::Causal);
+//! batch.push_contiguous(1, 131_072, 0)?; // a decode request with a long context
+//! batch.push_contiguous(100, 100, 131_072)?; // and a short prompt
+//!
+//! let mut planner = Planner::new(DeviceModel::H100);
+//! let plan = planner.plan(&batch)?;
+//! let explanation = plan.explain(planner.model());
+//! assert_eq!(explanation.merge_tokens, 1); // the decode request's columns are split
+//! assert_eq!(explanation.wide_tiles, 3); // 32 tokens of 4 query heads fill one
+//! assert_eq!(explanation.narrow_tiles, 2); // the prompt's last 4 tokens, and the decode request
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod cost;
+mod device;
+mod error;
+mod explain;
+mod lanes;
+mod pack;
 mod plan;
+mod planner;
+mod split;
+mod tile;
+
+pub use device::DeviceModel;
+pub use error::PlanError;
+pub use explain::Explanation;
 pub use plan::Plan;
+pub use planner::{Packing, Planner};

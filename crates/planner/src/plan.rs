@@ -1,7 +1,9 @@
 //! What the planner makes and everything else runs.
 
-use packinfer_abi::{HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
-use packinfer_batch::AttentionShape;
+use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
+use packinfer_batch::{AttentionShape, Batch};
+
+use crate::PlanError;
 
 /// The work of one attention call: flat arrays that go to the device as they are.
 ///
@@ -15,6 +17,8 @@ pub struct Plan {
     pub(crate) items: Vec<WorkItem>,
     pub(crate) segments: Vec<RowSegment>,
     pub(crate) runs: Vec<KvRun>,
+    /// For each item the part of its columns that no other item of the request reads, on average: the others find it in the cache.
+    pub(crate) fresh: Vec<f32>,
     pub(crate) merge_tokens: Vec<MergeToken>,
     pub(crate) merge_sources: Vec<u32>,
     pub(crate) num_partial_rows: u32,
@@ -23,6 +27,59 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The plan of a batch without requests, to be planned into.
+    pub fn empty(shape: AttentionShape) -> Self {
+        Self {
+            shape,
+            heads: shape.packed_head_groups(),
+            items: Vec::new(),
+            segments: Vec::new(),
+            runs: Vec::new(),
+            fresh: Vec::new(),
+            merge_tokens: Vec::new(),
+            merge_sources: Vec::new(),
+            num_partial_rows: 0,
+            num_query_tokens: 0,
+            num_slots: 0,
+        }
+    }
+
+    /// Empties the plan, for a batch.
+    pub(crate) fn reset(&mut self, batch: &Batch, heads: HeadGroups) {
+        let Self { shape, heads: of_heads, items, segments, runs, fresh, merge_tokens, merge_sources, .. } = self;
+        (*shape, *of_heads) = (batch.shape(), heads);
+        items.clear();
+        segments.clear();
+        runs.clear();
+        fresh.clear();
+        merge_tokens.clear();
+        merge_sources.clear();
+        self.num_partial_rows = 0;
+        self.num_query_tokens = batch.num_query_tokens();
+        self.num_slots = batch.num_slots();
+    }
+
+    /// Whether everything can be numbered, `partial_rows` rows of partials too. Indices may have been cut short before.
+    pub(crate) fn check(&self, partial_rows: u64) -> Result<(), PlanError> {
+        /// Thread blocks of a launch.
+        const MOST_BLOCKS: u64 = i32::MAX as u64;
+        const MOST: u64 = u32::MAX as u64;
+        let attention_blocks = self.items.len() as u64 * u64::from(self.heads.num_groups);
+        let merge_blocks = self.merge_tokens.len() as u64 * u64::from(self.heads.num_qo_heads);
+        let counts = [
+            ("KV runs", self.runs.len() as u64, MOST),
+            ("row segments", self.segments.len() as u64, MOST),
+            ("merge sources", self.merge_sources.len() as u64, MOST),
+            ("rows of partials", partial_rows, u64::from(DIRECT)),
+            ("thread blocks of the attention kernel", attention_blocks, MOST_BLOCKS),
+            ("thread blocks of the merge kernel", merge_blocks, MOST_BLOCKS),
+        ];
+        match counts.iter().find(|(_, count, most)| count > most) {
+            Some(&(what, count, most)) => Err(PlanError::TooMany { what, count, most }),
+            None => Ok(()),
+        }
+    }
+
     /// Heads, head dimension, element type.
     pub fn shape(&self) -> AttentionShape {
         self.shape
@@ -33,7 +90,7 @@ impl Plan {
         self.heads
     }
 
-    /// Work items, the longest first.
+    /// Work items: the longest first, or request after request where they are not packed.
     pub fn items(&self) -> &[WorkItem] {
         &self.items
     }
@@ -76,5 +133,24 @@ impl Plan {
     /// The least number of slots of a KV pool that the plan can run on.
     pub fn num_slots(&self) -> u32 {
         self.num_slots
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use packinfer_batch::DType;
+
+    use super::*;
+
+    #[test]
+    fn more_than_can_be_numbered_is_an_error() -> Result<(), packinfer_batch::BatchError> {
+        let plan = Plan::empty(AttentionShape::new(32, 8, 128, DType::Bf16)?);
+        assert_eq!(plan.check(u64::from(DIRECT)), Ok(()));
+        let error = plan.check(u64::from(DIRECT) + 1).expect_err("one row too many");
+        assert_eq!(
+            error.to_string(),
+            "the plan needs 4294967296 rows of partials, but at most 4294967295 can be numbered: divide the batch among several calls"
+        );
+        Ok(())
     }
 }

@@ -86,7 +86,7 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
             commit_group();
         }
         if view.sees_any(column, COLUMN_STEP) {
-            let mut scores = score::<E, DIM_BLOCKS>(q, tiles.k(stage), lane);
+            let mut scores = score::<E, DIM_BLOCKS>(q.opaque(), tiles.k(stage), lane);
             if !view.sees_all(column, COLUMN_STEP) {
                 for (scores, rows) in scores.iter_mut().zip(&task.rows.of_lane::<ROW_BLOCKS>(first_row, lane)) {
                     mask(scores, rows, column, lane);

@@ -1,0 +1,109 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use packinfer::KernelFamily;
+
+/// Packed attention for batched LLM inference.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Shows the devices, the driver, and which kernels would be used.
+    Info,
+    /// Plans batches and explains the plans.
+    Plan(PlanArgs),
+    /// Runs batches and compares the results with float64 attention.
+    Verify(VerifyArgs),
+    /// Measures batches against the floor of what the device can do.
+    Bench(BenchArgs),
+}
+
+/// Arguments of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Batch files, in JSON.
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub batch: Vec<PathBuf>,
+    /// Prints JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Batch files, in JSON.
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub batch: Vec<PathBuf>,
+    /// Where to run.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Query tokens of every request to compare; all of them by default, or 16 where that would take long.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rows: Option<u32>,
+    /// Seed of Q, K, V, the order of the pages and the choice of rows.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Arguments of `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Batch files, in JSON; without any, a built-in mixed batch.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub batch: Vec<PathBuf>,
+    /// Where to run.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Also measures the same kernels, scheduled in another way.
+    #[arg(long, value_enum)]
+    pub baseline: Option<Baseline>,
+    /// Also writes everything that was measured to a file, in JSON.
+    #[arg(long, value_name = "OUT")]
+    pub json: Option<PathBuf>,
+    /// Runs to take the median of; at least 30 on a GPU. By default 30, or as many as a CPU does in five seconds.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub repeat: Option<u32>,
+    /// Seed of Q, K, V and the order of the pages.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Where to run.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct DeviceArgs {
+    /// Where to run.
+    #[arg(long, value_enum, default_value_t)]
+    pub device: DeviceChoice,
+    /// Kernels to use on a GPU, sm_80 or sm_90a; by default those that run best on it.
+    #[arg(long, value_name = "FAMILY")]
+    pub kernels: Option<KernelFamily>,
+}
+
+/// Kind of device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DeviceChoice {
+    /// A GPU if there is one that works, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU.
+    Cuda,
+}
+
+/// Another way to schedule the same kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Baseline {
+    /// A grid of tiles for each request: nothing packed, nothing split.
+    PerRequest,
+}

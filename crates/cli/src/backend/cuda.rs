@@ -1,0 +1,103 @@
+//! The engine on an NVIDIA GPU as a backend.
+
+use std::time::Duration;
+
+use anyhow::bail;
+use packinfer::{DeviceBuffer, Engine, EngineOptions, KernelFamily, RunOptions, Stream, measure};
+use packinfer_batch::Batch;
+use packinfer_planner::{DeviceModel, Plan};
+
+use super::{Attention, BackendElement, Ceilings, Repeat};
+use crate::case::Tensors;
+use crate::units::gigabytes;
+
+/// The least number of runs of a measurement, and the usual one.
+const LEAST_RUNS: u32 = 30;
+
+/// A GPU.
+pub struct Cuda {
+    pub name: String,
+    engine: Engine,
+    stream: Stream,
+}
+
+impl Cuda {
+    /// Opens the first GPU, with kernels of a family or those that suit it best.
+    pub fn open(kernel_family: Option<KernelFamily>) -> anyhow::Result<Self> {
+        let engine = Engine::new(EngineOptions { kernel_family, ..EngineOptions::default() })?;
+        let name = format!("{}, {} kernels", engine.device().name, engine.kernel_family());
+        Ok(Self { name, stream: engine.stream()?, engine })
+    }
+
+    pub fn model(&self) -> DeviceModel {
+        self.engine.model()
+    }
+
+    pub fn ceilings(&self) -> anyhow::Result<Ceilings> {
+        let copy_bytes_per_s = measure::copy_bandwidth(&self.engine)?;
+        Ok(Ceilings { copy_bytes_per_s, flops_per_s: measure::mma_rate(&self.engine)? })
+    }
+
+    /// Checks that the tensors of a batch fit on the device.
+    pub fn check_fits(&self, batch: &Batch) -> anyhow::Result<()> {
+        let (needed, device) = (batch.tensor_bytes(), self.engine.device());
+        if needed > device.memory_bytes {
+            let (needed, has) = (gigabytes(needed), gigabytes(device.memory_bytes));
+            bail!("Q, K, V and O take {needed} GB of device memory, but {} has {has} GB", device.name);
+        }
+        Ok(())
+    }
+
+    pub fn attend<E: BackendElement>(&self, plan: &Plan, tensors: &Tensors<E>) -> anyhow::Result<Attention<E>> {
+        let mut tensors = DeviceTensors::upload(&self.engine, tensors)?;
+        let lse_len = plan.num_query_tokens() as usize * plan.shape().num_qo_heads() as usize;
+        let mut lse = self.engine.zeros(lse_len)?;
+        let device_plan = self.engine.upload(plan, &self.stream)?;
+        let mut workspace = self.engine.workspace()?;
+        let arguments = packinfer::Tensors { lse: Some(lse.as_mut_slice()), ..tensors.arguments() };
+        self.engine.run(&device_plan, &mut workspace, &self.stream, arguments, RunOptions::default())?;
+        Ok(Attention { o: tensors.o.download()?, lse: lse.download()? })
+    }
+
+    pub fn time<E: BackendElement>(
+        &self,
+        plans: &[Plan],
+        tensors: &Tensors<E>,
+        repeat: Repeat,
+    ) -> anyhow::Result<Vec<Vec<Duration>>> {
+        let runs = match repeat {
+            Repeat::Times(runs) => runs.max(LEAST_RUNS),
+            Repeat::Default => LEAST_RUNS,
+        };
+        let mut tensors = DeviceTensors::upload(&self.engine, tensors)?;
+        let mut workspace = self.engine.workspace()?;
+        let mut time = |plan| {
+            let device_plan = self.engine.upload(plan, &self.stream)?;
+            workspace.reserve(&device_plan)?;
+            Ok(measure::time_cold(&self.engine, &self.stream, runs as usize, |stream| {
+                self.engine.run(&device_plan, &mut workspace, stream, tensors.arguments(), RunOptions::default())
+            })?)
+        };
+        plans.iter().map(&mut time).collect()
+    }
+}
+
+/// Q, K, V and O on the device.
+struct DeviceTensors<E> {
+    q: DeviceBuffer<E>,
+    k: DeviceBuffer<E>,
+    v: DeviceBuffer<E>,
+    o: DeviceBuffer<E>,
+}
+
+impl<E: BackendElement> DeviceTensors<E> {
+    fn upload(engine: &Engine, tensors: &Tensors<E>) -> anyhow::Result<Self> {
+        let Tensors { q, k, v } = tensors;
+        Ok(Self { q: engine.copy_of(q)?, k: engine.copy_of(k)?, v: engine.copy_of(v)?, o: engine.zeros(q.len())? })
+    }
+
+    fn arguments(&mut self) -> packinfer::Tensors<'_, E> {
+        let Self { q, k, v, o } = self;
+        packinfer::Tensors { q: q.as_slice(), k: k.as_slice(), v: v.as_slice(), o: o.as_mut_slice(), lse: None }
+    }
+}

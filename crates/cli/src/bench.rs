@@ -1,0 +1,219 @@
+//! `packinfer bench`: how close to the floor a batch runs.
+
+use std::fs::File;
+use std::io::{Write, stdout};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use half::{bf16, f16};
+use packinfer_batch::{Batch, DType};
+use serde::Serialize;
+
+use crate::args::{Baseline, BenchArgs};
+use crate::backend::{Backend, BackendElement, Ceilings, Repeat};
+use crate::case::Case;
+use crate::planning::{self, Planned};
+use crate::progress::Progress;
+use crate::table;
+use crate::units::significant;
+
+/// Measures the batches.
+pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    let cases = if args.batch.is_empty() { vec![Case::builtin(args.seed)?] } else { Case::read_all(&args.batch, args.seed)? };
+    // Better to learn now that the file cannot be written than after minutes of measuring.
+    let out = match &args.json {
+        Some(path) => Some((path, File::create(path).with_context(|| cannot_write(path))?)),
+        None => None,
+    };
+    let mut backend = Backend::open(args.device)?;
+    let progress = Progress::new(cases.len() + 1);
+    progress.doing("ceilings of the device");
+    let mut report = Report {
+        program: concat!("packinfer ", env!("CARGO_PKG_VERSION")),
+        device: backend.name().into(),
+        date: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        ceilings: backend.ceilings()?,
+        batches: Vec::new(),
+    };
+    for case in &cases {
+        progress.step();
+        progress.doing(case.name.clone());
+        let measured = match case.batch.shape().dtype() {
+            DType::Bf16 => measure::<bf16>(case, &mut backend, &report.ceilings, args),
+            DType::F16 => measure::<f16>(case, &mut backend, &report.ceilings, args),
+        };
+        report.batches.push(measured.with_context(|| case.name.clone())?);
+    }
+    drop(progress);
+    if let Some((path, file)) = out {
+        report.write(file).with_context(|| cannot_write(path))?;
+    }
+    report.print(args.baseline)
+}
+
+fn cannot_write(path: &Path) -> String {
+    format!("cannot write {}", path.display())
+}
+
+/// Everything that was measured.
+#[derive(Debug, Serialize)]
+struct Report {
+    program: &'static str,
+    device: String,
+    /// When, in UTC.
+    date: String,
+    ceilings: Ceilings,
+    batches: Vec<Measured>,
+}
+
+/// One batch.
+#[derive(Debug, Serialize)]
+struct Measured {
+    batch: String,
+    dtype: DType,
+    requests: usize,
+    query_tokens: u32,
+    /// KV slots that are read, shared ones counted once.
+    distinct_slots: u64,
+    /// Distinct KV, Q and O.
+    bytes: u64,
+    flops: f64,
+    /// What the ceilings allow.
+    floor_us: f64,
+    #[serde(flatten)]
+    timing: Timing,
+    /// Time over floor.
+    ratio: f64,
+    gb_per_s: f64,
+    tflop_per_s: f64,
+    plan_us: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    baseline: Option<MeasuredBaseline>,
+}
+
+/// The same batch, scheduled in another way.
+#[derive(Debug, Serialize)]
+struct MeasuredBaseline {
+    #[serde(flatten)]
+    timing: Timing,
+    /// Its time over that of the plan.
+    speed_up: f64,
+}
+
+/// Times of several runs.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Timing {
+    /// The median.
+    time_us: f64,
+    least_us: f64,
+    most_us: f64,
+    runs: usize,
+}
+
+impl Timing {
+    /// Summarises the times of at least one run.
+    fn new(mut times: Vec<Duration>) -> anyhow::Result<Self> {
+        times.sort_unstable();
+        let us = |index: usize| times.get(index).map(|time| time.as_secs_f64() * 1e6).context("nothing was measured");
+        let (runs, last) = (times.len(), times.len().saturating_sub(1));
+        // The mean of the two in the middle where the number is even.
+        let time_us = (us(last / 2)? + us(runs / 2)?) / 2.0;
+        Ok(Self { time_us, least_us: us(0)?, most_us: us(last)?, runs })
+    }
+}
+
+fn measure<E: BackendElement>(
+    case: &Case,
+    backend: &mut Backend,
+    ceilings: &Ceilings,
+    args: &BenchArgs,
+) -> anyhow::Result<Measured> {
+    let batch = &case.batch;
+    backend.check_fits(batch)?;
+    let tensors = case.tensors::<E>(args.seed)?;
+    let Planned { plan, plan_us } = planning::packed(batch, backend.model())?;
+    let mut plans = vec![plan];
+    if let Some(Baseline::PerRequest) = args.baseline {
+        plans.push(planning::per_request(batch, backend.model())?);
+    }
+    let repeat = args.repeat.map_or(Repeat::Default, Repeat::Times);
+    let mut timings = backend.time(&plans, &tensors, repeat)?.into_iter().map(Timing::new);
+    let timing = timings.next().context("nothing was measured")??;
+    let baseline = timings.next().transpose()?;
+    let baseline = baseline.map(|baseline| MeasuredBaseline { timing: baseline, speed_up: baseline.time_us / timing.time_us });
+    Ok(Measured::new(case.name.clone(), batch, ceilings, timing, plan_us, baseline))
+}
+
+impl Measured {
+    fn new(
+        name: String,
+        batch: &Batch,
+        ceilings: &Ceilings,
+        timing: Timing,
+        plan_us: f64,
+        baseline: Option<MeasuredBaseline>,
+    ) -> Self {
+        let (bytes, flops, floor_us) = (batch.least_bytes(), batch.flops(), ceilings.floor_us(batch));
+        Self {
+            batch: name,
+            dtype: batch.shape().dtype(),
+            requests: batch.requests().len(),
+            query_tokens: batch.num_query_tokens(),
+            distinct_slots: batch.distinct_slots(),
+            bytes,
+            flops,
+            floor_us,
+            timing,
+            ratio: timing.time_us / floor_us,
+            gb_per_s: bytes as f64 / timing.time_us * 1e-3,
+            tflop_per_s: flops / timing.time_us * 1e-6,
+            plan_us,
+            baseline,
+        }
+    }
+}
+
+impl Report {
+    fn write(&self, mut file: File) -> anyhow::Result<()> {
+        serde_json::to_writer_pretty(&mut file, self)?;
+        Ok(writeln!(file)?)
+    }
+
+    fn print(&self, baseline: Option<Baseline>) -> anyhow::Result<()> {
+        let mut header = vec!["batch", "floor µs", "time µs", "ratio", "GB/s", "TFLOP/s", "plan µs", "runs"];
+        if let Some(Baseline::PerRequest) = baseline {
+            header.extend(["per-request µs", "speed-up"]);
+        }
+        let mut table = table::new(&header);
+        for measured in &self.batches {
+            let Measured { floor_us, timing, ratio, gb_per_s, tflop_per_s, plan_us, .. } = measured;
+            let numbers = [*floor_us, timing.time_us, *ratio, *gb_per_s, *tflop_per_s, *plan_us];
+            let mut row = vec![measured.batch.clone()];
+            row.extend(numbers.map(significant));
+            row.push(timing.runs.to_string());
+            if let Some(MeasuredBaseline { timing, speed_up }) = &measured.baseline {
+                row.extend([timing.time_us, *speed_up].map(significant));
+            }
+            table.add_row(row);
+        }
+        let Ceilings { copy_bytes_per_s, flops_per_s } = self.ceilings;
+        let (copy, compute) = (significant(copy_bytes_per_s * 1e-9), significant(flops_per_s * 1e-12));
+        writeln!(stdout(), "{}\nfloor: copying at {copy} GB/s, computing at {compute} TFLOP/s\n{table}", self.device)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timing_is_the_median() {
+        let timing = |times: &[u64]| Timing::new(times.iter().map(|&us| Duration::from_micros(us)).collect());
+        let odd = timing(&[5, 1, 3]).expect("three runs");
+        assert_eq!((odd.time_us, odd.least_us, odd.most_us, odd.runs), (3.0, 1.0, 5.0, 3));
+        assert_eq!(timing(&[4, 1, 3, 2]).expect("four runs").time_us, 2.5);
+        assert!(timing(&[]).is_err());
+    }
+}

@@ -1,0 +1,42 @@
+//! `packinfer info`: what there is to run on.
+
+use std::io::{Write, stdout};
+
+use packinfer::{DeviceInfo, devices, driver_version};
+
+use crate::backend::Cpu;
+use crate::memory;
+use crate::table;
+use crate::units::gigabytes;
+
+/// Prints the devices.
+pub fn run() -> anyhow::Result<()> {
+    let mut stdout = stdout().lock();
+    let memory = memory::available().map_or(String::new(), |bytes| format!(", {} GB available", gigabytes(bytes)));
+    writeln!(stdout, "CPU:    {}{memory}", Cpu::new().name)?;
+    if let Ok(version) = driver_version() {
+        writeln!(stdout, "driver: CUDA {}.{}", version / 1000, version % 1000 / 10)?;
+    }
+    // This says it where there is no driver.
+    match devices() {
+        Ok(devices) => writeln!(stdout, "{}", table_of(&devices))?,
+        Err(error) => writeln!(stdout, "GPU:    {error}")?,
+    }
+    Ok(())
+}
+
+fn table_of(devices: &[DeviceInfo]) -> comfy_table::Table {
+    let mut table = table::new(&["GPU", "capability", "SMs", "memory, GB", "L2, MB", "kernels"]);
+    for device in devices {
+        let (major, minor) = device.compute_capability;
+        table.add_row([
+            format!("{}: {}", device.ordinal, device.name),
+            format!("{major}.{minor}"),
+            device.multiprocessors.to_string(),
+            gigabytes(device.memory_bytes),
+            (device.l2_bytes / 1_000_000).to_string(),
+            device.kernel_family().map_or("none: too old".into(), |family| family.to_string()),
+        ]);
+    }
+    table
+}

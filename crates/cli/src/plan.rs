@@ -1,0 +1,78 @@
+//! `packinfer plan`: what plans look like.
+
+use std::io::{Write, stdout};
+
+use packinfer_planner::Explanation;
+use serde::Serialize;
+
+use crate::args::PlanArgs;
+use crate::backend;
+use crate::case::Case;
+use crate::planning::{self, Planned};
+use crate::table;
+use crate::units::significant;
+
+/// Order of the pages. It has next to no influence on plans.
+const SEED: u64 = 0;
+
+/// Plans the batches and prints what came of it.
+pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
+    let (device, model) = backend::device_to_plan_for();
+    let mut explained = Vec::new();
+    for case in Case::read_all(&args.batch, SEED)? {
+        let Planned { plan, plan_us } = planning::packed(&case.batch, model)?;
+        let requests = case.batch.requests().len();
+        explained.push(Explained { batch: case.name, requests, plan_us, plan: plan.explain(&model) });
+    }
+    let mut stdout = stdout().lock();
+    if args.json {
+        writeln!(stdout, "{}", serde_json::to_string_pretty(&explained)?)?;
+    } else {
+        writeln!(stdout, "planned for {device}\n{}", table_of(&explained))?;
+    }
+    Ok(())
+}
+
+/// A batch and its plan.
+#[derive(Debug, Serialize)]
+struct Explained {
+    batch: String,
+    requests: usize,
+    /// Time of a warm second plan.
+    plan_us: f64,
+    #[serde(flatten)]
+    plan: Explanation,
+}
+
+/// One column for each plan, because there is more to say of a plan than fits a line.
+fn table_of(explained: &[Explained]) -> comfy_table::Table {
+    let names = explained.iter().map(|explained| explained.batch.as_str());
+    let mut table = table::new(&std::iter::once("").chain(names).collect::<Vec<_>>());
+    let mut row = |name: &str, value: &dyn Fn(&Explained) -> String| {
+        table.add_row(std::iter::once(name.to_owned()).chain(explained.iter().map(value)).collect::<Vec<_>>());
+    };
+    let megabytes = |bytes: u64| significant(bytes as f64 / 1e6);
+    let gigaflops = |flops: f64| significant(flops / 1e9);
+    row("requests", &|e| e.requests.to_string());
+    row("query tokens", &|e| e.plan.query_tokens.to_string());
+    row("head groups", &|e| format!("{} of {}", e.plan.head_groups, e.plan.heads_per_group));
+    row("tiles: wide", &|e| e.plan.wide_tiles.to_string());
+    row("tiles: narrow", &|e| e.plan.narrow_tiles.to_string());
+    row("tiles: of several requests", &|e| e.plan.packed_tiles.to_string());
+    row("tiles: split", &|e| e.plan.split_tiles.to_string());
+    row("work items: wide", &|e| e.plan.wide_items.to_string());
+    row("work items: narrow", &|e| e.plan.narrow_items.to_string());
+    row("merged tokens", &|e| e.plan.merge_tokens.to_string());
+    row("predicted µs", &|e| significant(e.plan.predicted_us));
+    row("balance", &|e| significant(e.plan.balance));
+    row("KV read, MB", &|e| megabytes(e.plan.kv_bytes));
+    row("KV distinct, MB", &|e| megabytes(e.plan.distinct_kv_bytes));
+    row("Q and O, MB", &|e| megabytes(e.plan.qo_bytes));
+    row("partials, MB", &|e| megabytes(e.plan.partial_bytes));
+    row("GFLOP needed", &|e| gigaflops(e.plan.flops_needed));
+    row("GFLOP issued", &|e| gigaflops(e.plan.flops_issued));
+    row("wasted area, %", &|e| significant(100.0 * e.plan.wasted_area));
+    row("plan, kB", &|e| significant(e.plan.upload_bytes as f64 / 1e3));
+    row("plan µs", &|e| significant(e.plan_us));
+    table
+}

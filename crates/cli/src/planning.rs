@@ -1,0 +1,27 @@
+//! Plans of batches, and how long they take to make.
+
+use std::time::Instant;
+
+use packinfer_batch::Batch;
+use packinfer_planner::{DeviceModel, Packing, Plan, PlanError, Planner};
+
+/// A plan, and the time of making it.
+pub struct Planned {
+    pub plan: Plan,
+    /// Time of a second plan in the memory of the first, in µs: what a step costs in a server that has been running for a while.
+    pub plan_us: f64,
+}
+
+/// Plans a batch, twice.
+pub fn packed(batch: &Batch, model: DeviceModel) -> Result<Planned, PlanError> {
+    let mut planner = Planner::new(model);
+    let mut plan = planner.plan(batch)?;
+    let start = Instant::now();
+    planner.plan_into(batch, &mut plan)?;
+    Ok(Planned { plan, plan_us: start.elapsed().as_secs_f64() * 1e6 })
+}
+
+/// Plans a batch as kernels without packing would be scheduled.
+pub fn per_request(batch: &Batch, model: DeviceModel) -> Result<Plan, PlanError> {
+    Planner::new(model).with_packing(Packing::PerRequest).plan(batch)
+}

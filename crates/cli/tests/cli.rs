@@ -1,0 +1,287 @@
+//! The program from outside: what it prints, its exit codes, and that nothing panics.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use assert_cmd::Command;
+use packinfer_batch::{BatchFile, DType, RequestLengths};
+use predicates::prelude::*;
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn packinfer() -> Command {
+    Command::new(assert_cmd::cargo::cargo_bin!("packinfer"))
+}
+
+/// A folder of batch files.
+struct Batches {
+    folder: TempDir,
+}
+
+impl Batches {
+    fn new() -> Self {
+        Self { folder: tempfile::tempdir().expect("a temporary folder") }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn text(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, text).expect("the folder is writable");
+        path
+    }
+
+    fn file(&self, name: &str, file: &BatchFile) -> PathBuf {
+        self.text(name, &file.to_json())
+    }
+}
+
+fn request(query_len: u32, kv_len: u32, blocks: &[u64]) -> RequestLengths {
+    RequestLengths { query_len, kv_len, blocks: blocks.into() }
+}
+
+/// A small batch with a bit of everything: prompts, decodes, a chunk, a shared prefix, a request without queries.
+fn small() -> BatchFile {
+    BatchFile {
+        name: Some("small".into()),
+        description: None,
+        num_qo_heads: 8,
+        num_kv_heads: 2,
+        head_dim: 64,
+        dtype: DType::F16,
+        page_size: 16,
+        causal: true,
+        block_tokens: Some(32),
+        requests: vec![
+            request(40, 40, &[]),
+            request(3, 3, &[]),
+            request(1, 700, &[1, 2]),
+            request(1, 90, &[1, 2]),
+            request(33, 500, &[1]),
+            request(0, 10, &[]),
+        ],
+    }
+}
+
+/// Runs `command --batch PATH` and expects exit code 2 and one sentence that names the file and contains `message`.
+fn assert_refused(command: &str, path: &Path, message: &str) {
+    let output = packinfer().args([command, "--batch"]).arg(path).assert().code(2).stdout(predicate::str::is_empty());
+    let stderr = String::from_utf8_lossy(&output.get_output().stderr).into_owned();
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with("packinfer: ") && stderr.contains(message), "{stderr:?} does not contain {message:?}");
+    assert!(stderr.contains(&path.display().to_string()), "{stderr:?} does not name the file");
+}
+
+#[test]
+fn bad_batches_are_refused_in_one_sentence() {
+    let batches = Batches::new();
+    let good = small().to_json();
+    let cases = [
+        ("missing field", "\"page_size\":16,", "", "missing field `page_size` at line "),
+        ("dtype", "\"f16\"", "\"fp8\"", "unknown variant `fp8`, expected `bf16` or `f16` at line 1 column "),
+        ("no heads", "\"num_qo_heads\":8", "\"num_qo_heads\":0", "0 query heads and 2 KV heads"),
+        ("no KV heads", "\"num_kv_heads\":2", "\"num_kv_heads\":0", "8 query heads and 0 KV heads"),
+        ("not divisible", "\"num_kv_heads\":2", "\"num_kv_heads\":3", "8 query heads cannot be shared evenly by 3 KV heads"),
+        ("head_dim", "\"head_dim\":64", "\"head_dim\":80", "head dimension 80"),
+        ("page_size", "\"page_size\":16", "\"page_size\":0", "page_size is 0"),
+        ("queries", "\"query_len\":3", "\"query_len\":4", "request 1 has 4 query tokens but only 3 KV tokens"),
+        (
+            "blocks",
+            "\"kv_len\":90",
+            "\"kv_len\":63",
+            "request 3 names 2 blocks of 32 tokens, which is more than its 63 KV tokens",
+        ),
+        ("no block_tokens", "\"block_tokens\":32,", "", "request 2 names blocks, but the batch has no block_tokens"),
+        ("block_tokens", "\"block_tokens\":32", "\"block_tokens\":40", "block_tokens is 40 and page_size 16"),
+        ("negative", "\"kv_len\":700", "\"kv_len\":-1", "expected u32 at line "),
+        ("over 32 bits", "\"kv_len\":700", "\"kv_len\":4294967296", "expected u32 at line "),
+        ("over 31 bits", "\"kv_len\":700", "\"kv_len\":4294967295", "4294967295 KV tokens: at most 2147483648"),
+        ("cut off", "]}\n", "]\n", "EOF while parsing an object at line "),
+    ];
+    for (name, old, new, message) in cases {
+        assert!(good.contains(old), "{old} is not in the file");
+        let path = batches.text(&format!("{name}.json"), &good.replacen(old, new, 1));
+        for command in ["plan", "verify", "bench"] {
+            assert_refused(command, &path, message);
+        }
+    }
+}
+
+#[test]
+fn files_that_cannot_be_read_are_refused() {
+    let batches = Batches::new();
+    for command in ["plan", "verify", "bench"] {
+        assert_refused(command, &batches.path("missing.json"), "missing.json");
+        assert_refused(command, batches.folder.path(), "cannot read");
+        assert_refused(command, &batches.text("empty.json", ""), "line 1 column 0");
+    }
+}
+
+#[test]
+fn sizes_beyond_numbers_and_memory_are_refused() {
+    let batches = Batches::new();
+    let huge = |count| BatchFile {
+        page_size: 1 << 20,
+        block_tokens: None,
+        num_qo_heads: 128,
+        num_kv_heads: 128,
+        requests: vec![request(1, 1 << 30, &[]); count],
+        ..small()
+    };
+    let overflow = batches.file("overflow.json", &huge(3));
+    let memory = batches.file("memory.json", &huge(2));
+    for command in ["verify", "bench"] {
+        assert_refused(command, &overflow, "slots are numbered up to 2147483648");
+        packinfer()
+            .args([command, "--device", "cpu", "--batch"])
+            .arg(&memory)
+            .assert()
+            .code(2)
+            .stderr(predicate::str::contains("small: Q, K, V and O take 70368.7 GB of memory, but only "));
+    }
+    assert_refused("plan", &overflow, "slots are numbered up to 2147483648");
+}
+
+#[test]
+fn arguments_that_make_no_sense_exit_2() {
+    for args in
+        [&["verify"][..], &["plan"], &["nonsense"], &["verify", "--batch", "x", "--rows", "0"], &["bench", "--repeat", "0"], &[]]
+    {
+        packinfer().args(args).assert().code(2).stderr(predicate::str::is_empty().not());
+    }
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_an_error_only_if_asked_for() {
+    if Path::new("/dev/nvidiactl").exists() {
+        eprintln!("skipped: this machine has an NVIDIA driver");
+        return;
+    }
+    let batches = Batches::new();
+    let path = batches.file("small.json", &small());
+    for command in ["verify", "bench"] {
+        packinfer()
+            .args([command, "--device", "cuda", "--batch"])
+            .arg(&path)
+            .assert()
+            .code(2)
+            .stderr(predicate::str::contains("driver"));
+    }
+    let one_line = predicate::function(|text: &str| text.lines().count() == 1);
+    packinfer()
+        .args(["verify", "--batch"])
+        .arg(&path)
+        .assert()
+        .success()
+        .stderr(predicate::str::contains("driver").and(one_line));
+}
+
+#[test]
+fn info_names_the_cpu() {
+    packinfer().arg("info").assert().success().stdout(predicate::str::contains("threads"));
+}
+
+#[test]
+fn verify_passes_on_the_cpu() {
+    let batches = Batches::new();
+    let bf16 = BatchFile { dtype: DType::Bf16, head_dim: 128, causal: false, name: None, ..small() };
+    let empty = BatchFile { requests: vec![], name: Some("empty".into()), ..small() };
+    packinfer()
+        .args(["verify", "--device", "cpu", "--batch"])
+        .args([batches.file("small.json", &small()), batches.file("stem.json", &bf16), batches.file("empty.json", &empty)])
+        .assert()
+        .success()
+        .stderr(predicate::str::is_empty())
+        .stdout(predicate::str::contains("small").and(predicate::str::contains("stem")).and(predicate::str::contains("empty")))
+        .stdout(predicate::str::contains("WRONG").not());
+}
+
+#[test]
+fn verify_samples_rows_of_every_request() {
+    let batches = Batches::new();
+    packinfer()
+        .args(["verify", "--device", "cpu", "--rows", "2", "--batch"])
+        .arg(batches.file("small.json", &small()))
+        .assert()
+        .success()
+        // Of 40, 3, 1, 1, 33 and 0 query tokens.
+        .stdout(predicate::str::is_match(r"small +f16 +78 +8 ").expect("a good pattern"));
+}
+
+#[test]
+fn plan_explains_itself() {
+    let batches = Batches::new();
+    let path = batches.file("small.json", &small());
+    packinfer().args(["plan", "--batch"]).arg(&path).assert().success().stdout(predicate::str::contains("small"));
+
+    let output = packinfer().args(["plan", "--json", "--batch"]).args([&path, &path]).assert().success();
+    let plans: Vec<Value> = serde_json::from_slice(&output.get_output().stdout).expect("JSON");
+    assert_eq!(plans.len(), 2);
+    assert_eq!(plans[0]["batch"], "small");
+    assert!(plans[0]["plan_us"].as_f64().is_some_and(|us| us > 0.0), "{}", plans[0]);
+}
+
+#[test]
+fn bench_measures_the_baseline_too() {
+    let batches = Batches::new();
+    let out = batches.path("out.json");
+    packinfer()
+        .args(["bench", "--device", "cpu", "--repeat", "3", "--baseline", "per-request", "--json"])
+        .arg(&out)
+        .arg("--batch")
+        .arg(batches.file("small.json", &small()))
+        .assert()
+        .success()
+        .stderr(predicate::str::is_empty())
+        .stdout(
+            predicate::str::contains("floor µs").and(predicate::str::contains("speed-up")).and(predicate::str::contains("small")),
+        );
+    let report: Value = serde_json::from_str(&fs::read_to_string(out).expect("it was written")).expect("JSON");
+    let batch = &report["batches"][0];
+    assert_eq!(batch["runs"], 3);
+    for number in ["floor_us", "time_us", "ratio", "gb_per_s", "tflop_per_s", "plan_us"] {
+        assert!(batch[number].as_f64().is_some_and(|number| number > 0.0), "{number} in {batch}");
+    }
+    assert!(batch["baseline"]["speed_up"].as_f64().is_some_and(|number| number > 0.0), "{batch}");
+    assert!(report["ceilings"]["copy_bytes_per_s"].as_f64().is_some_and(|number| number > 0.0), "{report}");
+    assert!(report["date"].is_string() && report["device"].is_string(), "{report}");
+}
+
+#[test]
+fn bench_has_a_batch_of_its_own() {
+    packinfer()
+        .args(["bench", "--device", "cpu", "--repeat", "1"])
+        .assert()
+        .success()
+        .stdout(predicate::str::contains("builtin_mixed"));
+}
+
+#[test]
+fn bench_says_where_it_cannot_write() {
+    let batches = Batches::new();
+    packinfer()
+        .args(["bench", "--device", "cpu", "--repeat", "1", "--json"])
+        .arg(batches.path("no/such/folder.json"))
+        .arg("--batch")
+        .arg(batches.file("small.json", &small()))
+        .assert()
+        .code(2)
+        .stderr(predicate::str::contains("folder.json"));
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin!("packinfer"))
+        .arg("info")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("the program ends");
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}

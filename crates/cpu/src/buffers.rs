@@ -1,0 +1,69 @@
+//! Q, K, V in, O and LSE out.
+
+use packinfer_batch::AttentionShape;
+
+use crate::{CpuError, Element};
+
+/// What attention reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a, E> {
+    /// Q, `[tokens, num_qo_heads, head_dim]`.
+    pub q: &'a [E],
+    /// K, `[slots, num_kv_heads, head_dim]`.
+    pub k: &'a [E],
+    /// V, like K.
+    pub v: &'a [E],
+    /// Factor of the scores before softmax; 1/√head_dim if `None`.
+    pub scale: Option<f32>,
+}
+
+/// What attention writes.
+#[derive(Debug)]
+pub struct Outputs<'a, E> {
+    /// O, like Q.
+    pub o: &'a mut [E],
+    /// Log-sum-exp of the scaled scores, natural logarithm, `[tokens, num_qo_heads]`; or not wanted.
+    pub lse: Option<&'a mut [f32]>,
+}
+
+impl<E: Element> Inputs<'_, E> {
+    /// Checks types and lengths, and says what the scale is.
+    pub(crate) fn check(&self, shape: AttentionShape, num_query_tokens: u32, num_slots: u32) -> Result<f32, CpuError> {
+        if E::DTYPE != shape.dtype() {
+            return Err(CpuError::DType { found: E::DTYPE, needed: shape.dtype() });
+        }
+        check_length("Q", "[tokens, num_qo_heads, head_dim]", self.q.len(), num_query_tokens, shape.qo_elements_per_token())?;
+        let needed = u64::from(num_slots) * shape.kv_elements_per_slot();
+        for (buffer, elements) in [("K", self.k), ("V", self.v)] {
+            if (elements.len() as u64) < needed {
+                return Err(CpuError::PoolTooSmall { buffer, found: elements.len(), num_slots, needed });
+            }
+        }
+        let scale = self.scale.unwrap_or((shape.head_dim() as f32).sqrt().recip());
+        if !scale.is_finite() || scale <= 0.0 {
+            return Err(CpuError::Scale { scale });
+        }
+        Ok(scale)
+    }
+}
+
+impl<E> Outputs<'_, E> {
+    pub(crate) fn check(&self, shape: AttentionShape, num_query_tokens: u32) -> Result<(), CpuError> {
+        check_length("O", "[tokens, num_qo_heads, head_dim]", self.o.len(), num_query_tokens, shape.qo_elements_per_token())?;
+        match &self.lse {
+            Some(lse) => check_length("LSE", "[tokens, num_qo_heads]", lse.len(), num_query_tokens, shape.num_qo_heads().into()),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_length(
+    buffer: &'static str,
+    shape: &'static str,
+    found: usize,
+    num_query_tokens: u32,
+    elements_per_token: u64,
+) -> Result<(), CpuError> {
+    let needed = u64::from(num_query_tokens) * elements_per_token;
+    if found as u64 == needed { Ok(()) } else { Err(CpuError::Length { buffer, shape, found, needed }) }
+}

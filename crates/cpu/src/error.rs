@@ -1,0 +1,61 @@
+//! What can be wrong with a call.
+
+use packinfer_batch::DType;
+
+/// Buffers or options that do not fit the plan or the batch.
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[non_exhaustive]
+pub enum CpuError {
+    /// A buffer of another length than the plan needs.
+    #[error("{buffer} has {found} elements, but {shape} needs {needed}")]
+    Length {
+        /// Which one.
+        buffer: &'static str,
+        /// What is counted, dimension by dimension.
+        shape: &'static str,
+        /// Its elements.
+        found: usize,
+        /// The elements that it should have.
+        needed: u64,
+    },
+    /// K or V holds fewer slots than the plan refers to.
+    #[error("{buffer} has {found} elements, but slots up to {num_slots} are read, which is {needed} elements")]
+    PoolTooSmall {
+        /// Which one.
+        buffer: &'static str,
+        /// Its elements.
+        found: usize,
+        /// Slots that it should have at least.
+        num_slots: u32,
+        /// The elements that it should have at least.
+        needed: u64,
+    },
+    /// Buffers of another element type.
+    #[error("the buffers hold {found}, but the shape says {needed}")]
+    DType {
+        /// Type of the buffers.
+        found: DType,
+        /// Type of the shape.
+        needed: DType,
+    },
+    /// A softmax scale that is no positive number.
+    #[error("softmax scale {scale}: it must be finite and greater than 0")]
+    Scale {
+        /// The scale.
+        scale: f32,
+    },
+    /// A head dimension that this crate is not built for.
+    #[error("head dimension {head_dim}: 64 and 128 are supported")]
+    HeadDim {
+        /// The head dimension.
+        head_dim: u32,
+    },
+    /// A query token that the batch does not have.
+    #[error("query token {token} is asked for, but the batch has {num_query_tokens}")]
+    NoSuchToken {
+        /// Index of the token.
+        token: u32,
+        /// Query tokens of the batch.
+        num_query_tokens: u32,
+    },
+}

@@ -1,0 +1,189 @@
+//! Attention as it is written on paper, in float64: what everything else is compared with.
+//!
+//! It works from the batch, so it knows nothing of plans, tiles or merges.
+
+use multiversion::multiversion;
+use packinfer_batch::{AttentionShape, Batch, Mask, Request};
+use rayon::prelude::*;
+
+use crate::{CpuError, Element, Inputs};
+
+/// Rows, over tokens and heads, for which K and V are converted together.
+const ROWS_TOGETHER: usize = 64;
+
+/// Accumulators of a dot product.
+const LANES: usize = 8;
+
+/// Exact attention of some query tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reference {
+    /// O, `[tokens, num_qo_heads, head_dim]`, in the order in which the tokens were asked for.
+    pub o: Vec<f64>,
+    /// Log-sum-exp of the scaled scores, natural logarithm, `[tokens, num_qo_heads]`.
+    pub lse: Vec<f64>,
+}
+
+/// Exact attention of the query tokens `tokens` (indices into Q) of a batch.
+///
+/// # Errors
+///
+/// Buffers of other lengths or another type than the batch's, a scale that is not finite, or a token that does not exist.
+pub fn attention<E: Element>(batch: &Batch, inputs: Inputs<'_, E>, tokens: &[u32]) -> Result<Reference, CpuError> {
+    let shape = batch.shape();
+    let num_query_tokens = batch.num_query_tokens();
+    let scale = f64::from(inputs.check(shape, num_query_tokens, batch.num_slots())?);
+    if let Some(&token) = tokens.iter().find(|&&token| token >= num_query_tokens) {
+        return Err(CpuError::NoSuchToken { token, num_query_tokens });
+    }
+    let mut o = vec![0.0; tokens.len() * shape.qo_elements_per_token() as usize];
+    let mut lse = vec![0.0; tokens.len() * shape.num_qo_heads() as usize];
+
+    let mut parts = Vec::new();
+    let (mut o_left, mut lse_left) = (&mut o[..], &mut lse[..]);
+    for tokens in tokens.chunk_by(|&a, &b| request_of(batch, a) == request_of(batch, b)) {
+        for tokens in tokens.chunks(tokens_together(shape)) {
+            let o = o_left.split_off_mut(..tokens.len() * shape.qo_elements_per_token() as usize).unwrap_or_default();
+            let lse = lse_left.split_off_mut(..tokens.len() * shape.num_qo_heads() as usize).unwrap_or_default();
+            parts.push(Part { request: request_of(batch, tokens[0]), tokens, o, lse });
+        }
+    }
+    parts.into_par_iter().with_max_len(1).for_each(|part| match shape.head_dim() {
+        64 => part.attend::<E, 64>(batch, &inputs, scale),
+        _ => part.attend::<E, 128>(batch, &inputs, scale),
+    });
+    Ok(Reference { o, lse })
+}
+
+/// Bytes that [`attention`] takes at the most while it works on a batch, besides its result: the scores of some rows a thread.
+pub fn working_bytes(batch: &Batch) -> u64 {
+    let shape = batch.shape();
+    let scores = batch.requests().iter().map(|request| {
+        let tokens = u64::from(request.query_len).min(tokens_together(shape) as u64);
+        tokens * u64::from(shape.gqa_ratio()) * u64::from(request.kv_len)
+    });
+    rayon::current_num_threads() as u64 * scores.max().unwrap_or(0) * size_of::<f64>() as u64
+}
+
+/// Query tokens for which K and V are converted together.
+fn tokens_together(shape: AttentionShape) -> usize {
+    (ROWS_TOGETHER / shape.gqa_ratio() as usize).max(1)
+}
+
+/// The request that brings a query token.
+fn request_of(batch: &Batch, token: u32) -> &Request {
+    let index = batch.requests().partition_point(|request| request.first_token + request.query_len <= token);
+    &batch.requests()[index]
+}
+
+/// Some query tokens of one request, and where their results go.
+struct Part<'a> {
+    request: &'a Request,
+    tokens: &'a [u32],
+    o: &'a mut [f64],
+    lse: &'a mut [f64],
+}
+
+impl Part<'_> {
+    fn attend<E: Element, const D: usize>(mut self, batch: &Batch, inputs: &Inputs<'_, E>, scale: f64) {
+        for kv_head in 0..batch.shape().num_kv_heads() as usize {
+            attend_head::<E, D>(&mut self, batch, inputs, scale, kv_head);
+        }
+    }
+}
+
+/// Attention for the query heads of one KV head.
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn attend_head<E: Element, const D: usize>(
+    part: &mut Part<'_>,
+    batch: &Batch,
+    inputs: &Inputs<'_, E>,
+    scale: f64,
+    kv_head: usize,
+) {
+    let shape = batch.shape();
+    let slots = || batch.runs_of(part.request).iter().flat_map(|run| run.first_slot..run.first_slot + run.num_slots);
+    let index = |slot: u32| slot as usize * shape.num_kv_heads() as usize + kv_head;
+
+    let mut rows = rows::<E, D>(part.request, batch.mask(), shape, part.tokens, kv_head, inputs.q);
+    for (column, slot) in slots().enumerate() {
+        let k = row::<E, D>(inputs.k, index(slot));
+        for row in rows.iter_mut().filter(|row| column < row.sees) {
+            row.scores.push(scale * dot(&row.q, &k));
+        }
+    }
+    for row in &mut rows {
+        let max = row.scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        row.scores.iter_mut().for_each(|score| *score = (*score - max).exp());
+        let sum: f64 = row.scores.iter().sum();
+        row.scores.iter_mut().for_each(|score| *score /= sum);
+        part.lse[row.output] = max + sum.ln();
+    }
+    let (o_rows, _) = part.o.as_chunks_mut::<D>();
+    for (column, slot) in slots().enumerate() {
+        let v = row::<E, D>(inputs.v, index(slot));
+        for row in rows.iter().filter(|row| column < row.sees) {
+            let p = row.scores[column];
+            for (o, v) in o_rows[row.output].iter_mut().zip(&v) {
+                *o += p * v;
+            }
+        }
+    }
+}
+
+/// One query head of one query token.
+struct Row<const D: usize> {
+    q: [f64; D],
+    /// KV tokens that it sees: the first so many of its request.
+    sees: usize,
+    /// Scores of those tokens; later their probabilities.
+    scores: Vec<f64>,
+    /// Where its result goes, in rows of `[tokens, num_qo_heads]`.
+    output: usize,
+}
+
+/// The rows of `tokens` for the query heads of a KV head.
+fn rows<E: Element, const D: usize>(
+    request: &Request,
+    mask: Mask,
+    shape: AttentionShape,
+    tokens: &[u32],
+    kv_head: usize,
+    q: &[E],
+) -> Vec<Row<D>> {
+    let (num_qo_heads, ratio) = (shape.num_qo_heads() as usize, shape.gqa_ratio() as usize);
+    let heads = kv_head * ratio..(kv_head + 1) * ratio;
+    let rows = tokens.iter().enumerate().flat_map(|(index, &token)| {
+        let sees = match mask {
+            Mask::Causal => request.kv_len - request.query_len + (token - request.first_token) + 1,
+            Mask::None => request.kv_len,
+        } as usize;
+        heads.clone().map(move |head| Row {
+            q: row(q, token as usize * num_qo_heads + head),
+            sees,
+            scores: Vec::with_capacity(sees),
+            output: index * num_qo_heads + head,
+        })
+    });
+    rows.collect()
+}
+
+/// Row `index` of a matrix with `D` columns.
+#[inline(always)]
+fn row<E: Element, const D: usize>(elements: &[E], index: usize) -> [f64; D] {
+    let mut row = [0.0; D];
+    for (to, &element) in row.iter_mut().zip(&elements[index * D..]) {
+        *to = element.into();
+    }
+    row
+}
+
+#[inline(always)]
+fn dot<const D: usize>(a: &[f64; D], b: &[f64; D]) -> f64 {
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.as_chunks::<LANES>().0.iter().zip(b.as_chunks::<LANES>().0) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().sum()
+}

@@ -1,0 +1,233 @@
+//! Plans on the CPU give what exact attention gives.
+
+use half::{bf16, f16};
+use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, Mask, RequestLengths};
+use packinfer_cpu::{
+    CpuError, Element, Inputs, Outputs, execute, largest_difference, random_elements, reference, relative_error,
+};
+use packinfer_planner::{DeviceModel, Packing, Plan, Planner};
+use proptest::prelude::*;
+
+/// A plan for a device of so many multiprocessors: many of them split requests, few of them pack.
+fn packed_for(batch: &Batch, num_sms: u32) -> Plan {
+    Planner::new(DeviceModel { num_sms, ..DeviceModel::H100 }).plan(batch).expect("a plan")
+}
+
+fn packed(batch: &Batch) -> Plan {
+    packed_for(batch, 132)
+}
+
+fn per_request(batch: &Batch) -> Plan {
+    Planner::default().with_packing(Packing::PerRequest).plan(batch).expect("a plan")
+}
+
+/// Q, K, V for a batch.
+struct Tensors<E> {
+    q: Vec<E>,
+    k: Vec<E>,
+    v: Vec<E>,
+}
+
+impl<E: Element> Tensors<E> {
+    fn random(batch: &Batch) -> Self {
+        let shape = batch.shape();
+        let q = u64::from(batch.num_query_tokens()) * shape.qo_elements_per_token();
+        let kv = u64::from(batch.num_slots()) * shape.kv_elements_per_slot();
+        Self { q: random_elements(q as usize, 1), k: random_elements(kv as usize, 2), v: random_elements(kv as usize, 3) }
+    }
+
+    fn inputs(&self) -> Inputs<'_, E> {
+        Inputs { q: &self.q, k: &self.k, v: &self.v, scale: None }
+    }
+}
+
+/// O and LSE of a plan. They are filled with NaN before, so what is not written shows.
+fn run<E: Element>(plan: &Plan, inputs: Inputs<'_, E>) -> (Vec<E>, Vec<f32>) {
+    let mut o = vec![E::from_f32(f32::NAN); inputs.q.len()];
+    let mut lse = vec![f32::NAN; inputs.q.len() / plan.shape().head_dim() as usize];
+    execute(plan, inputs, Outputs { o: &mut o, lse: Some(&mut lse) }).expect("buffers that fit");
+    (o, lse)
+}
+
+fn exact<E: Element>(batch: &Batch, inputs: Inputs<'_, E>) -> reference::Reference {
+    let tokens: Vec<u32> = (0..batch.num_query_tokens()).collect();
+    reference::attention(batch, inputs, &tokens).expect("buffers that fit")
+}
+
+fn assert_exact<E: Element>(batch: &Batch, plan: &Plan, inputs: Inputs<'_, E>) {
+    let (o, lse) = run(plan, inputs);
+    let exact = exact(batch, inputs);
+    let error = relative_error(&o, &exact.o);
+    assert!(error <= E::TOLERANCE, "O is off by {error}");
+    let error = largest_difference(&lse, &exact.lse);
+    assert!(error <= 1e-4, "LSE is off by {error}");
+}
+
+/// All kinds of plan of a batch are exact.
+fn assert_plans_exact(batch: &Batch) {
+    for plan in [packed_for(batch, 1), packed(batch), per_request(batch)] {
+        match batch.shape().dtype() {
+            DType::Bf16 => assert_exact(batch, &plan, Tensors::<bf16>::random(batch).inputs()),
+            DType::F16 => assert_exact(batch, &plan, Tensors::<f16>::random(batch).inputs()),
+        }
+    }
+}
+
+fn shape(num_qo_heads: u32, num_kv_heads: u32, head_dim: u32, dtype: DType) -> AttentionShape {
+    AttentionShape::new(num_qo_heads, num_kv_heads, head_dim, dtype).expect("a good shape")
+}
+
+/// A batch of (query_len, kv_len) in contiguous KV.
+fn batch(shape: AttentionShape, mask: Mask, lengths: &[(u32, u32)]) -> Batch {
+    let mut batch = Batch::new(shape, mask);
+    for &(query_len, kv_len) in lengths {
+        batch.push_contiguous(query_len, kv_len, batch.num_slots()).expect("a good request");
+    }
+    batch
+}
+
+/// Any batch that a test has time for: prompts, chunks, decodes and empty requests, pages of several sizes, shared prefixes.
+fn any_batch() -> impl Strategy<Value = Batch> {
+    const BLOCK_PAGES: u32 = 2;
+    let heads = (1..=3u32, prop::sample::select(vec![1u32, 2, 3, 4, 7, 8, 16, 20]));
+    let format = (prop::sample::select(vec![64u32, 128]), prop_oneof![Just(DType::Bf16), Just(DType::F16)], any::<bool>());
+    let query_len = prop_oneof![1 => Just(0), 4 => Just(1u32), 2 => 2..20u32, 1 => 20..150u32];
+    let request = (query_len, prop_oneof![Just(0u32), 1..100u32, 100..1500u32], prop::collection::vec(0..2u64, 0..3));
+    let requests = prop::collection::vec(request, 0..10);
+    (heads, format, prop::sample::select(vec![1u32, 7, 16]), requests, any::<u64>()).prop_map(
+        |((num_kv_heads, ratio), (head_dim, dtype, causal), page_size, requests, seed)| {
+            let block_tokens = BLOCK_PAGES * page_size;
+            let requests = requests.into_iter().map(|(query_len, cached, mut blocks)| {
+                let kv_len = query_len + cached;
+                blocks.truncate((kv_len / block_tokens) as usize);
+                RequestLengths { query_len, kv_len, blocks }
+            });
+            let file = BatchFile {
+                name: None,
+                description: None,
+                num_qo_heads: num_kv_heads * ratio,
+                num_kv_heads,
+                head_dim,
+                dtype,
+                page_size,
+                causal,
+                block_tokens: Some(block_tokens),
+                requests: requests.collect(),
+            };
+            file.to_batch(seed).expect("a good batch")
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_plan_is_exact(batch in any_batch()) {
+        assert_plans_exact(&batch);
+    }
+}
+
+#[test]
+fn short_requests_share_tiles() {
+    let lengths = [(9, 9), (3, 8), (20, 20), (1, 1), (7, 30)].repeat(10);
+    let batch = batch(shape(4, 2, 64, DType::F16), Mask::Causal, &lengths);
+    assert!(packed_for(&batch, 1).items().iter().any(|item| item.num_segments > 1), "nothing is packed");
+    assert_plans_exact(&batch);
+}
+
+#[test]
+fn long_requests_are_split_and_merged() {
+    let batch = batch(shape(8, 2, 128, DType::Bf16), Mask::Causal, &[(1, 20_000), (1, 10)]);
+    assert!(!packed(&batch).merge_tokens().is_empty(), "nothing is split");
+    assert!(per_request(&batch).merge_tokens().is_empty(), "the baseline splits");
+    assert_plans_exact(&batch);
+}
+
+#[test]
+fn a_single_token_sees_itself() {
+    let batch = batch(shape(2, 1, 64, DType::F16), Mask::Causal, &[(1, 1)]);
+    let tensors = Tensors::<f16>::random(&batch);
+    let (o, _) = run(&packed(&batch), tensors.inputs());
+    assert_eq!(o[..64], tensors.v);
+    assert_eq!(o[64..], tensors.v);
+}
+
+#[test]
+fn head_layouts() {
+    for (num_qo_heads, num_kv_heads) in [(8, 8), (8, 1), (14, 2), (40, 2), (24, 1)] {
+        let shape = shape(num_qo_heads, num_kv_heads, 64, DType::F16);
+        assert_plans_exact(&batch(shape, Mask::Causal, &[(1, 300), (30, 100), (2, 77)]));
+    }
+}
+
+#[test]
+fn without_a_mask() {
+    assert_plans_exact(&batch(shape(4, 2, 128, DType::Bf16), Mask::None, &[(50, 7), (1, 500), (16, 16)]));
+}
+
+#[test]
+fn no_requests() {
+    assert_plans_exact(&batch(shape(4, 2, 128, DType::Bf16), Mask::Causal, &[]));
+    assert_plans_exact(&batch(shape(4, 2, 128, DType::Bf16), Mask::Causal, &[(0, 0), (0, 5)]));
+}
+
+/// Scores of hundreds, whose exponentials overflow float32 unless the maximum is subtracted.
+#[test]
+fn large_scores() {
+    let batch = batch(shape(4, 2, 64, DType::F16), Mask::Causal, &[(1, 5000), (70, 70), (1, 64)]);
+    let tensors = Tensors::<f16>::random(&batch);
+    for scale in [10.0, 1e-6] {
+        let inputs = Inputs { scale: Some(scale), ..tensors.inputs() };
+        let (o, lse) = run(&packed(&batch), inputs);
+        let exact = exact(&batch, inputs);
+        assert!(relative_error(&o, &exact.o) <= f16::TOLERANCE, "scale {scale}");
+        // Scores reach 500, where neighbouring float32 are 6e-5 apart.
+        assert!(largest_difference(&lse, &exact.lse) <= 1e-3, "scale {scale}");
+    }
+}
+
+/// With one value of V everywhere, O is that value whatever the scores are.
+#[test]
+fn the_reference_averages() {
+    let batch = batch(shape(4, 2, 64, DType::F16), Mask::Causal, &[(3, 50), (1, 9)]);
+    let mut tensors = Tensors::<f16>::random(&batch);
+    tensors.v.fill(f16::from_f32(1.5));
+    let exact = exact(&batch, tensors.inputs());
+    assert!(exact.o.iter().all(|o| (o - 1.5).abs() < 1e-12));
+
+    // With Q of 0, all scores are 0 and LSE is the logarithm of how many tokens are seen.
+    tensors.q.fill(f16::ZERO);
+    let exact = reference::attention(&batch, tensors.inputs(), &[3, 0, 2]).expect("buffers that fit");
+    for (row, seen) in [9f64, 48.0, 50.0].into_iter().enumerate() {
+        assert!(exact.lse[4 * row..][..4].iter().all(|lse| (lse - seen.ln()).abs() < 1e-12), "row {row}");
+    }
+}
+
+#[test]
+fn buffers_that_do_not_fit_are_refused() {
+    let batch = batch(shape(4, 2, 64, DType::F16), Mask::Causal, &[(3, 50)]);
+    let plan = packed(&batch);
+    let tensors = Tensors::<f16>::random(&batch);
+    let good = tensors.inputs();
+    let refuse = |inputs: Inputs<'_, f16>, o_len: usize, lse_len: usize, message: &str| {
+        let (mut o, mut lse) = (vec![f16::ZERO; o_len], vec![0.0; lse_len]);
+        let error = execute(&plan, inputs, Outputs { o: &mut o, lse: Some(&mut lse) }).expect_err(message).to_string();
+        assert!(error.contains(message), "{error:?} does not contain {message:?}");
+    };
+    let (o, lse) = (3 * 4 * 64, 3 * 4);
+    refuse(Inputs { q: &good.q[1..], ..good }, o, lse, "Q has 767 elements, but [tokens, num_qo_heads, head_dim] needs 768");
+    refuse(Inputs { k: &good.k[1..], ..good }, o, lse, "K has 6399 elements, but slots up to 50 are read, which is 6400");
+    refuse(Inputs { v: &[], ..good }, o, lse, "V has 0 elements");
+    refuse(good, o + 1, lse, "O has 769 elements");
+    refuse(good, o, lse - 1, "LSE has 11 elements, but [tokens, num_qo_heads] needs 12");
+    refuse(Inputs { scale: Some(f32::NAN), ..good }, o, lse, "softmax scale NaN");
+
+    let other_type = Tensors::<bf16>::random(&batch);
+    let outputs = Outputs { o: &mut vec![bf16::ZERO; o], lse: None };
+    let error = CpuError::DType { found: DType::Bf16, needed: DType::F16 };
+    assert_eq!(execute(&plan, other_type.inputs(), outputs), Err(error));
+
+    let error = CpuError::NoSuchToken { token: 3, num_query_tokens: 3 };
+    assert_eq!(reference::attention(&batch, good, &[0, 3]), Err(error));
+}

@@ -1,0 +1,149 @@
+//! How fast a device is: what the cost model knows of it.
+
+use packinfer_abi::ATTENTION_BLOCKS_PER_SM;
+use serde::Serialize;
+
+/// What a device takes for the parts of a work item.
+///
+/// The rates are what attention kernels reach, which is less than a data sheet says. A thread block has an equal share of them: the
+/// planner balances work for a device that is full.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct DeviceModel {
+    /// Multiprocessors.
+    pub num_sms: u32,
+    /// Blocks of the attention kernel that a multiprocessor works on at a time.
+    pub blocks_per_sm: u32,
+    /// Bytes a second from memory.
+    pub bytes_per_s: f64,
+    /// Bytes a second from the L2 cache, where a tile finds KV that another tile of the same request has read.
+    pub cached_bytes_per_s: f64,
+    /// Floating-point operations a second of the tensor cores.
+    pub flops_per_s: f64,
+    /// Nanoseconds that a work item takes besides: reading its description, filling the pipeline, storing the result.
+    pub item_ns: f64,
+    /// Nanoseconds that a step of columns takes besides its products: waiting for the copies and for the other warps.
+    pub step_ns: f64,
+    /// Nanoseconds from the launch of the attention kernel to its first work item.
+    pub launch_ns: f64,
+    /// Nanoseconds that merging takes besides its traffic: one more launch, which waits for the attention kernel.
+    pub merge_ns: f64,
+}
+
+impl DeviceModel {
+    /// NVIDIA H100 SXM, 80 GB.
+    pub const H100: Self = Self {
+        num_sms: 132,
+        blocks_per_sm: ATTENTION_BLOCKS_PER_SM,
+        bytes_per_s: 3.0e12,
+        cached_bytes_per_s: 5.5e12,
+        flops_per_s: 4.0e14,
+        item_ns: 2500.0,
+        step_ns: 300.0,
+        launch_ns: 2000.0,
+        merge_ns: 3000.0,
+    };
+
+    /// NVIDIA H200 SXM: an H100 with faster memory.
+    pub const H200: Self = Self { bytes_per_s: 4.3e12, ..Self::H100 };
+
+    /// NVIDIA A100 SXM, 80 GB. Its multiprocessors have shared memory for one block.
+    pub const A100: Self = Self {
+        num_sms: 108,
+        blocks_per_sm: 1,
+        bytes_per_s: 1.75e12,
+        cached_bytes_per_s: 3.5e12,
+        flops_per_s: 2.0e14,
+        ..Self::H100
+    };
+
+    /// The model of a device with the given name, as its driver gives it, and compute capability (major, minor).
+    ///
+    /// A part of a device, which has fewer multiprocessors, has that part of its rates.
+    pub fn for_device(name: &str, compute_capability: (u32, u32), num_sms: u32) -> Self {
+        let known = [("H200", Self::H200), ("H100 PCIe", Self::H100_PCIE), ("H100", Self::H100), ("A100", Self::A100)];
+        match known.iter().find(|(part, _)| name.contains(part)) {
+            Some((_, model)) => model.with_sms(num_sms),
+            None => Self::generic(num_sms, compute_capability),
+        }
+    }
+
+    /// A device of which only the number of multiprocessors and the compute capability are known.
+    pub fn generic(num_sms: u32, compute_capability: (u32, u32)) -> Self {
+        let like = match compute_capability {
+            (8, 0) => Self::A100,
+            (9..12, _) => Self::H100,
+            _ => Self::WORKSTATION,
+        };
+        like.with_sms(num_sms)
+    }
+
+    /// NVIDIA H100 on a PCIe card.
+    const H100_PCIE: Self = Self { num_sms: 114, bytes_per_s: 1.8e12, flops_per_s: 2.8e14, ..Self::H100 };
+
+    /// What workstation and inference cards have in common: about 8 GB/s and 1 TFLOP/s for each multiprocessor, and shared memory
+    /// for one block. These are the figures of an RTX 4090.
+    const WORKSTATION: Self = Self {
+        num_sms: 128,
+        blocks_per_sm: 1,
+        bytes_per_s: 0.93e12,
+        cached_bytes_per_s: 3.0e12,
+        flops_per_s: 1.3e14,
+        ..Self::H100
+    };
+
+    /// The same with another number of multiprocessors, and rates in proportion.
+    fn with_sms(self, num_sms: u32) -> Self {
+        let num_sms = num_sms.max(1);
+        let part = f64::from(num_sms) / f64::from(self.num_sms);
+        Self {
+            num_sms,
+            bytes_per_s: self.bytes_per_s * part,
+            cached_bytes_per_s: self.cached_bytes_per_s * part,
+            flops_per_s: self.flops_per_s * part,
+            ..self
+        }
+    }
+
+    /// Blocks that the device works on at a time.
+    pub fn lanes(&self) -> u32 {
+        /// More than any device has.
+        const MOST_LANES: u32 = 1 << 16;
+        self.num_sms.saturating_mul(self.blocks_per_sm).clamp(1, MOST_LANES)
+    }
+}
+
+impl Default for DeviceModel {
+    /// An H100.
+    fn default() -> Self {
+        Self::H100
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_known_by_name() {
+        assert_eq!(DeviceModel::for_device("NVIDIA H100 80GB HBM3", (9, 0), 132), DeviceModel::H100);
+        assert_eq!(DeviceModel::for_device("NVIDIA H100 PCIe", (9, 0), 114), DeviceModel::H100_PCIE);
+        assert_eq!(DeviceModel::for_device("NVIDIA H200", (9, 0), 132), DeviceModel::H200);
+        assert_eq!(DeviceModel::for_device("NVIDIA A100-SXM4-80GB", (8, 0), 108), DeviceModel::A100);
+    }
+
+    #[test]
+    fn parts_of_a_device_have_parts_of_its_rates() {
+        let half = DeviceModel::for_device("NVIDIA H100 80GB HBM3 MIG 3g.40gb", (9, 0), 66);
+        assert_eq!((half.num_sms, half.bytes_per_s, half.flops_per_s), (66, 1.5e12, 2.0e14));
+        assert_eq!(half.item_ns, DeviceModel::H100.item_ns);
+    }
+
+    #[test]
+    fn shared_memory_decides_on_blocks_per_sm() {
+        for (compute_capability, blocks) in [((8, 0), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 2), ((10, 0), 2), ((12, 0), 1)] {
+            let model = DeviceModel::for_device("some device", compute_capability, 40);
+            assert_eq!(model.lanes(), 40 * blocks, "{compute_capability:?}");
+        }
+        assert_eq!(DeviceModel::generic(0, (9, 0)).num_sms, 1);
+    }
+}

@@ -1,0 +1,153 @@
+//! What a plan will do, in numbers.
+
+use packinfer_abi::{DIRECT, KvRun, RowSegment, TileKind};
+use serde::Serialize;
+
+use crate::cost::{CostModel, Ns, issued_pairs, merge_ns, num_rows, partial_row_bytes};
+use crate::lanes::Lanes;
+use crate::{DeviceModel, Plan};
+
+/// What a plan will do, in numbers: work, traffic, and the time that the cost model of a device expects.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Explanation {
+    /// Query tokens of the batch.
+    pub query_tokens: u32,
+    /// Head groups, each of which does every work item.
+    pub head_groups: u32,
+    /// Query heads of a head group: rows of a query token in a tile.
+    pub heads_per_group: u32,
+    /// Tiles of many rows.
+    pub wide_tiles: u32,
+    /// Tiles of few rows.
+    pub narrow_tiles: u32,
+    /// Tiles that hold rows of several requests.
+    pub packed_tiles: u32,
+    /// Tiles whose columns are split among several work items.
+    pub split_tiles: u32,
+    /// Work items of wide tiles.
+    pub wide_items: u32,
+    /// Work items of narrow tiles.
+    pub narrow_items: u32,
+    /// Query tokens that are merged from partials.
+    pub merge_tokens: u32,
+    /// Rows of partials, for each head group.
+    pub partial_rows: u32,
+    /// Expected time of the attention call in µs, merging included.
+    pub predicted_us: f64,
+    /// Mean load of the device's thread blocks over the largest one's: 1 is perfect balance.
+    pub balance: f64,
+    /// Bytes of K and V that the kernel reads, from memory or cache.
+    pub kv_bytes: u64,
+    /// Bytes of K and V that the batch has, those that several requests share counted once.
+    pub distinct_kv_bytes: u64,
+    /// Bytes of Q read and of O written.
+    pub qo_bytes: u64,
+    /// Bytes of partials written, then read by the merge.
+    pub partial_bytes: u64,
+    /// Floating-point operations on pairs that a row sees.
+    pub flops_needed: f64,
+    /// Floating-point operations that the kernel does: whole steps of whole warps.
+    pub flops_issued: f64,
+    /// Part of the operations done for nothing: 1 − needed / issued.
+    pub wasted_area: f64,
+    /// Bytes of the plan itself, which go to the device once for all layers.
+    pub upload_bytes: u64,
+}
+
+impl Plan {
+    /// What `model` expects each work item to take for one head group, in µs, in the order of the items.
+    pub fn item_times(&self, model: &DeviceModel) -> impl Iterator<Item = f64> {
+        self.item_ns(model).map(|time| time as f64 * 1e-3)
+    }
+
+    fn item_ns(&self, model: &DeviceModel) -> impl Iterator<Item = Ns> {
+        let cost = CostModel::new(model, self.shape, self.heads);
+        self.items.iter().zip(&self.fresh).map(move |(item, &fresh)| cost.work_item(item, self.segments_of(item), fresh))
+    }
+
+    /// Work, traffic, and the time that `model` expects.
+    pub fn explain(&self, model: &DeviceModel) -> Explanation {
+        let (shape, heads) = (self.shape, self.heads);
+        let groups = u64::from(heads.num_groups);
+        let row_bytes = u64::from(shape.head_dim()) * shape.dtype().size_in_bytes();
+        let flops_per_pair = 4.0 * f64::from(shape.head_dim()) * f64::from(heads.num_groups);
+        let partial_bytes = u64::from(self.num_partial_rows) * groups * partial_row_bytes(shape);
+        let upload_bytes = size_of_val(self.items())
+            + size_of_val(self.segments())
+            + size_of_val(self.runs())
+            + size_of_val(self.merge_tokens())
+            + size_of_val(self.merge_sources());
+
+        let mut lanes = Lanes::default();
+        lanes.reset(model.lanes());
+        let (mut tiles, mut items) = ([0; 2], [0; 2]);
+        let (mut packed_tiles, mut split_tiles) = (0, 0);
+        let (mut columns, mut q_rows, mut needed, mut issued) = (0, 0, 0, 0);
+        let mut work = 0.0;
+        for (item, item_ns) in self.items.iter().zip(self.item_ns(model)) {
+            let segments = self.segments_of(item);
+            let range = item.column_begin..item.column_end;
+            items[item.tile as usize] += 1;
+            columns += u64::from(item.column_end - item.column_begin);
+            q_rows += u64::from(num_rows(heads, segments));
+            issued += issued_pairs(heads, item.tile, segments, range);
+            // Each tile has one item with its first column.
+            if item.column_begin == 0 {
+                tiles[item.tile as usize] += 1;
+                packed_tiles += u32::from(segments.len() > 1);
+                split_tiles += u32::from(item.partial_row != DIRECT);
+                needed += segments.iter().map(visible_pairs).sum::<u64>() * u64::from(heads.heads_per_group);
+            }
+            work += item_ns as f64 * groups as f64;
+            for _ in 0..groups {
+                lanes.add(item_ns);
+            }
+        }
+        let mean_load = work / f64::from(model.lanes());
+        let launch_ns = if self.items.is_empty() { 0.0 } else { model.launch_ns };
+        let merge_ns = merge_ns(model, shape, heads, self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
+        Explanation {
+            query_tokens: self.num_query_tokens,
+            head_groups: heads.num_groups,
+            heads_per_group: heads.heads_per_group,
+            wide_tiles: tiles[TileKind::Wide as usize],
+            narrow_tiles: tiles[TileKind::Narrow as usize],
+            packed_tiles,
+            split_tiles,
+            wide_items: items[TileKind::Wide as usize],
+            narrow_items: items[TileKind::Narrow as usize],
+            merge_tokens: self.merge_tokens.len() as u32,
+            partial_rows: self.num_partial_rows,
+            predicted_us: (launch_ns + lanes.max() as f64 + merge_ns) * 1e-3,
+            balance: if lanes.max() == 0 { 1.0 } else { mean_load / lanes.max() as f64 },
+            kv_bytes: columns * groups * 2 * row_bytes,
+            distinct_kv_bytes: distinct_slots(&self.runs) * shape.kv_bytes_per_slot(),
+            qo_bytes: q_rows * groups * row_bytes + u64::from(self.num_query_tokens) * shape.qo_bytes_per_token() / 2,
+            partial_bytes,
+            flops_needed: needed as f64 * flops_per_pair,
+            flops_issued: issued as f64 * flops_per_pair,
+            wasted_area: if issued == 0 { 0.0 } else { 1.0 - needed as f64 / issued as f64 },
+            upload_bytes: upload_bytes as u64,
+        }
+    }
+}
+
+/// (query token, column) pairs that a segment's tokens see.
+fn visible_pairs(segment: &RowSegment) -> u64 {
+    let tokens = u64::from(segment.num_tokens);
+    tokens * u64::from(segment.column_end - segment.column_begin)
+        + u64::from(segment.column_end_step) * (tokens * tokens.saturating_sub(1) / 2)
+}
+
+/// Slots of all runs, those that several have counted once.
+fn distinct_slots(runs: &[KvRun]) -> u64 {
+    let mut runs = runs.to_vec();
+    runs.sort_unstable_by_key(|run| run.first_slot);
+    let (mut counted_to, mut slots) = (0, 0);
+    for run in runs {
+        let end = run.first_slot + run.num_slots;
+        slots += u64::from(end.saturating_sub(run.first_slot.max(counted_to)));
+        counted_to = counted_to.max(end);
+    }
+    slots
+}

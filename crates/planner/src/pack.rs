@@ -1,0 +1,176 @@
+//! Which requests share a tile: bin packing of what remains of requests behind their full tiles.
+//!
+//! A tile of several requests saves fixed costs and half-empty steps, but its requests wait for each other. So a remainder joins a
+//! tile if the cost model says that the tile then takes less than both would apart, and if the tile stays short: short items at the
+//! end of a launch are what evens out the lanes.
+
+use packinfer_abi::{HeadGroups, RowSegment, TileKind, WIDE_TILE_ROWS};
+use packinfer_batch::Batch;
+
+use crate::cost::{CostModel, Ns};
+use crate::tile::{Content, Division, last_column_end, segment, tokens_per_tile};
+
+/// A tile of several requests takes at most this part of what a lane has to do.
+const LONGEST_PACK: f64 = 1.0 / 16.0;
+/// End of a list of requests.
+const NONE: u32 = u32::MAX;
+
+/// Divides requests into packs. It keeps its memory from batch to batch.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Packer {
+    /// Members of all packs, pack after pack.
+    members: Vec<u32>,
+    packs: Vec<Pack>,
+    remainders: Remainders,
+    /// What a request's remainder takes in a tile of its own.
+    alone: Vec<Ns>,
+    /// Segments of the pack that is being filled.
+    segments: Vec<RowSegment>,
+}
+
+/// Requests whose remainders share a tile.
+#[derive(Clone, Copy, Debug)]
+struct Pack {
+    /// One past its last member.
+    end: u32,
+    kind: TileKind,
+}
+
+/// Remainders that are in no pack yet: for each number of query tokens a list of requests.
+#[derive(Clone, Debug, Default)]
+struct Remainders {
+    /// First request of a list.
+    first: Vec<u32>,
+    /// The request after a request.
+    next: Vec<u32>,
+    /// Bit `n` is set where list `n` is not empty.
+    present: u128,
+}
+
+impl Remainders {
+    const MOST_TOKENS: u32 = WIDE_TILE_ROWS - 1;
+
+    fn reset(&mut self, num_requests: usize) {
+        self.first.clear();
+        self.first.resize(Self::MOST_TOKENS as usize + 1, NONE);
+        self.next.clear();
+        self.next.resize(num_requests, NONE);
+        self.present = 0;
+    }
+
+    fn push(&mut self, tokens: u32, request: u32) {
+        let first = &mut self.first[tokens as usize];
+        self.next[request as usize] = *first;
+        *first = request;
+        self.present |= 1 << tokens;
+    }
+
+    /// The longest remainder of at most `tokens` tokens: its tokens and its request.
+    fn longest(&self, tokens: u32) -> Option<(u32, u32)> {
+        let fit = self.present & (u128::MAX >> (Self::MOST_TOKENS - tokens.min(Self::MOST_TOKENS)));
+        let tokens = fit.checked_ilog2()?;
+        Some((tokens, self.first[tokens as usize]))
+    }
+
+    /// Removes the first request of a list.
+    fn pop(&mut self, tokens: u32) {
+        let first = &mut self.first[tokens as usize];
+        *first = self.next[*first as usize];
+        if *first == NONE {
+            self.present &= !(1 << tokens);
+        }
+    }
+}
+
+/// The tile that so many query tokens need, less than fill a wide one.
+fn kind_for(tokens: u32, heads: HeadGroups) -> TileKind {
+    if tokens <= tokens_per_tile(TileKind::Narrow, heads) { TileKind::Narrow } else { TileKind::Wide }
+}
+
+impl Packer {
+    /// Divides all requests that have query tokens into packs, for `lanes` lanes that share the work of a head group.
+    pub fn pack(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel, lanes: f64) {
+        self.members.clear();
+        self.packs.clear();
+        self.remainders.reset(batch.requests().len());
+        let total = self.estimate(batch, heads, cost);
+        let longest_pack = (total as f64 / lanes * LONGEST_PACK) as Ns;
+
+        // Lists give back last what they were given first, so in reverse: neighbours stay neighbours.
+        for (index, request) in batch.requests().iter().enumerate().rev() {
+            let tokens = Division::of(request, heads).remainder;
+            if tokens > 0 && self.alone[index] < longest_pack {
+                self.remainders.push(tokens, index as u32);
+            } else if request.query_len > 0 {
+                self.members.push(index as u32);
+                self.packs.push(Pack { end: self.members.len() as u32, kind: kind_for(tokens, heads) });
+            }
+        }
+        while let Some(first) = self.remainders.longest(Remainders::MOST_TOKENS) {
+            self.remainders.pop(first.0);
+            self.fill(batch, heads, cost, first, longest_pack);
+        }
+    }
+
+    /// The packs, each with the kind of the tile that its members' remainders share.
+    pub fn packs(&self) -> impl Iterator<Item = (&[u32], TileKind)> {
+        let mut begin = 0;
+        self.packs.iter().map(move |pack| {
+            let members = &self.members[begin..pack.end as usize];
+            begin = pack.end as usize;
+            (members, pack.kind)
+        })
+    }
+
+    /// About what all tiles take, if no requests share one; notes what each remainder takes.
+    fn estimate(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel) -> Ns {
+        self.alone.clear();
+        let mut total: Ns = 0;
+        for request in batch.requests() {
+            let division = Division::of(request, heads);
+            let item = |kind, tokens| {
+                let segment = segment(request, batch.mask(), tokens, 0);
+                cost.item(kind, &[segment], 0..last_column_end(&segment), division.fresh(), false)
+            };
+            let alone = match division.remainder {
+                0 => 0,
+                tokens => item(kind_for(tokens, heads), division.remainder_tokens()),
+            };
+            if division.full_tiles > 0 {
+                let middle = item(TileKind::Wide, division.full_tile(division.full_tiles / 2));
+                total = middle.saturating_mul(Ns::from(division.full_tiles)).saturating_add(total);
+            }
+            total = alone.saturating_add(total);
+            self.alone.push(alone);
+        }
+        total
+    }
+
+    /// Makes a pack of the remainder of `first` and of others, the longest first that fit.
+    fn fill(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel, first: (u32, u32), longest_pack: Ns) {
+        let (tokens, first) = first;
+        let kind = kind_for(tokens, heads);
+        let mut free = tokens_per_tile(kind, heads) - tokens;
+        self.segments.clear();
+        let mut content = Content::default();
+        content.add(&batch.requests()[first as usize], batch.mask(), heads, &mut self.segments);
+        let mut pack_cost = self.alone[first as usize];
+        self.members.push(first);
+        while let Some((tokens, next)) = self.remainders.longest(free) {
+            let request = &batch.requests()[next as usize];
+            if content.columns.saturating_add(request.kv_len) > Batch::MAX_SLOTS {
+                break;
+            }
+            content.add(request, batch.mask(), heads, &mut self.segments);
+            let joined = cost.item(kind, &self.segments, 0..content.columns, content.fresh(), false);
+            if joined > longest_pack || joined >= self.alone[next as usize].saturating_add(pack_cost) {
+                break;
+            }
+            pack_cost = joined;
+            free -= tokens;
+            self.remainders.pop(tokens);
+            self.members.push(next);
+        }
+        self.packs.push(Pack { end: self.members.len() as u32, kind });
+    }
+}

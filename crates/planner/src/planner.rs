@@ -1,0 +1,198 @@
+//! From a batch to a plan.
+
+use std::cmp::Reverse;
+
+use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, TileKind, WorkItem};
+use packinfer_batch::Batch;
+
+use crate::cost::{CostModel, Ns, num_rows};
+use crate::pack::Packer;
+use crate::split::{Part, Splitter};
+use crate::tile::{self, Tile};
+use crate::{DeviceModel, Plan, PlanError};
+
+/// How requests are put into tiles.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Packing {
+    /// Query heads of a KV head together, short requests together, long tiles split, the longest items first.
+    #[default]
+    Packed,
+    /// A grid of tiles for each request and query head, one request after the other: how kernels without packing work. It is
+    /// there to be compared with.
+    PerRequest,
+}
+
+/// Makes plans. It keeps its memory from plan to plan.
+///
+/// Planning goes through three steps: the requests' query tokens are put into tiles, the tiles' columns are divided among work
+/// items, and these are put in order.
+#[derive(Clone, Debug, Default)]
+pub struct Planner {
+    model: DeviceModel,
+    packing: Packing,
+    packer: Packer,
+    tiles: Vec<Tile>,
+    splitter: Splitter,
+    items: Vec<Item>,
+    /// Costs and indices of `items`.
+    order: Vec<(Reverse<Ns>, u32)>,
+}
+
+/// A work item that is not in its place yet.
+#[derive(Clone, Copy, Debug)]
+struct Item {
+    item: WorkItem,
+    fresh: f32,
+}
+
+impl Planner {
+    /// A planner for a device.
+    pub fn new(model: DeviceModel) -> Self {
+        Self { model, ..Self::default() }
+    }
+
+    /// The same planner, with another way of putting requests into tiles.
+    pub fn with_packing(self, packing: Packing) -> Self {
+        Self { packing, ..self }
+    }
+
+    /// The device that it plans for.
+    pub fn model(&self) -> &DeviceModel {
+        &self.model
+    }
+
+    /// Plans a batch.
+    ///
+    /// # Errors
+    ///
+    /// See [`Self::plan_into`].
+    pub fn plan(&mut self, batch: &Batch) -> Result<Plan, PlanError> {
+        let mut plan = Plan::empty(batch.shape());
+        self.plan_into(batch, &mut plan)?;
+        Ok(plan)
+    }
+
+    /// Plans a batch in the memory of an earlier plan.
+    ///
+    /// # Errors
+    ///
+    /// A batch whose plan has more of something than can be numbered. The plan is empty then.
+    pub fn plan_into(&mut self, batch: &Batch, plan: &mut Plan) -> Result<(), PlanError> {
+        let shape = batch.shape();
+        let heads = match self.packing {
+            Packing::Packed => shape.packed_head_groups(),
+            Packing::PerRequest => shape.single_head_groups(),
+        };
+        plan.reset(batch, heads);
+        let cost = CostModel::new(&self.model, shape, heads);
+        self.make_tiles(batch, plan, heads, &cost);
+        let parts = match self.packing {
+            Packing::Packed => self.splitter.split(&self.tiles, plan, &cost, &self.model),
+            Packing::PerRequest => self.splitter.whole(&self.tiles),
+        };
+        let partial_rows = make_items(&self.tiles, parts, plan, &mut self.items);
+        self.put_in_order(plan, &cost);
+        plan.num_partial_rows = partial_rows as u32;
+        plan.check(partial_rows).inspect_err(|_| *plan = Plan::empty(shape))
+    }
+
+    fn make_tiles(&mut self, batch: &Batch, plan: &mut Plan, heads: HeadGroups, cost: &CostModel) {
+        self.tiles.clear();
+        match self.packing {
+            Packing::Packed => {
+                let lanes = f64::from(self.model.lanes()) / f64::from(heads.num_groups);
+                self.packer.pack(batch, heads, cost, lanes);
+                for (members, kind) in self.packer.packs() {
+                    tile::push_tiles(&mut self.tiles, plan, batch, members, kind);
+                }
+            }
+            Packing::PerRequest => {
+                for (request, index) in batch.requests().iter().zip(0..) {
+                    let kind = if request.query_len <= TileKind::Narrow.rows() { TileKind::Narrow } else { TileKind::Wide };
+                    if request.query_len > 0 {
+                        tile::push_tiles(&mut self.tiles, plan, batch, &[index], kind);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Puts the items into the plan, the longest first.
+    fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
+        if self.packing == Packing::Packed {
+            self.order.clear();
+            self.order.extend(
+                self.items
+                    .iter()
+                    .zip(0..)
+                    .map(|(Item { item, fresh }, index)| (Reverse(cost.work_item(item, plan.segments_of(item), *fresh)), index)),
+            );
+            self.order.sort_unstable();
+            plan.items.extend(self.order.iter().map(|&(_, index)| self.items[index as usize].item));
+            plan.fresh.extend(self.order.iter().map(|&(_, index)| self.items[index as usize].fresh));
+        } else {
+            plan.items.extend(self.items.iter().map(|item| item.item));
+            plan.fresh.extend(self.items.iter().map(|item| item.fresh));
+        }
+    }
+}
+
+/// Makes the work items of all parts, and the merges of tiles that have several. Returns the number of partial rows.
+fn make_items(tiles: &[Tile], parts: &[Part], plan: &mut Plan, items: &mut Vec<Item>) -> u64 {
+    let mut partial_rows = 0;
+    items.clear();
+    for parts in parts.chunk_by(|a, b| a.tile == b.tile) {
+        let tile = &tiles[parts[0].tile as usize];
+        let rows = u64::from(num_rows(plan.heads, tile.segments(&plan.segments)));
+        let is_split = parts.len() > 1;
+        if is_split {
+            push_merges(tile, parts.len() as u64, partial_rows, rows, plan);
+        }
+        let mut cursor = RunCursor { run: tile.run_begin, run_column: 0 };
+        for Part { columns, .. } in parts {
+            cursor.advance(&plan.runs, columns.start);
+            let item = WorkItem {
+                segment_begin: tile.segment_begin,
+                num_segments: tile.num_segments,
+                run_begin: cursor.run,
+                run_skip: columns.start - cursor.run_column,
+                column_begin: columns.start,
+                column_end: columns.end,
+                partial_row: if is_split { partial_rows as u32 } else { DIRECT },
+                tile: tile.kind,
+            };
+            items.push(Item { item, fresh: tile.fresh });
+            partial_rows += if is_split { rows } else { 0 };
+        }
+    }
+    partial_rows
+}
+
+/// Merges every query token of a tile from all of its parts, which have `rows` partial rows each from `first_row` on.
+fn push_merges(tile: &Tile, num_parts: u64, first_row: u64, rows: u64, plan: &mut Plan) {
+    let mut row = first_row;
+    for segment in &plan.segments[tile.segment_begin as usize..][..tile.num_segments as usize] {
+        for token in segment.first_token..segment.first_token + segment.num_tokens {
+            let source_begin = plan.merge_sources.len() as u32;
+            plan.merge_tokens.push(MergeToken { token, source_begin, num_sources: num_parts as u32 });
+            plan.merge_sources.extend((0..num_parts).map(|part| (row + part * rows) as u32));
+            row += u64::from(plan.heads.heads_per_group);
+        }
+    }
+}
+
+/// Finds the run of a column, always forward.
+struct RunCursor {
+    run: u32,
+    /// First column of the run.
+    run_column: u32,
+}
+
+impl RunCursor {
+    fn advance(&mut self, runs: &[KvRun], column: u32) {
+        while column - self.run_column >= runs[self.run as usize].num_slots {
+            self.run_column += runs[self.run as usize].num_slots;
+            self.run += 1;
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Which tiles are split along their columns, and where.
+//!
+//! Tiles go to lanes one after another, the longest first, each to the lane that is free first. If the lanes then end too far apart,
+//! a tile that would keep its lane busy past the common end is cut there, and the rest of it goes on elsewhere: so few tiles
+//! are split, and the lanes end together.
+
+use std::cmp::Reverse;
+use std::ops::Range;
+
+use packinfer_abi::COLUMN_STEP;
+use packinfer_batch::Batch;
+
+use crate::cost::{self, CostModel, Ns, num_rows};
+use crate::lanes::Lanes;
+use crate::tile::Tile;
+use crate::{DeviceModel, Plan};
+
+/// Splits are at multiples of so many columns: whole steps of every kernel.
+const SPLIT_STEP: u32 = 2 * COLUMN_STEP;
+/// The columns of a part take at least so many times what it takes besides.
+const LEAST_PART: f64 = 1.0;
+/// A part takes at most this share of what a lane has to do, so that lanes that fall behind can be helped out.
+const LONGEST_PART: f64 = 0.5;
+/// Lanes that end this close together, as a share of the whole, are not worth a split.
+const BALANCED: f64 = 0.02;
+
+/// A range of a tile's columns: a work item to be.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub tile: u32,
+    pub columns: Range<u32>,
+}
+
+/// Divides tiles among lanes. It keeps its memory from plan to plan.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Splitter {
+    parts: Vec<Part>,
+    /// Tiles with their costs, the longest first.
+    order: Vec<(Reverse<Ns>, u32)>,
+    lanes: Lanes,
+}
+
+impl Splitter {
+    /// Tiles with no split at all, in their order.
+    pub fn whole(&mut self, tiles: &[Tile]) -> &[Part] {
+        self.parts.clear();
+        self.parts.extend(tiles.iter().zip(0..).map(|(tile, index)| Part { tile: index, columns: 0..tile.columns }));
+        &self.parts
+    }
+
+    /// The parts of tiles, those of one tile one after the other.
+    pub fn split(&mut self, tiles: &[Tile], plan: &Plan, cost: &CostModel, model: &DeviceModel) -> &[Part] {
+        // All head groups of an item cost the same, so a lane here stands for one lane of each.
+        let num_lanes = (model.lanes() / plan.heads.num_groups.max(1)).max(1);
+        self.order.clear();
+        self.order.extend(tiles.iter().zip(0..).map(|(tile, index)| {
+            let segments = tile.segments(&plan.segments);
+            (Reverse(cost.item(tile.kind, segments, 0..tile.columns, tile.fresh, false)), index)
+        }));
+        self.order.sort_unstable();
+        self.lanes.reset(num_lanes);
+        let mut total: Ns = 0;
+        for &(Reverse(item), _) in &self.order {
+            self.lanes.add(item);
+            total = item.saturating_add(total);
+        }
+        let ideal = total as f64 / f64::from(num_lanes);
+        let unsplit = self.lanes.max() as f64;
+        if unsplit > ideal * (1.0 + BALANCED) && unsplit > ideal + model.merge_ns {
+            // The first pass shows how much more work the parts are, the second divides that too.
+            let with_splits = self.fill_lanes(tiles, plan, cost, num_lanes, total);
+            self.fill_lanes(tiles, plan, cost, num_lanes, with_splits.max(total));
+            if self.lanes.max() as f64 + self.merge_ns(tiles, plan, model) < unsplit {
+                return &self.parts;
+            }
+        }
+        self.whole(tiles)
+    }
+
+    /// Cuts tiles so that the lanes end together when they have done `work`, which may be more than the tiles take without a
+    /// cut. Returns what the parts take.
+    fn fill_lanes(&mut self, tiles: &[Tile], plan: &Plan, cost: &CostModel, num_lanes: u32, work: Ns) -> Ns {
+        let share = |work: Ns| work.div_ceil(Ns::from(num_lanes));
+        self.parts.clear();
+        self.lanes.reset(num_lanes);
+        let (mut placed, mut unplaced): (Ns, Ns) = (0, work);
+        let mut end = share(work);
+        for &(Reverse(whole), index) in &self.order {
+            let tile = &tiles[index as usize];
+            let tile_cost = TileCost::of(tile, plan, cost, whole);
+            unplaced = unplaced.saturating_sub(whole);
+            let mut begin = 0;
+            while begin < tile.columns {
+                let left = tile.columns - begin;
+                let rest = tile_cost.part(left, begin > 0);
+                let least = tile_cost.part(tile_cost.least_columns, true);
+                let free_from = self.lanes.least();
+                if free_from.saturating_add(least) > end {
+                    // All lanes are full: what is left is shared out evenly once more.
+                    end = free_from.saturating_add(least.max(share(unplaced.saturating_add(rest))));
+                }
+                let room = end - free_from;
+                let mut columns = left;
+                if rest > room {
+                    let longest = (end as f64 * LONGEST_PART) as Ns;
+                    let part = tile_cost.columns_within(room.min(longest)).max(tile_cost.least_columns);
+                    if left.saturating_sub(part) >= tile_cost.least_columns {
+                        columns = part;
+                    }
+                }
+                let part = tile_cost.part(columns, columns < tile.columns);
+                self.lanes.add(part);
+                self.parts.push(Part { tile: index, columns: begin..begin + columns });
+                placed = part.saturating_add(placed);
+                begin += columns;
+            }
+        }
+        placed
+    }
+
+    /// What merging the split tiles takes.
+    fn merge_ns(&self, tiles: &[Tile], plan: &Plan, model: &DeviceModel) -> f64 {
+        let (mut tokens, mut rows) = (0, 0);
+        for part in &self.parts {
+            let tile = &tiles[part.tile as usize];
+            if part.columns.end - part.columns.start < tile.columns {
+                let tile_rows = num_rows(plan.heads, tile.segments(&plan.segments));
+                rows += u64::from(tile_rows);
+                if part.columns.start == 0 {
+                    tokens += u64::from(tile_rows / plan.heads.heads_per_group);
+                }
+            }
+        }
+        cost::merge_ns(model, plan.shape, plan.heads, tokens, rows)
+    }
+}
+
+/// What a tile's columns take, taken to be all alike.
+struct TileCost {
+    fixed_ns: f64,
+    /// As `fixed_ns`, where partials are written.
+    fixed_partial_ns: f64,
+    column_ns: f64,
+    /// The fewest columns of a part.
+    least_columns: u32,
+}
+
+impl TileCost {
+    fn of(tile: &Tile, plan: &Plan, cost: &CostModel, whole: Ns) -> Self {
+        let rows = num_rows(plan.heads, tile.segments(&plan.segments));
+        let fixed_ns = cost.fixed_ns(rows, false);
+        let fixed_partial_ns = cost.fixed_ns(rows, true);
+        let column_ns = ((whole as f64 - fixed_ns) / f64::from(tile.columns)).max(f64::MIN_POSITIVE);
+        let least_columns = (LEAST_PART * fixed_partial_ns / column_ns) as u32; // saturates
+        let least_columns = least_columns.clamp(1, Batch::MAX_SLOTS).next_multiple_of(SPLIT_STEP);
+        Self { fixed_ns, fixed_partial_ns, column_ns, least_columns }
+    }
+
+    /// What an item with so many columns takes.
+    fn part(&self, columns: u32, partial: bool) -> Ns {
+        let fixed_ns = if partial { self.fixed_partial_ns } else { self.fixed_ns };
+        (fixed_ns + f64::from(columns) * self.column_ns) as Ns
+    }
+
+    /// The most columns of a part that takes no longer than `time`.
+    fn columns_within(&self, time: Ns) -> u32 {
+        let columns = ((time as f64 - self.fixed_partial_ns) / self.column_ns) as u32;
+        columns / SPLIT_STEP * SPLIT_STEP
+    }
+}

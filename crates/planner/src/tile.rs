@@ -1,0 +1,144 @@
+//! Tiles, before their columns are divided among work items.
+
+use std::ops::Range;
+
+use packinfer_abi::{HeadGroups, RowSegment, TileKind};
+use packinfer_batch::{Batch, Mask, Request};
+
+use crate::Plan;
+
+/// Rows of one or more requests over all columns that they see: from column 0 on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tile {
+    pub kind: TileKind,
+    pub segment_begin: u32,
+    pub num_segments: u32,
+    pub run_begin: u32,
+    pub columns: u32,
+    /// See [`CostModel::columns_ns`](crate::cost::CostModel::columns_ns).
+    pub fresh: f32,
+}
+
+impl Tile {
+    /// The tile's segments among those of its plan.
+    pub fn segments(self, all: &[RowSegment]) -> &[RowSegment] {
+        &all[self.segment_begin as usize..][..self.num_segments as usize]
+    }
+}
+
+/// Query tokens that a tile holds.
+pub(crate) fn tokens_per_tile(kind: TileKind, heads: HeadGroups) -> u32 {
+    kind.rows() / heads.heads_per_group
+}
+
+/// How the query tokens of a request fall into tiles: full wide tiles, and a remainder that may be zero.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Division {
+    pub full_tiles: u32,
+    /// Query tokens of a full tile.
+    pub tile_tokens: u32,
+    /// Query tokens behind the full tiles.
+    pub remainder: u32,
+}
+
+impl Division {
+    pub fn of(request: &Request, heads: HeadGroups) -> Self {
+        let tile_tokens = tokens_per_tile(TileKind::Wide, heads);
+        Self { full_tiles: request.query_len / tile_tokens, tile_tokens, remainder: request.query_len % tile_tokens }
+    }
+
+    /// The request's tokens in full tile `tile`.
+    pub fn full_tile(&self, tile: u32) -> Range<u32> {
+        tile * self.tile_tokens..(tile + 1) * self.tile_tokens
+    }
+
+    /// The request's tokens behind its full tiles.
+    pub fn remainder_tokens(&self) -> Range<u32> {
+        let begin = self.full_tiles * self.tile_tokens;
+        begin..begin + self.remainder
+    }
+
+    /// The part of a tile's columns that no other tile of the request reads before, on average.
+    pub fn fresh(&self) -> f32 {
+        1.0 / (self.full_tiles + u32::from(self.remainder > 0)).max(1) as f32
+    }
+}
+
+/// The segment of some of a request's query tokens, in a tile whose column `column_begin` is the request's first KV token.
+pub(crate) fn segment(request: &Request, mask: Mask, tokens: Range<u32>, column_begin: u32) -> RowSegment {
+    let column_end_step = u32::from(mask == Mask::Causal);
+    RowSegment {
+        first_token: request.first_token + tokens.start,
+        num_tokens: tokens.end - tokens.start,
+        column_begin,
+        column_end: column_begin + request.first_token_sees(mask) + tokens.start * column_end_step,
+        column_end_step,
+    }
+}
+
+/// One past the last column that a segment's tokens see.
+pub(crate) fn last_column_end(segment: &RowSegment) -> u32 {
+    segment.column_end + (segment.num_tokens - 1) * segment.column_end_step
+}
+
+/// What a tile of remainders holds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Content {
+    pub columns: u32,
+    fresh_columns: f32,
+}
+
+impl Content {
+    /// Adds a request's remainder, if there is one.
+    pub fn add(&mut self, request: &Request, mask: Mask, heads: HeadGroups, segments: &mut Vec<RowSegment>) {
+        let division = Division::of(request, heads);
+        if division.remainder > 0 {
+            segments.push(segment(request, mask, division.remainder_tokens(), self.columns));
+            self.columns += request.kv_len;
+            self.fresh_columns += division.fresh() * request.kv_len as f32;
+        }
+    }
+
+    /// The part of the columns that no other tile reads before, on average.
+    pub fn fresh(&self) -> f32 {
+        self.fresh_columns / self.columns as f32
+    }
+}
+
+/// Appends a tile of segments that are in the plan from `segment_begin` on.
+fn push_tile(tiles: &mut Vec<Tile>, plan: &Plan, kind: TileKind, segment_begin: usize, run_begin: usize, fresh: f32) {
+    let segments = &plan.segments[segment_begin..];
+    tiles.push(Tile {
+        kind,
+        segment_begin: segment_begin as u32,
+        num_segments: segments.len() as u32,
+        run_begin: run_begin as u32,
+        columns: segments.iter().map(last_column_end).max().unwrap_or(0),
+        fresh,
+    });
+}
+
+/// Appends all tiles of the `members`, requests whose remainders share a tile of the given kind; with their segments and runs.
+pub(crate) fn push_tiles(tiles: &mut Vec<Tile>, plan: &mut Plan, batch: &Batch, members: &[u32], kind: TileKind) {
+    let requests = || members.iter().map(|&request| &batch.requests()[request as usize]);
+    let first_run = plan.runs.len();
+    for request in requests() {
+        let division = Division::of(request, plan.heads);
+        let run_begin = plan.runs.len();
+        plan.runs.extend_from_slice(batch.runs_of(request));
+        for tile in 0..division.full_tiles {
+            let segment_begin = plan.segments.len();
+            plan.segments.push(segment(request, batch.mask(), division.full_tile(tile), 0));
+            push_tile(tiles, plan, TileKind::Wide, segment_begin, run_begin, division.fresh());
+        }
+    }
+
+    let segment_begin = plan.segments.len();
+    let mut content = Content::default();
+    for request in requests() {
+        content.add(request, batch.mask(), plan.heads, &mut plan.segments);
+    }
+    if content.columns > 0 {
+        push_tile(tiles, plan, kind, segment_begin, first_run, content.fresh());
+    }
+}

@@ -1,0 +1,151 @@
+//! What makes a plan valid, checked against the batch that it is for.
+
+use std::ops::Range;
+
+use packinfer_abi::{DIRECT, KvRun, RowSegment, WorkItem};
+use packinfer_batch::{Batch, Mask, Request};
+use packinfer_planner::{DeviceModel, Plan};
+
+/// What a plan does for one query token.
+#[derive(Clone, Default)]
+struct Token {
+    /// KV tokens of the request that its work items show it.
+    seen: Vec<Range<u32>>,
+    /// Work items that write its result.
+    writers: u32,
+    /// Partial rows of its first head.
+    partials: Vec<u32>,
+}
+
+/// Panics unless every (query token, visible KV token) pair is in exactly one work item, at the slot where the batch has it, and every
+/// query token is written once.
+pub fn assert_valid(batch: &Batch, plan: &Plan) {
+    let heads = plan.heads();
+    assert_eq!(heads.num_groups * heads.heads_per_group, batch.shape().num_qo_heads());
+    assert_eq!(plan.num_query_tokens(), batch.num_query_tokens());
+    assert_eq!(plan.num_slots(), batch.num_slots());
+
+    let mut tokens = vec![Token::default(); batch.num_query_tokens() as usize];
+    let mut partial_rows = Vec::new();
+    for item in plan.items() {
+        assert!(item.column_begin < item.column_end, "{item:?} is empty");
+        let extents = extents(plan, item);
+        let mut row = 0;
+        for segment in plan.segments_of(item) {
+            let request = owner(batch, segment);
+            assert_slots(batch, request, segment, &extents);
+            for index in 0..segment.num_tokens {
+                let columns = segment.column_begin..segment.column_end + index * segment.column_end_step;
+                let number = segment.first_token + index;
+                assert_eq!(columns.len() as u32, visible(batch, request, number), "what token {number} sees");
+                let token = &mut tokens[number as usize];
+                let seen = columns.start.max(item.column_begin)..columns.end.min(item.column_end);
+                if !seen.is_empty() {
+                    token.seen.push(seen.start - columns.start..seen.end - columns.start);
+                }
+                match item.partial_row {
+                    DIRECT => token.writers += 1,
+                    partial_row => token.partials.push(partial_row + row),
+                }
+                row += heads.heads_per_group;
+            }
+        }
+        assert!(row <= item.tile.rows(), "{row} rows in {item:?}");
+        if item.partial_row != DIRECT {
+            partial_rows.push(item.partial_row..item.partial_row + row);
+        }
+    }
+    assert_tiling(&mut partial_rows, plan.num_partial_rows());
+
+    for merge in plan.merge_tokens() {
+        let token = &mut tokens[merge.token as usize];
+        let mut sources = plan.merge_sources()[merge.source_begin as usize..][..merge.num_sources as usize].to_vec();
+        sources.sort_unstable();
+        token.partials.sort_unstable();
+        assert!(sources.len() >= 2);
+        assert_eq!(token.partials, sources, "merge of token {}", merge.token);
+        token.partials.clear();
+        token.writers += 1;
+    }
+    for (mut token, number) in tokens.into_iter().zip(0..) {
+        assert_eq!((token.writers, token.partials.len()), (1, 0), "writers and unread partials of token {number}");
+        assert_tiling(&mut token.seen, visible(batch, request_of(batch, number), number));
+    }
+}
+
+/// Panics unless the longest items come first.
+pub fn assert_sorted(plan: &Plan, model: &DeviceModel) {
+    assert!(plan.item_times(model).is_sorted_by(|a, b| a >= b));
+}
+
+/// Panics unless the ranges are `0..end`, each number in exactly one.
+fn assert_tiling(ranges: &mut [Range<u32>], end: u32) {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let reached = ranges.iter().fold(0, |reached, range| {
+        assert_eq!(range.start, reached, "gap or overlap in {ranges:?}");
+        range.end
+    });
+    assert_eq!(reached, end);
+}
+
+/// The request of a segment's tokens.
+fn owner<'a>(batch: &'a Batch, segment: &RowSegment) -> &'a Request {
+    let request = request_of(batch, segment.first_token);
+    assert!(segment.num_tokens > 0);
+    assert!(segment.first_token + segment.num_tokens <= request.first_token + request.query_len, "{segment:?} in {request:?}");
+    request
+}
+
+/// The request of a query token: the last that begins with it or before; those without queries begin where the next one does.
+fn request_of(batch: &Batch, token: u32) -> &Request {
+    let after = batch.requests().partition_point(|request| request.first_token <= token);
+    &batch.requests()[after - 1]
+}
+
+/// KV tokens that a query token sees.
+fn visible(batch: &Batch, request: &Request, token: u32) -> u32 {
+    request.first_token_sees(batch.mask())
+        + match batch.mask() {
+            Mask::Causal => token - request.first_token,
+            Mask::None => 0,
+        }
+}
+
+/// Columns that lie in consecutive slots, and the first of these.
+struct Extent {
+    columns: Range<u32>,
+    first_slot: u32,
+}
+
+/// Where the columns of an item lie.
+fn extents(plan: &Plan, item: &WorkItem) -> Vec<Extent> {
+    let mut extents = Vec::new();
+    let mut column = item.column_begin;
+    let mut skip = item.run_skip;
+    for run in &plan.runs()[item.run_begin as usize..] {
+        if column == item.column_end {
+            break;
+        }
+        assert!(skip < run.num_slots, "{item:?} skips a whole run");
+        let end = item.column_end.min(column + (run.num_slots - skip));
+        extents.push(Extent { columns: column..end, first_slot: run.first_slot + skip });
+        (column, skip) = (end, 0);
+    }
+    assert_eq!(column, item.column_end, "the runs of {item:?} are too short");
+    extents
+}
+
+/// Panics unless those columns that belong to the segment's request lie where the request's KV lies.
+fn assert_slots(batch: &Batch, request: &Request, segment: &RowSegment, extents: &[Extent]) {
+    let mut run_begin = segment.column_begin;
+    for &KvRun { first_slot, num_slots } in batch.runs_of(request) {
+        let run = run_begin..run_begin + num_slots;
+        for Extent { columns, first_slot: extent_slot } in extents {
+            let both = columns.start.max(run.start)..columns.end.min(run.end);
+            if !both.is_empty() {
+                assert_eq!(extent_slot + (both.start - columns.start), first_slot + (both.start - run.start));
+            }
+        }
+        run_begin = run.end;
+    }
+}

@@ -1,0 +1,206 @@
+//! Every plan does all of the work, and none of it twice.
+
+use packinfer_abi::TileKind;
+use packinfer_batch::{AttentionShape, Batch, DType, Mask};
+use packinfer_planner::{DeviceModel, Packing, Plan, Planner};
+use proptest::prelude::*;
+
+mod check;
+use check::{assert_sorted, assert_valid};
+
+fn shape(num_kv_heads: u32, gqa_ratio: u32) -> AttentionShape {
+    AttentionShape::new(num_kv_heads * gqa_ratio, num_kv_heads, 128, DType::Bf16).expect("a good shape")
+}
+
+/// A packed plan, checked; so is the one without packing.
+fn checked(batch: &Batch, model: DeviceModel) -> Plan {
+    let mut planner = Planner::new(model);
+    let plan = planner.plan(batch).expect("a batch that can be planned");
+    assert_valid(batch, &plan);
+    assert_sorted(&plan, &model);
+
+    let mut planner = planner.with_packing(Packing::PerRequest);
+    let per_request = planner.plan(batch).expect("a batch that can be planned");
+    assert_valid(batch, &per_request);
+    assert!(per_request.merge_tokens().is_empty());
+    for item in per_request.items() {
+        assert_eq!(item.num_segments, 1, "a tile of several requests");
+    }
+    plan
+}
+
+/// A batch of (query_len, kv_len) in contiguous KV.
+fn contiguous(shape: AttentionShape, mask: Mask, lengths: impl IntoIterator<Item = (u32, u32)>) -> Batch {
+    let mut batch = Batch::new(shape, mask);
+    for (query_len, kv_len) in lengths {
+        batch.push_contiguous(query_len, kv_len, 0).expect("a good request");
+    }
+    batch
+}
+
+/// Query tokens and KV tokens that were there before: decodes, drafts to verify, chunks and prompts, empty requests.
+fn any_lengths() -> impl Strategy<Value = (u32, u32)> {
+    prop_oneof![
+        3 => (Just(1), 0..100u32),
+        3 => (Just(1), 100..5000u32),
+        2 => (2..20u32, 0..2000u32),
+        2 => (1..200u32, Just(0)),
+        1 => (1..700u32, 0..1000u32),
+        1 => (Just(0), prop_oneof![Just(0), 1..300u32]),
+    ]
+}
+
+/// Batches of every kind in scattered pages of a few sizes, 0 for contiguous KV; pages may be shared.
+fn any_batch() -> impl Strategy<Value = Batch> {
+    let shape = (1..=3u32, prop::sample::select(vec![1, 2, 4, 7, 8, 16, 32])).prop_map(|(kv, ratio)| shape(kv, ratio));
+    let mask = prop_oneof![Just(Mask::Causal), Just(Mask::None)];
+    let page_size = prop::sample::select(vec![0, 1, 16, 50]);
+    (shape, mask, page_size, prop::collection::vec(any_lengths(), 0..60), any::<u32>()).prop_map(
+        |(shape, mask, page_size, lengths, seed)| {
+            let mut batch = Batch::new(shape, mask);
+            for (query_len, cached) in lengths {
+                let kv_len = query_len + cached;
+                let pushed = match kv_len.checked_div(page_size) {
+                    None => batch.push_contiguous(query_len, kv_len, seed % 1000),
+                    Some(pages) => {
+                        let first = batch.runs().len() as u32;
+                        let scattered = |page: u32| (seed ^ (first + page)).wrapping_mul(0x9e37_79b1) >> 16;
+                        let pages: Vec<u32> = (0..=pages).map(scattered).collect();
+                        batch.push_paged(query_len, kv_len, &pages, page_size)
+                    }
+                };
+                pushed.expect("a good request");
+            }
+            batch
+        },
+    )
+}
+
+fn any_model() -> impl Strategy<Value = DeviceModel> {
+    prop_oneof![
+        Just(DeviceModel::H100),
+        Just(DeviceModel::A100),
+        (1..200u32).prop_map(|num_sms| DeviceModel::generic(num_sms, (8, 9))),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_batch_is_planned(batch in any_batch(), model in any_model()) {
+        let plan = checked(&batch, model);
+
+        let explanation = plan.explain(&model);
+        let pairs = batch.visible_pairs() as f64;
+        prop_assert_eq!(explanation.flops_needed, pairs * 4.0 * batch.shape().qo_elements_per_token() as f64);
+        prop_assert!(explanation.flops_issued >= explanation.flops_needed);
+        prop_assert_eq!(explanation.distinct_kv_bytes, batch.distinct_slots() * batch.shape().kv_bytes_per_slot());
+        prop_assert!(explanation.kv_bytes >= explanation.distinct_kv_bytes);
+        prop_assert!(explanation.balance > 0.0 && explanation.balance <= 1.0 + 1e-9);
+    }
+
+    #[test]
+    fn memory_of_other_plans_leaves_no_trace(first in any_batch(), second in any_batch()) {
+        let mut planner = Planner::new(DeviceModel::H100);
+        let mut plan = planner.plan(&first).expect("a batch that can be planned");
+        planner.plan_into(&second, &mut plan).expect("a batch that can be planned");
+        let fresh = Planner::new(DeviceModel::H100).plan(&second).expect("a batch that can be planned");
+        prop_assert_eq!(format!("{plan:?}"), format!("{fresh:?}"));
+    }
+
+    #[test]
+    fn extreme_lengths_are_planned(
+        lengths in prop::collection::vec((0..=40u32, prop_oneof![Just(1u32 << 31), (1u32 << 20)..1 << 31, 40..100u32]), 1..8),
+        ratio in prop::sample::select(vec![1, 4, 7]),
+    ) {
+        let plan = checked(&contiguous(shape(8, ratio), Mask::Causal, lengths), DeviceModel::H100);
+        prop_assert!(plan.items().len() < 4096, "{} items", plan.items().len());
+    }
+}
+
+#[test]
+fn absurd_models_do_no_harm() {
+    let lengths = (0..40).map(|i| (1 + i % 37, 100 + 900 * i));
+    let batch = contiguous(shape(8, 4), Mask::Causal, lengths);
+    for number in [0.0, f64::MIN_POSITIVE, 1e300, f64::INFINITY, f64::NAN, -1.0] {
+        let absurd = [
+            DeviceModel { bytes_per_s: number, ..DeviceModel::H100 },
+            DeviceModel { flops_per_s: number, ..DeviceModel::H100 },
+            DeviceModel { item_ns: number, step_ns: number, ..DeviceModel::H100 },
+            DeviceModel {
+                bytes_per_s: number,
+                cached_bytes_per_s: number,
+                flops_per_s: number,
+                item_ns: 0.0,
+                ..DeviceModel::H100
+            },
+        ];
+        for model in absurd {
+            checked(&batch, model).explain(&model);
+        }
+    }
+    checked(&batch, DeviceModel { num_sms: u32::MAX, blocks_per_sm: 0, ..DeviceModel::H100 });
+    checked(&batch, DeviceModel { num_sms: u32::MAX, ..DeviceModel::H100 });
+}
+
+#[test]
+fn no_requests() {
+    let plan = checked(&contiguous(shape(8, 4), Mask::Causal, []), DeviceModel::H100);
+    assert!(plan.items().is_empty() && plan.runs().is_empty());
+    assert_eq!(plan.explain(&DeviceModel::H100).predicted_us, 0.0);
+}
+
+#[test]
+fn most_requests() {
+    let lengths = (0..Batch::MAX_REQUESTS as u32).map(|i| (i % 3, 2 + i % 200));
+    let plan = checked(&contiguous(shape(8, 4), Mask::Causal, lengths), DeviceModel::H100);
+    assert!(plan.items().len() < Batch::MAX_REQUESTS / 2, "{} items", plan.items().len());
+}
+
+#[test]
+fn longest_prompt() {
+    let tokens = Batch::MAX_QUERY_TOKENS;
+    let batch = contiguous(shape(1, 1), Mask::Causal, [(tokens, tokens)]);
+    let plan = Planner::new(DeviceModel::H100).plan(&batch).expect("a batch that can be planned");
+    assert_eq!(plan.items().len() as u32, tokens / TileKind::Wide.rows());
+}
+
+#[test]
+fn one_long_decode_fills_the_device() {
+    let plan = checked(&contiguous(shape(8, 4), Mask::Causal, [(1, 131_072)]), DeviceModel::H100);
+    let explanation = plan.explain(&DeviceModel::H100);
+    assert_eq!(explanation.merge_tokens, 1);
+    assert!(explanation.balance > 0.9, "balance {}", explanation.balance);
+}
+
+#[test]
+fn straggler_does_not_hold_up_the_others() {
+    let lengths = (0..64).map(|i| (1, if i == 40 { 131_072 } else { 512 }));
+    let batch = contiguous(shape(8, 4), Mask::Causal, lengths);
+    let explanation = checked(&batch, DeviceModel::H100).explain(&DeviceModel::H100);
+    assert!(explanation.balance > 0.95, "balance {}", explanation.balance);
+    // Not every tile has to be split for that.
+    assert!(explanation.split_tiles < 16, "{} split tiles", explanation.split_tiles);
+}
+
+#[test]
+fn short_requests_share_tiles() {
+    let prompts = contiguous(shape(8, 4), Mask::Causal, (0..2048).map(|_| (8, 8)));
+    assert_eq!(checked(&prompts, DeviceModel::H100).items().len(), 2048 / 4);
+    let decodes = contiguous(shape(8, 4), Mask::Causal, (0..4096).map(|_| (1, 10)));
+    assert_eq!(checked(&decodes, DeviceModel::H100).items().len(), 4096 / 4);
+}
+
+#[test]
+fn few_requests_do_not_wait_for_each_other() {
+    let plan = checked(&contiguous(shape(8, 4), Mask::Causal, (0..8).map(|_| (8, 8))), DeviceModel::H100);
+    assert_eq!(plan.items().len(), 8);
+}
+
+#[test]
+fn equal_work_needs_no_split() {
+    let plan = checked(&contiguous(shape(8, 4), Mask::Causal, (0..132).map(|_| (1, 4096))), DeviceModel::H100);
+    assert_eq!(plan.items().len(), 132);
+    assert_eq!(plan.num_partial_rows(), 0);
+}

@@ -1,0 +1,252 @@
+//! A plan on the device.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cust::sys;
+use packinfer_abi::{HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
+use packinfer_batch::AttentionShape;
+use packinfer_planner::Plan;
+
+use crate::context::Shared;
+use crate::error::Doing;
+use crate::kernels::{Kernel, KernelSource, MAX_BLOCKS};
+use crate::memory::{DeviceBuffer, PinnedBuffer};
+use crate::stream::{Event, Stream};
+use crate::{EngineError, KernelFamily};
+
+/// What the arrays of a plan are aligned to on the device, in bytes: more than any of the kernels' loads need.
+const ALIGNMENT: usize = 128;
+
+/// The least that is allocated for a plan, in bytes, so that the plans of small batches fit each other's memory.
+const LEAST_BYTES: usize = 64 << 10;
+
+/// A plan on the device: runs once for each layer of a step, on any streams, several of them at a time.
+///
+/// Its memory is used again by [`crate::Engine::upload_into`]. Dropping it waits for the device, so keep one from step to step.
+pub struct DevicePlan {
+    pub(crate) layout: Layout,
+    pub(crate) attention: Kernel,
+    pub(crate) merge: Kernel,
+    arrays: DeviceBuffer<u8>,
+    staging: PinnedBuffer,
+    /// Happens when the copy from `staging` is done.
+    copied: Event,
+    /// The stream that the plan was uploaded on.
+    uploaded_on: Stream,
+    /// Other streams that it has run on since.
+    run_on: Mutex<Vec<Stream>>,
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl DevicePlan {
+    pub(crate) fn upload(shared: &Arc<Shared>, plan: &Plan, stream: &Stream) -> Result<Self, EngineError> {
+        shared.enter()?;
+        let layout = Layout::new(plan)?;
+        let (attention, merge) = kernels(shared, layout.shape)?;
+        let (arrays, staging) = allocate(shared, layout.num_bytes)?;
+        let mut device_plan = Self {
+            layout,
+            attention,
+            merge,
+            arrays,
+            staging,
+            copied: Event::untimed(shared)?,
+            uploaded_on: stream.clone(),
+            run_on: Mutex::default(),
+            shared: shared.clone(),
+        };
+        device_plan.copy(plan, stream)?;
+        Ok(device_plan)
+    }
+
+    /// Replaces the plan.
+    pub(crate) fn replace(&mut self, plan: &Plan, stream: &Stream) -> Result<(), EngineError> {
+        self.shared.enter()?;
+        let layout = Layout::new(plan)?;
+        let (attention, merge) = kernels(&self.shared, layout.shape)?;
+        // What runs nothing, lest an error leave half a plan.
+        self.layout = Layout { attention_tasks: 0, ..layout };
+        if layout.num_bytes > self.arrays.len() {
+            (self.arrays, self.staging) = allocate(&self.shared, layout.num_bytes)?;
+        }
+        let run_on = self.run_on.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for other in run_on.iter().chain([&self.uploaded_on]).filter(|&other| other != stream) {
+            stream.wait_for(other)?;
+        }
+        run_on.clear();
+        self.uploaded_on = stream.clone();
+        self.copied.synchronize()?;
+        self.copy(plan, stream)?;
+        (self.layout, self.attention, self.merge) = (layout, attention, merge);
+        Ok(())
+    }
+
+    /// Copies the plan's arrays. What the device has of an earlier plan is no longer needed when the stream gets there.
+    fn copy(&mut self, plan: &Plan, stream: &Stream) -> Result<(), EngineError> {
+        let Layout { items, segments, runs, merge_tokens, merge_sources, num_bytes, .. } = self.layout;
+        if num_bytes == 0 {
+            return Ok(());
+        }
+        let staging = self.staging.as_mut_slice();
+        for (offset, bytes) in [
+            (items, bytes_of(plan.items())),
+            (segments, bytes_of(plan.segments())),
+            (runs, bytes_of(plan.runs())),
+            (merge_tokens, bytes_of(plan.merge_tokens())),
+            (merge_sources, bytes_of(plan.merge_sources())),
+        ] {
+            staging[offset..][..bytes.len()].copy_from_slice(bytes);
+        }
+        let (to, from) = (self.arrays.address(), self.staging.as_ptr());
+        // SAFETY: both buffers have so many bytes. Neither is freed or, as `replace` waits for `copied`, written by the host
+        // before the copy is done.
+        unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), num_bytes, stream.as_raw()) }
+            .doing("copying a plan to the device")?;
+        self.copied.record(stream)
+    }
+
+    /// Has the stream wait for the upload, once, and remembers it.
+    pub(crate) fn run_on(&self, stream: &Stream) -> Result<(), EngineError> {
+        if *stream == self.uploaded_on {
+            return Ok(());
+        }
+        let mut run_on = self.run_on.lock().unwrap_or_else(PoisonError::into_inner);
+        if !run_on.contains(stream) {
+            stream.wait_for(&self.uploaded_on)?;
+            run_on.push(stream.clone());
+        }
+        Ok(())
+    }
+
+    /// Address on the device of the array at `offset`.
+    pub(crate) fn address(&self, offset: usize) -> u64 {
+        self.arrays.address() + offset as u64
+    }
+
+    pub(crate) fn family(&self) -> KernelFamily {
+        self.shared.family
+    }
+
+    /// Thread blocks of the attention kernel: one for each task, or as many as the device works on at a time, which take them in turn.
+    pub(crate) fn attention_blocks(&self) -> u32 {
+        match self.family() {
+            KernelFamily::Sm80 => self.layout.attention_tasks,
+            KernelFamily::Sm90a => self.layout.attention_tasks.min(self.shared.resident_blocks()),
+        }
+    }
+
+    /// Heads, head dimension, element type.
+    pub fn shape(&self) -> AttentionShape {
+        self.layout.shape
+    }
+
+    /// Query tokens: rows of Q and O.
+    pub fn num_query_tokens(&self) -> u32 {
+        self.layout.num_query_tokens
+    }
+
+    /// The least number of slots of K and V.
+    pub fn num_slots(&self) -> u32 {
+        self.layout.num_slots
+    }
+}
+
+impl fmt::Debug for DevicePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DevicePlan").field("layout", &self.layout).finish_non_exhaustive()
+    }
+}
+
+/// The numbers of a plan, and where its arrays lie, in bytes from the first.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    pub shape: AttentionShape,
+    pub heads: HeadGroups,
+    pub num_query_tokens: u32,
+    pub num_slots: u32,
+    pub num_partial_rows: u32,
+    pub num_items: u32,
+    pub num_runs: u32,
+    /// Work items, for each head group. If there are none, there is nothing to merge either.
+    pub attention_tasks: u32,
+    /// Thread blocks of the merge kernel.
+    pub merge_blocks: u32,
+    pub items: usize,
+    pub segments: usize,
+    pub runs: usize,
+    pub merge_tokens: usize,
+    pub merge_sources: usize,
+    /// Bytes of all arrays.
+    num_bytes: usize,
+}
+
+impl Layout {
+    fn new(plan: &Plan) -> Result<Self, EngineError> {
+        let heads = plan.heads();
+        let mut num_bytes = 0;
+        let mut place = |bytes: &[u8]| {
+            let offset = num_bytes;
+            num_bytes = (offset + bytes.len()).next_multiple_of(ALIGNMENT);
+            offset
+        };
+        Ok(Self {
+            shape: plan.shape(),
+            heads,
+            num_query_tokens: plan.num_query_tokens(),
+            num_slots: plan.num_slots(),
+            num_partial_rows: plan.num_partial_rows(),
+            num_items: plan.items().len() as u32,
+            num_runs: plan.runs().len() as u32,
+            attention_tasks: num_blocks("the attention kernel", plan.items().len(), heads.num_groups)?,
+            merge_blocks: num_blocks("the merge kernel", plan.merge_tokens().len(), heads.num_qo_heads)?,
+            items: place(bytes_of(plan.items())),
+            segments: place(bytes_of(plan.segments())),
+            runs: place(bytes_of(plan.runs())),
+            merge_tokens: place(bytes_of(plan.merge_tokens())),
+            merge_sources: place(bytes_of(plan.merge_sources())),
+            num_bytes,
+        })
+    }
+}
+
+/// Blocks of a launch with one for each of `tasks` and `heads`.
+fn num_blocks(kernel: &'static str, tasks: usize, heads: u32) -> Result<u32, EngineError> {
+    let blocks = tasks as u64 * u64::from(heads);
+    let fits = u32::try_from(blocks).ok().filter(|&blocks| blocks <= MAX_BLOCKS);
+    fits.ok_or(EngineError::TooManyBlocks { kernel, blocks, most: MAX_BLOCKS })
+}
+
+fn kernels(shared: &Shared, shape: AttentionShape) -> Result<(Kernel, Kernel), EngineError> {
+    let attention = shared.kernels.get(KernelSource::attention(shared.family, shape))?;
+    Ok((attention, shared.kernels.get(KernelSource::merge(shape))?))
+}
+
+/// Memory for the arrays of a plan, and somewhat larger ones, on both sides.
+fn allocate(shared: &Arc<Shared>, num_bytes: usize) -> Result<(DeviceBuffer<u8>, PinnedBuffer), EngineError> {
+    let capacity = num_bytes.next_power_of_two().max(LEAST_BYTES);
+    Ok((DeviceBuffer::zeroed(shared, capacity, "a plan")?, PinnedBuffer::zeroed(shared, capacity)?))
+}
+
+/// A type that consists of `u32`s.
+///
+/// # Safety
+///
+/// It is `u32`, or `repr(C)` with fields that all have its size and no invalid bytes to be read from them.
+unsafe trait Words: Copy {}
+
+// SAFETY: it is.
+unsafe impl Words for u32 {}
+// SAFETY: its fields are `u32`s.
+unsafe impl Words for KvRun {}
+// SAFETY: its fields are `u32`s.
+unsafe impl Words for RowSegment {}
+// SAFETY: its fields are `u32`s and an enum of that representation.
+unsafe impl Words for WorkItem {}
+// SAFETY: its fields are `u32`s.
+unsafe impl Words for MergeToken {}
+
+fn bytes_of<T: Words>(array: &[T]) -> &[u8] {
+    // SAFETY: there is no padding, so every byte has a value.
+    unsafe { std::slice::from_raw_parts(array.as_ptr().cast(), size_of_val(array)) }
+}

@@ -1,0 +1,196 @@
+//! The engine: a device, and what can be done on it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cust::sys::CUstream;
+use packinfer_planner::{DeviceModel, Plan, Planner};
+
+use crate::context::Shared;
+use crate::device_plan::DevicePlan;
+use crate::memory::DeviceBuffer;
+use crate::run::{self, RunOptions, Tensors};
+use crate::stream::Stream;
+use crate::workspace::Workspace;
+use crate::{DeviceInfo, Element, EngineError, KernelFamily, device};
+
+/// Which device an [`Engine`] uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineOptions {
+    /// Its number among the visible devices, from 0.
+    pub device_ordinal: u32,
+    /// The kernels to use; those that run best on the device if `None`.
+    pub kernel_family: Option<KernelFamily>,
+}
+
+/// A device on which plans run. Clones are the same engine; all of them work from any thread.
+///
+/// It uses the device's primary context, as the CUDA runtime does, and makes it current on the threads that call it.
+#[derive(Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+impl Engine {
+    /// Opens a device.
+    ///
+    /// # Errors
+    ///
+    /// No driver, one that is too old, no such device, or one that cannot run the kernels.
+    pub fn new(options: EngineOptions) -> Result<Self, EngineError> {
+        let (device, info) = device::device(options.device_ordinal)?;
+        let Some(best) = info.kernel_family() else {
+            let (major, minor) = info.compute_capability;
+            return Err(EngineError::DeviceTooOld { name: info.name, major, minor });
+        };
+        let family = options.kernel_family.unwrap_or(best);
+        if !family.runs_on(info.compute_capability) {
+            return Err(EngineError::KernelFamily { device: info.name, family });
+        }
+        Ok(Self { shared: Arc::new(Shared::new(device, info, family)?) })
+    }
+
+    /// What there is to know of the device.
+    pub fn device(&self) -> &DeviceInfo {
+        &self.shared.info
+    }
+
+    /// Which kernels are used.
+    pub fn kernel_family(&self) -> KernelFamily {
+        self.shared.family
+    }
+
+    /// The device as the planner sees it.
+    pub fn model(&self) -> DeviceModel {
+        let DeviceInfo { name, compute_capability, multiprocessors, .. } = self.device();
+        DeviceModel::for_device(name, *compute_capability, *multiprocessors)
+    }
+
+    /// A planner for the device. Keep it from step to step: it uses its memory again.
+    pub fn planner(&self) -> Planner {
+        Planner::new(self.model())
+    }
+
+    /// A new stream, which runs beside all others.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub fn stream(&self) -> Result<Stream, EngineError> {
+        Stream::new(&self.shared)
+    }
+
+    /// A stream that somebody else made; null is the default stream.
+    ///
+    /// # Safety
+    ///
+    /// The stream is of the primary context of the engine's device, and is not destroyed before the returned one, its clones, and
+    /// every plan and workspace that was used with it are dropped.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub unsafe fn foreign_stream(&self, raw: CUstream) -> Result<Stream, EngineError> {
+        // SAFETY: the caller promises it.
+        unsafe { Stream::foreign(&self.shared, raw) }
+    }
+
+    /// A buffer of `len` zeros on the device.
+    ///
+    /// # Errors
+    ///
+    /// Not enough device memory.
+    pub fn zeros<T: Pod>(&self, len: usize) -> Result<DeviceBuffer<T>, EngineError> {
+        DeviceBuffer::zeroed(&self.shared, len, "a tensor")
+    }
+
+    /// A buffer on the device with a copy of `elements`.
+    ///
+    /// # Errors
+    ///
+    /// Not enough device memory.
+    pub fn copy_of<T: Pod>(&self, elements: &[T]) -> Result<DeviceBuffer<T>, EngineError> {
+        let mut buffer = self.zeros(elements.len())?;
+        buffer.upload(elements)?;
+        Ok(buffer)
+    }
+
+    /// Memory for partial results. Streams that are to run concurrently need one each.
+    ///
+    /// # Errors
+    ///
+    /// Not enough device memory.
+    pub fn workspace(&self) -> Result<Workspace, EngineError> {
+        Workspace::new(&self.shared)
+    }
+
+    /// Copies a plan to the device, in order with the work of `stream`, and does not wait for it. Other streams that run the plan
+    /// wait for the copy by themselves.
+    ///
+    /// # Errors
+    ///
+    /// Not enough device memory, a plan too large for a launch, or kernels that the driver cannot load (they are loaded when first
+    /// needed).
+    pub fn upload(&self, plan: &Plan, stream: &Stream) -> Result<DevicePlan, EngineError> {
+        self.check("the stream", stream.shared())?;
+        DevicePlan::upload(&self.shared, plan, stream)
+    }
+
+    /// As [`Self::upload`], into the memory of a plan that is no longer needed. Allocates only if the plan does not fit. The copy
+    /// waits for runs of the old plan on whatever streams, and the host for the old plan's copy.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::upload`]. If it is the driver that fails, what is left runs nothing.
+    pub fn upload_into(&self, device_plan: &mut DevicePlan, plan: &Plan, stream: &Stream) -> Result<(), EngineError> {
+        self.check("the stream", stream.shared())?;
+        self.check("the plan", &device_plan.shared)?;
+        device_plan.replace(plan, stream)
+    }
+
+    /// Attention of one layer: gives its launches to `stream` and does not wait for them. Nothing is allocated unless the workspace
+    /// has to grow.
+    ///
+    /// # Errors
+    ///
+    /// Tensors of another type or of other lengths than the plan's, or at addresses that are not multiples of 16; a softmax scale
+    /// that is no positive number; objects of another device; or what the driver reports.
+    pub fn run<E: Element>(
+        &self,
+        plan: &DevicePlan,
+        workspace: &mut Workspace,
+        stream: &Stream,
+        tensors: Tensors<'_, E>,
+        options: RunOptions,
+    ) -> Result<(), EngineError> {
+        self.check("the stream", stream.shared())?;
+        self.check("the plan", &plan.shared)?;
+        self.check("the workspace", workspace.shared())?;
+        self.shared.enter()?;
+        run::run(plan, workspace, stream, &tensors, options)
+    }
+
+    /// Waits until the device has done all work.
+    ///
+    /// # Errors
+    ///
+    /// That of the work.
+    pub fn synchronize(&self) -> Result<(), EngineError> {
+        self.shared.synchronize()
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    fn check(&self, what: &'static str, other: &Shared) -> Result<(), EngineError> {
+        if self.shared.is(other) { Ok(()) } else { Err(EngineError::OtherDevice { what }) }
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("device", self.device()).field("kernels", &self.kernel_family()).finish()
+    }
+}

@@ -1,0 +1,233 @@
+//! The kernels: PTX in this program, compiled by the driver for the device when first needed.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::{Mutex, PoisonError};
+
+use cust::module::Module;
+use cust::sys::{self, CUfunction, CUfunction_attribute};
+use packinfer_abi::{
+    ATTENTION_SHARED_BYTES, ATTENTION_THREADS, HOPPER_SHARED_BYTES, HOPPER_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS,
+    MMA_RATE_THREADS, WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
+};
+use packinfer_batch::{AttentionShape, DType};
+
+use crate::error::Doing;
+use crate::{EngineError, KernelFamily, Stream};
+
+/// The most thread blocks of a launch.
+pub(crate) const MAX_BLOCKS: u32 = i32::MAX as u32;
+
+/// A kernel as it was built: its PTX and what it is launched with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KernelSource {
+    architecture: &'static str,
+    name: &'static str,
+    ptx: &'static str,
+    threads: u32,
+    /// Dynamic shared memory of a block.
+    shared_bytes: u32,
+}
+
+/// The source of a kernel, by architecture and name.
+macro_rules! kernel {
+    ($architecture:literal, $name:literal, $threads:expr, $shared_bytes:expr) => {
+        KernelSource {
+            architecture: $architecture,
+            name: $name,
+            ptx: include_str!(concat!("../../kernels-gpu/ptx/", $architecture, "/", $name, ".ptx")),
+            threads: $threads,
+            shared_bytes: $shared_bytes,
+        }
+    };
+}
+
+impl KernelSource {
+    /// The kernel that does a plan's work items.
+    pub fn attention(family: KernelFamily, shape: AttentionShape) -> Self {
+        match (family, shape.dtype(), shape.head_dim()) {
+            (KernelFamily::Sm80, DType::Bf16, 64) => {
+                kernel!("sm_80", "attention_bf16_d64", ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
+            }
+            (KernelFamily::Sm80, DType::Bf16, _) => {
+                kernel!("sm_80", "attention_bf16_d128", ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
+            }
+            (KernelFamily::Sm80, DType::F16, 64) => {
+                kernel!("sm_80", "attention_f16_d64", ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
+            }
+            (KernelFamily::Sm80, DType::F16, _) => {
+                kernel!("sm_80", "attention_f16_d128", ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
+            }
+            (KernelFamily::Sm90a, DType::Bf16, 64) => {
+                kernel!("sm_90a", "attention_bf16_d64", HOPPER_THREADS, HOPPER_SHARED_BYTES)
+            }
+            (KernelFamily::Sm90a, DType::Bf16, _) => {
+                kernel!("sm_90a", "attention_bf16_d128", HOPPER_THREADS, HOPPER_SHARED_BYTES)
+            }
+            (KernelFamily::Sm90a, DType::F16, 64) => kernel!("sm_90a", "attention_f16_d64", HOPPER_THREADS, HOPPER_SHARED_BYTES),
+            (KernelFamily::Sm90a, DType::F16, _) => kernel!("sm_90a", "attention_f16_d128", HOPPER_THREADS, HOPPER_SHARED_BYTES),
+        }
+    }
+
+    /// The kernel that merges a plan's partials.
+    pub fn merge(shape: AttentionShape) -> Self {
+        match (shape.dtype(), shape.head_dim()) {
+            (DType::Bf16, 64) => kernel!("sm_80", "merge_bf16_d64", MERGE_THREADS, MERGE_SHARED_BYTES),
+            (DType::Bf16, _) => kernel!("sm_80", "merge_bf16_d128", MERGE_THREADS, MERGE_SHARED_BYTES),
+            (DType::F16, 64) => kernel!("sm_80", "merge_f16_d64", MERGE_THREADS, MERGE_SHARED_BYTES),
+            (DType::F16, _) => kernel!("sm_80", "merge_f16_d128", MERGE_THREADS, MERGE_SHARED_BYTES),
+        }
+    }
+
+    /// The kernel that measures the tensor cores through the instruction that a family's attention kernels use.
+    pub fn mma_rate(family: KernelFamily) -> Self {
+        match family {
+            KernelFamily::Sm80 => kernel!("sm_80", "mma_rate_bf16", MMA_RATE_THREADS, 0),
+            KernelFamily::Sm90a => kernel!("sm_90a", "wgmma_rate_bf16", WGMMA_RATE_THREADS, WGMMA_RATE_SHARED_BYTES),
+        }
+    }
+
+    /// Adds the kernel to an error.
+    fn refused(self) -> impl FnOnce(EngineError) -> EngineError {
+        move |error| EngineError::Kernel { kernel: self.name, error: Box::new(error) }
+    }
+}
+
+/// A kernel on the device. It belongs to [`Kernels`], which whoever has one keeps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kernel {
+    function: CUfunction,
+    source: KernelSource,
+}
+
+// SAFETY: a function is an address of the driver's, which may be used from any thread.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+
+impl Kernel {
+    /// Gives `blocks` blocks of the kernel, at least one, to a stream.
+    ///
+    /// # Safety
+    ///
+    /// The stream's context is current. `params` point to the kernel's parameters, which are as it wants them, the memory that
+    /// they refer to included, until the work is done.
+    pub unsafe fn launch(&self, blocks: u32, params: &mut [*mut c_void], stream: &Stream) -> Result<(), EngineError> {
+        let KernelSource { threads, shared_bytes, .. } = self.source;
+        // SAFETY: the parameters are the kernel's, the caller says, and the driver copies them before it returns.
+        let status = unsafe {
+            sys::cuLaunchKernel(
+                self.function,
+                blocks,
+                1,
+                1,
+                threads,
+                1,
+                1,
+                shared_bytes,
+                stream.as_raw(),
+                params.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        status.doing("launching a kernel").map_err(self.source.refused())
+    }
+}
+
+/// The kernels that were loaded so far.
+pub(crate) struct Kernels {
+    /// By architecture and name.
+    loaded: Mutex<HashMap<(&'static str, &'static str), (Kernel, Module)>>,
+    /// Shared memory that a block can have.
+    shared_bytes: u32,
+}
+
+impl Kernels {
+    /// None yet, for a device whose blocks can have `shared_bytes` bytes of shared memory.
+    pub fn new(shared_bytes: u32) -> Self {
+        Self { loaded: Mutex::default(), shared_bytes }
+    }
+
+    /// A kernel, loaded into the current context if this is the first time. That takes a moment, as the driver compiles it.
+    pub fn get(&self, source: KernelSource) -> Result<Kernel, EngineError> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((kernel, _)) = loaded.get(&(source.architecture, source.name)) {
+            return Ok(*kernel);
+        }
+        let (kernel, module) = self.load(source).map_err(source.refused())?;
+        loaded.insert((source.architecture, source.name), (kernel, module));
+        Ok(kernel)
+    }
+
+    fn load(&self, source: KernelSource) -> Result<(Kernel, Module), EngineError> {
+        let KernelSource { name, ptx, shared_bytes, .. } = source;
+        if shared_bytes > self.shared_bytes {
+            return Err(EngineError::SharedMemory { needed: shared_bytes, available: self.shared_bytes });
+        }
+        let module = Module::from_ptx(ptx, &[]).doing("compiling a kernel for the device")?;
+        let function = module.get_function(name).doing("finding a kernel in its module")?.to_raw();
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function is of the module.
+        unsafe { sys::cuFuncSetAttribute(function, attribute, shared_bytes as i32) }
+            .doing("giving a kernel its shared memory")?;
+        Ok((Kernel { function, source }, module))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use packinfer_abi::{AttentionParams, MergeParams};
+
+    use super::*;
+
+    /// Every kernel of this program.
+    fn sources() -> Vec<KernelSource> {
+        const FAMILIES: [KernelFamily; 2] = [KernelFamily::Sm80, KernelFamily::Sm90a];
+        let mut sources: Vec<_> = FAMILIES.into_iter().map(KernelSource::mma_rate).collect();
+        for dtype in [DType::Bf16, DType::F16] {
+            for head_dim in AttentionShape::HEAD_DIMS {
+                let shape = AttentionShape::new(8, 8, head_dim, dtype).expect("a good shape");
+                sources.extend(FAMILIES.map(|family| KernelSource::attention(family, shape)));
+                sources.push(KernelSource::merge(shape));
+            }
+        }
+        sources
+    }
+
+    #[test]
+    fn the_ptx_has_the_kernel_and_nothing_else() {
+        for source in sources() {
+            let entries: Vec<_> = source.ptx.lines().filter(|line| line.contains(".entry ")).collect();
+            assert!(matches!(entries[..], [entry] if entry.contains(&format!(" {}(", source.name))), "{entries:?}");
+            let threads = format!(".maxntid {}, 1, 1", source.threads);
+            assert!(source.ptx.contains(&threads), "{} is launched with {threads}", source.name);
+        }
+    }
+
+    #[test]
+    fn parameters_are_as_large_as_the_kernels_expect() {
+        for source in sources() {
+            let bytes = match source.name.split_once('_') {
+                Some(("attention", _)) => size_of::<AttentionParams>(),
+                Some(("merge", _)) => size_of::<MergeParams>(),
+                _ => continue,
+            };
+            let parameter = format!("{}_param_0[{bytes}]", source.name);
+            assert!(source.ptx.contains(&parameter), "the PTX was built for another {parameter}");
+        }
+    }
+
+    #[test]
+    fn the_oldest_driver_knows_the_ptx() {
+        for source in sources() {
+            let version = source.ptx.lines().find_map(|line| line.strip_prefix(".version ")).expect("PTX says its version");
+            let (major, minor) = version.split_once('.').expect("a version has two numbers");
+            let number = |text: &str| text.trim().parse::<u32>().expect("a version has numbers");
+            // PTX ISA 7 came with CUDA 11, and 8 with 12, minor version for minor version.
+            let cuda = 1000 * (number(major) + 4) + 10 * number(minor);
+            let family = if source.architecture == "sm_80" { KernelFamily::Sm80 } else { KernelFamily::Sm90a };
+            assert!(cuda <= family.oldest_driver(), "{} is of PTX ISA {version}", source.name);
+        }
+    }
+}

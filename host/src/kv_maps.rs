@@ -1,0 +1,149 @@
+//! Tensor maps of K and V, which tell the copy engine of `sm_90` devices where slots lie (CUDA driver API, Tensor Map Object Management).
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::mem::transmute;
+use std::ptr::NonNull;
+use std::sync::{Arc, OnceLock};
+
+use cust::sys::{self, CUresult};
+use packinfer_abi::{KV_BOX_ELEMENTS, NUM_KV_BOXES, TENSOR_MAP_BYTES};
+use packinfer_batch::{AttentionShape, DType};
+
+use crate::EngineError;
+use crate::context::Shared;
+use crate::error::Doing;
+use crate::memory::DeviceBuffer;
+use crate::stream::Stream;
+
+/// A tensor map as the driver makes it: opaque, aligned to 64 bytes.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct TensorMap([u8; TENSOR_MAP_BYTES as usize]);
+
+/// The maps of one K and V: [`NUM_KV_BOXES`] of each.
+type PairMaps = [TensorMap; 2 * NUM_KV_BOXES as usize];
+
+/// Pairs of K and V that an allocation holds the maps of: the layers of a large model.
+const PAIRS_PER_ALLOCATION: usize = 128;
+/// Pairs whose maps are kept; past that, all are forgotten, as the tensors seem to be other ones in every run.
+const MOST_PAIRS: usize = 64 * PAIRS_PER_ALLOCATION;
+
+/// What maps are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct KvTensors {
+    pub shape: AttentionShape,
+    /// Addresses of K and V.
+    pub addresses: [u64; 2],
+    /// Slots that they have.
+    pub num_slots: [u64; 2],
+}
+
+/// Maps on the device, made when K and V are first seen.
+#[derive(Default)]
+pub(crate) struct KvMaps {
+    addresses: HashMap<KvTensors, u64>,
+    allocations: Vec<DeviceBuffer<u8>>,
+}
+
+impl KvMaps {
+    /// Where the maps of K and V are when the stream gets there. All calls are for streams that wait for each other.
+    pub fn get(&mut self, shared: &Arc<Shared>, stream: &Stream, tensors: KvTensors) -> Result<u64, EngineError> {
+        if let Some(&address) = self.addresses.get(&tensors) {
+            return Ok(address);
+        }
+        let maps = encode(&tensors)?;
+        if self.addresses.len() == MOST_PAIRS {
+            self.addresses.clear();
+        }
+        let pair = self.addresses.len();
+        if pair == self.allocations.len() * PAIRS_PER_ALLOCATION {
+            let num_bytes = PAIRS_PER_ALLOCATION * size_of::<PairMaps>();
+            self.allocations.push(DeviceBuffer::zeroed(shared, num_bytes, "tensor maps")?);
+        }
+        let offset = pair % PAIRS_PER_ALLOCATION * size_of::<PairMaps>();
+        let address = self.allocations[pair / PAIRS_PER_ALLOCATION].address() + offset as u64;
+        // SAFETY: the allocation has room for the maps there. They are in pageable memory, which the driver copies before it returns;
+        // earlier runs that may use maps at this address come before in the order of streams.
+        unsafe { sys::cuMemcpyHtoDAsync_v2(address, maps.as_ptr().cast(), size_of::<PairMaps>(), stream.as_raw()) }
+            .doing("copying tensor maps to the device")?;
+        self.addresses.insert(tensors, address);
+        Ok(address)
+    }
+}
+
+/// `cuTensorMapEncodeTiled`, which `cust`'s bindings do not have. Enums are passed as their numbers.
+type EncodeTiled = unsafe extern "C" fn(
+    map: *mut TensorMap,
+    data_type: u32,
+    rank: u32,
+    address: *mut c_void,
+    dims: *const u64,
+    strides: *const u64,
+    box_dims: *const u32,
+    element_strides: *const u32,
+    interleave: u32,
+    swizzle: u32,
+    l2_promotion: u32,
+    out_of_bounds_fill: u32,
+) -> CUresult;
+
+fn encode_tiled() -> Result<EncodeTiled, EngineError> {
+    static ADDRESS: OnceLock<usize> = OnceLock::new();
+    const NAME: &std::ffi::CStr = c"cuTensorMapEncodeTiled";
+    let address = match ADDRESS.get() {
+        Some(&address) => address,
+        None => {
+            let found = packinfer_driver::symbol(NAME)?.map_or(0, |symbol: NonNull<c_void>| symbol.as_ptr() as usize);
+            *ADDRESS.get_or_init(|| found)
+        }
+    };
+    if address == 0 {
+        return Err(EngineError::NoEntryPoint { name: "cuTensorMapEncodeTiled" });
+    }
+    // SAFETY: the driver's entry point of that name has this signature.
+    Ok(unsafe { transmute::<usize, EncodeTiled>(address) })
+}
+
+/// Makes the maps: boxes of 1, 2, 4 … slots of one head and 64 elements.
+fn encode(tensors: &KvTensors) -> Result<PairMaps, EngineError> {
+    const RANK: usize = 3;
+    const INTERLEAVE_NONE: u32 = 0;
+    const SWIZZLE_128B: u32 = 3;
+    const L2_PROMOTION_256B: u32 = 3;
+    const FILL_ZEROS: u32 = 0;
+    let encode_tiled = encode_tiled()?;
+    let shape = tensors.shape;
+    let data_type = match shape.dtype() {
+        DType::F16 => 6,
+        DType::Bf16 => 9,
+    };
+    let (head_dim, heads) = (u64::from(shape.head_dim()), u64::from(shape.num_kv_heads()));
+    let head_bytes = head_dim * shape.dtype().size_in_bytes();
+    let strides: [u64; RANK - 1] = [head_bytes, heads * head_bytes];
+    let mut maps = [TensorMap([0; TENSOR_MAP_BYTES as usize]); 2 * NUM_KV_BOXES as usize];
+    for (index, map) in maps.iter_mut().enumerate() {
+        let (tensor, log2) = (index / NUM_KV_BOXES as usize, index % NUM_KV_BOXES as usize);
+        let dims: [u64; RANK] = [head_dim, heads, tensors.num_slots[tensor]];
+        let box_dims: [u32; RANK] = [KV_BOX_ELEMENTS, 1, 1 << log2];
+        // SAFETY: the arrays have the lengths that the rank asks for. The driver only writes the map.
+        unsafe {
+            encode_tiled(
+                map,
+                data_type,
+                RANK as u32,
+                tensors.addresses[tensor] as *mut c_void,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                box_dims.as_ptr(),
+                [1; RANK].as_ptr(),
+                INTERLEAVE_NONE,
+                SWIZZLE_128B,
+                L2_PROMOTION_256B,
+                FILL_ZEROS,
+            )
+        }
+        .doing("making a tensor map")?;
+    }
+    Ok(maps)
+}

@@ -1,0 +1,158 @@
+//! One attention call: checks, then the launches.
+
+use std::f32::consts::LOG2_E;
+use std::ffi::c_void;
+use std::ptr;
+
+use packinfer_abi::{AttentionParams, MergeParams};
+
+use crate::device_plan::{DevicePlan, Layout};
+use crate::kv_maps::KvTensors;
+use crate::memory::{DeviceSlice, DeviceSliceMut};
+use crate::stream::Stream;
+use crate::workspace::Workspace;
+use crate::{Element, EngineError, KernelFamily};
+
+/// What the tensors' addresses must be a multiple of, in bytes: the kernels load and store 16 bytes at a time.
+const ALIGNMENT: u64 = 16;
+
+/// What attention reads and writes.
+#[derive(Debug)]
+pub struct Tensors<'a, E> {
+    /// Q, `[tokens, num_qo_heads, head_dim]`.
+    pub q: DeviceSlice<'a, E>,
+    /// K, `[slots, num_kv_heads, head_dim]`.
+    pub k: DeviceSlice<'a, E>,
+    /// V, like K.
+    pub v: DeviceSlice<'a, E>,
+    /// O, like Q.
+    pub o: DeviceSliceMut<'a, E>,
+    /// Log-sum-exp of the scaled scores, natural logarithm, `[tokens, num_qo_heads]`; or not wanted.
+    pub lse: Option<DeviceSliceMut<'a, f32>>,
+}
+
+/// How attention is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RunOptions {
+    /// Factor of the scores before softmax; 1/√head_dim if `None`.
+    pub softmax_scale: Option<f32>,
+}
+
+/// Gives the launches of a checked run to the stream, whose context is current.
+pub(crate) fn run<E: Element>(
+    plan: &DevicePlan,
+    workspace: &mut Workspace,
+    stream: &Stream,
+    tensors: &Tensors<'_, E>,
+    options: RunOptions,
+) -> Result<(), EngineError> {
+    let layout = &plan.layout;
+    tensors.check(layout)?;
+    let scale_log2 = options.scale(layout)? * LOG2_E;
+    if layout.attention_tasks == 0 {
+        return Ok(());
+    }
+    let parts = workspace.parts(plan, stream)?;
+    let kv_maps = match plan.family() {
+        // These kernels copy K and V without tensor maps.
+        KernelFamily::Sm80 => 0,
+        KernelFamily::Sm90a => workspace.kv_maps(stream, tensors.kv(layout))?,
+    };
+    plan.run_on(stream)?;
+    let lse = tensors.lse.as_ref().map_or(0, |lse| lse.address);
+    let attention = AttentionParams {
+        q: tensors.q.address,
+        k: tensors.k.address,
+        v: tensors.v.address,
+        o: tensors.o.address,
+        lse,
+        partial_o: parts.partial_o,
+        partial_lse: parts.partial_lse,
+        items: plan.address(layout.items),
+        segments: plan.address(layout.segments),
+        runs: plan.address(layout.runs),
+        kv_maps,
+        heads: layout.heads,
+        num_partial_rows: layout.num_partial_rows,
+        num_items: layout.num_items,
+        num_runs: layout.num_runs,
+        scheduler: parts.scheduler,
+        scale_log2,
+    };
+    // SAFETY: the kernel has this one parameter. The plan is on the device when the stream gets there, its indices are within
+    // tensors of the checked lengths, and within the workspace, which no other run uses at that time. Freeing any of this
+    // memory waits for the device.
+    unsafe { plan.attention.launch(plan.attention_blocks(), &mut [parameter(&attention)], stream) }?;
+    if layout.merge_blocks == 0 {
+        return Ok(());
+    }
+    let merge = MergeParams {
+        partial_o: parts.partial_o,
+        partial_lse: parts.partial_lse,
+        o: tensors.o.address,
+        lse,
+        tokens: plan.address(layout.merge_tokens),
+        sources: plan.address(layout.merge_sources),
+        heads: layout.heads,
+        num_partial_rows: layout.num_partial_rows,
+    };
+    // SAFETY: as above.
+    unsafe { plan.merge.launch(layout.merge_blocks, &mut [parameter(&merge)], stream) }
+}
+
+/// A kernel's parameter as the driver wants it, which only reads it.
+fn parameter<T>(value: &T) -> *mut c_void {
+    ptr::from_ref(value).cast_mut().cast()
+}
+
+impl RunOptions {
+    fn scale(&self, layout: &Layout) -> Result<f32, EngineError> {
+        let scale = self.softmax_scale.unwrap_or((layout.shape.head_dim() as f32).sqrt().recip());
+        if scale.is_finite() && scale > 0.0 { Ok(scale) } else { Err(EngineError::Scale { scale }) }
+    }
+}
+
+impl<E: Element> Tensors<'_, E> {
+    fn kv(&self, layout: &Layout) -> KvTensors {
+        let slots = |len: usize| len as u64 / layout.shape.kv_elements_per_slot();
+        KvTensors {
+            shape: layout.shape,
+            addresses: [self.k.address, self.v.address],
+            num_slots: [slots(self.k.len), slots(self.v.len)],
+        }
+    }
+
+    fn check(&self, layout: &Layout) -> Result<(), EngineError> {
+        let shape = layout.shape;
+        if E::DTYPE != shape.dtype() {
+            return Err(EngineError::DType { found: E::DTYPE, needed: shape.dtype() });
+        }
+        let tokens = u64::from(layout.num_query_tokens);
+        for (tensor, len) in [("Q", self.q.len), ("O", self.o.len)] {
+            check_length(tensor, "[tokens, num_qo_heads, head_dim]", len, tokens * shape.qo_elements_per_token())?;
+        }
+        if let Some(lse) = &self.lse {
+            check_length("LSE", "[tokens, num_qo_heads]", lse.len, tokens * u64::from(shape.num_qo_heads()))?;
+        }
+        let needed = u64::from(layout.num_slots) * shape.kv_elements_per_slot();
+        for (tensor, len) in [("K", self.k.len), ("V", self.v.len)] {
+            if (len as u64) < needed {
+                return Err(EngineError::PoolTooSmall { tensor, found: len as u64, num_slots: layout.num_slots, needed });
+            }
+        }
+        let lse = self.lse.as_ref().map_or(0, |lse| lse.address);
+        for (tensor, address) in
+            [("Q", self.q.address), ("K", self.k.address), ("V", self.v.address), ("O", self.o.address), ("LSE", lse)]
+        {
+            if !address.is_multiple_of(ALIGNMENT) {
+                return Err(EngineError::Misaligned { tensor, address, alignment: ALIGNMENT });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_length(tensor: &'static str, shape: &'static str, found: usize, needed: u64) -> Result<(), EngineError> {
+    let found = found as u64;
+    if found == needed { Ok(()) } else { Err(EngineError::TensorLength { tensor, shape, found, needed }) }
+}

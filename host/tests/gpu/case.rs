@@ -1,0 +1,169 @@
+//! A batch with its tensors, on the host and on the device, and the exact result.
+
+use std::io::{self, Write};
+use std::sync::LazyLock;
+
+use packinfer::{
+    AttentionShape, Batch, DevicePlan, Engine, EngineError, EngineOptions, Mask, Plan, RunOptions, Stream, Tensors, Workspace,
+};
+use packinfer::{DeviceBuffer, Packing};
+use packinfer_cpu::{Inputs, largest_difference, random_elements, reference, relative_error};
+
+/// An element type of the engine and of the reference.
+pub trait Element: packinfer::Element + packinfer_cpu::Element {}
+impl<T: packinfer::Element + packinfer_cpu::Element> Element for T {}
+
+/// Largest absolute error of the log-sum-exp: the scores are products of the same elements, summed in float32.
+const LSE_TOLERANCE: f64 = 1e-3;
+
+/// The engine that all tests use, from their several threads; none where there is no device for it.
+///
+/// `PACKINFER_TEST_KERNELS` names a family of kernels, where those that the device runs best are not the ones to be tested.
+static ENGINE: LazyLock<Option<Engine>> = LazyLock::new(|| match Engine::new(options()) {
+    Ok(engine) => Some(engine),
+    Err(
+        error @ (EngineError::NoDriver(_)
+        | EngineError::DriverTooOld { .. }
+        | EngineError::NoDevice
+        | EngineError::DeviceTooOld { .. }),
+    ) => {
+        // Not `println!`, which the test harness keeps to itself.
+        let _ = writeln!(io::stderr(), "GPU tests are skipped: {error}");
+        None
+    }
+    Err(error) => panic!("{error}"),
+});
+
+fn options() -> EngineOptions {
+    let family = std::env::var("PACKINFER_TEST_KERNELS").ok();
+    let kernel_family = family.map(|name| name.parse().expect("PACKINFER_TEST_KERNELS names a family"));
+    EngineOptions { kernel_family, ..EngineOptions::default() }
+}
+
+/// The engine, or nothing where tests are to be skipped.
+pub fn engine() -> Option<&'static Engine> {
+    ENGINE.as_ref()
+}
+
+/// O and LSE.
+pub type Results<E> = (Vec<E>, Vec<f32>);
+
+/// A batch with random tensors.
+pub struct Case<E> {
+    pub batch: Batch,
+    pub scale: Option<f32>,
+    q: Vec<E>,
+    k: Vec<E>,
+    v: Vec<E>,
+}
+
+impl<E: Element> Case<E> {
+    pub fn new(batch: Batch) -> Self {
+        let shape = batch.shape();
+        let qo_len = batch.num_query_tokens() as usize * shape.qo_elements_per_token() as usize;
+        let kv_len = batch.num_slots() as usize * shape.kv_elements_per_slot() as usize;
+        Self { batch, scale: None, q: random_elements(qo_len, 1), k: random_elements(kv_len, 2), v: random_elements(kv_len, 3) }
+    }
+
+    pub fn plan(&self, engine: &Engine, packing: Packing) -> Plan {
+        engine.planner().with_packing(packing).plan(&self.batch).expect("the batch can be planned")
+    }
+
+    pub fn on_device(&self, engine: &Engine) -> DeviceCase<E> {
+        let lse_len = self.batch.num_query_tokens() as usize * self.batch.shape().num_qo_heads() as usize;
+        let copy_of = |elements: &[E]| engine.copy_of(elements).expect("there is room");
+        DeviceCase {
+            q: copy_of(&self.q),
+            k: copy_of(&self.k),
+            v: copy_of(&self.v),
+            o: engine.zeros(self.q.len()).expect("there is room"),
+            lse: engine.zeros(lse_len).expect("there is room"),
+            options: RunOptions { softmax_scale: self.scale },
+        }
+    }
+
+    /// Runs the batch once, on a stream of its own.
+    pub fn run(&self, engine: &Engine, packing: Packing) -> Results<E> {
+        let stream = engine.stream().expect("a stream");
+        let plan = engine.upload(&self.plan(engine, packing), &stream).expect("the plan fits");
+        let mut device = self.on_device(engine);
+        device.run(engine, &plan, &mut engine.workspace().expect("there is room"), &stream).expect("the run is right");
+        device.results()
+    }
+
+    /// Compares results with exact attention.
+    pub fn check(&self, (o, lse): &Results<E>) {
+        let inputs = Inputs { q: &self.q, k: &self.k, v: &self.v, scale: self.scale };
+        let tokens: Vec<u32> = (0..self.batch.num_query_tokens()).collect();
+        let exact = reference::attention(&self.batch, inputs, &tokens).expect("the inputs are right");
+        let error = relative_error(o, &exact.o);
+        assert!(error <= E::TOLERANCE, "relative error {error} of O, {}", self.describe());
+        let error = largest_difference(lse, &exact.lse);
+        assert!(error <= LSE_TOLERANCE, "error {error} of LSE, {}", self.describe());
+    }
+
+    fn describe(&self) -> String {
+        let lengths = self.batch.requests().iter().map(|request| (request.query_len, request.kv_len));
+        format!("{:?}, {:?}, (query, KV) {:?}", self.batch.shape(), self.batch.mask(), lengths.collect::<Vec<_>>())
+    }
+}
+
+/// The tensors of a case on the device.
+pub struct DeviceCase<E> {
+    pub q: DeviceBuffer<E>,
+    pub k: DeviceBuffer<E>,
+    pub v: DeviceBuffer<E>,
+    pub o: DeviceBuffer<E>,
+    pub lse: DeviceBuffer<f32>,
+    pub options: RunOptions,
+}
+
+impl<E: Element> DeviceCase<E> {
+    pub fn run(
+        &mut self,
+        engine: &Engine,
+        plan: &DevicePlan,
+        workspace: &mut Workspace,
+        stream: &Stream,
+    ) -> Result<(), EngineError> {
+        let tensors = Tensors {
+            q: self.q.as_slice(),
+            k: self.k.as_slice(),
+            v: self.v.as_slice(),
+            o: self.o.as_mut_slice(),
+            lse: Some(self.lse.as_mut_slice()),
+        };
+        engine.run(plan, workspace, stream, tensors, self.options)
+    }
+
+    pub fn results(&self) -> Results<E> {
+        (self.o.download().expect("the work is done"), self.lse.download().expect("the work is done"))
+    }
+}
+
+/// A shape of two KV heads.
+pub fn shape<E: Element>(gqa_ratio: u32, head_dim: u32) -> AttentionShape {
+    AttentionShape::new(2 * gqa_ratio, 2, head_dim, <E as packinfer::Element>::DTYPE).expect("a good shape")
+}
+
+/// A batch of (query, KV) lengths whose KV lies one after the other.
+pub fn contiguous(shape: AttentionShape, mask: Mask, lengths: &[(u32, u32)]) -> Batch {
+    let mut batch = Batch::new(shape, mask);
+    for &(query_len, kv_len) in lengths {
+        batch.push_contiguous(query_len, kv_len, batch.num_slots()).expect("good lengths");
+    }
+    batch
+}
+
+/// A batch whose KV lies in pages that are handed out in turn, from the last one backwards.
+pub fn paged(shape: AttentionShape, mask: Mask, lengths: &[(u32, u32)], page_size: u32) -> Batch {
+    let pages_of = |kv_len: u32| kv_len.div_ceil(page_size);
+    let most = lengths.iter().map(|&(_, kv_len)| pages_of(kv_len)).max().unwrap_or(0);
+    let num_requests = lengths.len() as u32;
+    let mut batch = Batch::new(shape, mask);
+    for (request, &(query_len, kv_len)) in (0..).zip(lengths) {
+        let pages: Vec<u32> = (0..pages_of(kv_len)).map(|page| (most - 1 - page) * num_requests + request).collect();
+        batch.push_paged(query_len, kv_len, &pages, page_size).expect("good lengths");
+    }
+    batch
+}
