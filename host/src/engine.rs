@@ -61,10 +61,14 @@ impl Engine {
         self.shared.family
     }
 
-    /// The device as the planner sees it.
+    /// The device as the planner sees it, with the kernels that the engine uses.
     pub fn model(&self) -> DeviceModel {
         let DeviceInfo { name, compute_capability, multiprocessors, .. } = self.device();
-        DeviceModel::for_device(name, *compute_capability, *multiprocessors)
+        let model = DeviceModel::for_device(name, *compute_capability, *multiprocessors);
+        match self.kernel_family() {
+            KernelFamily::Sm80 => model,
+            KernelFamily::Sm90a => model.with_hopper_kernels(),
+        }
     }
 
     /// A planner for the device. Keep it from step to step: it uses its memory again.

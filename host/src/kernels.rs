@@ -135,10 +135,12 @@ impl Kernel {
     }
 }
 
+/// Architecture and name of a kernel.
+type KernelKey = (&'static str, &'static str);
+
 /// The kernels that were loaded so far.
 pub(crate) struct Kernels {
-    /// By architecture and name.
-    loaded: Mutex<HashMap<(&'static str, &'static str), (Kernel, Module)>>,
+    loaded: Mutex<HashMap<KernelKey, (Kernel, Module)>>,
     /// Shared memory that a block can have.
     shared_bytes: u32,
 }

@@ -46,6 +46,14 @@ impl DeviceModel {
     /// NVIDIA H200 SXM: an H100 with faster memory.
     pub const H200: Self = Self { bytes_per_s: 4.3e12, ..Self::H100 };
 
+    /// The same device with the `sm_90a` kernels instead of the `sm_80` kernels: one block a multiprocessor, which takes items in turn and
+    /// loads for the next while it finishes one; products through `wgmma`.
+    pub fn with_hopper_kernels(self) -> Self {
+        /// What `wgmma` gives the wide tiles, of what `mma` does.
+        const PRODUCTS: f64 = 1.55;
+        Self { blocks_per_sm: 1, flops_per_s: self.flops_per_s * PRODUCTS, item_ns: 1500.0, step_ns: 100.0, ..self }
+    }
+
     /// NVIDIA A100 SXM, 80 GB. Its multiprocessors have shared memory for one block.
     pub const A100: Self = Self {
         num_sms: 108,

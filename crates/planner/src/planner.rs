@@ -34,14 +34,20 @@ pub struct Planner {
     tiles: Vec<Tile>,
     splitter: Splitter,
     items: Vec<Item>,
-    /// Costs and indices of `items`.
-    order: Vec<(Reverse<Ns>, u32)>,
+    /// What the longest item of each pack takes.
+    longest: Vec<Ns>,
+    order: Vec<Place>,
 }
+
+/// What an item's place in the plan is decided by, in this order: what the longest of its pack takes, its pack, what it takes itself,
+/// its index.
+type Place = (Reverse<Ns>, u32, Reverse<Ns>, u32);
 
 /// A work item that is not in its place yet.
 #[derive(Clone, Copy, Debug)]
 struct Item {
     item: WorkItem,
+    pack: u32,
     fresh: f32,
 }
 
@@ -102,38 +108,45 @@ impl Planner {
             Packing::Packed => {
                 let lanes = f64::from(self.model.lanes()) / f64::from(heads.num_groups);
                 self.packer.pack(batch, heads, cost, lanes);
-                for (members, kind) in self.packer.packs() {
-                    tile::push_tiles(&mut self.tiles, plan, batch, members, kind);
+                for ((members, kind), pack) in self.packer.packs().zip(0..) {
+                    tile::push_tiles(&mut self.tiles, plan, batch, pack, members, kind);
                 }
             }
             Packing::PerRequest => {
                 for (request, index) in batch.requests().iter().zip(0..) {
                     let kind = if request.query_len <= TileKind::Narrow.rows() { TileKind::Narrow } else { TileKind::Wide };
                     if request.query_len > 0 {
-                        tile::push_tiles(&mut self.tiles, plan, batch, &[index], kind);
+                        tile::push_tiles(&mut self.tiles, plan, batch, index, &[index], kind);
                     }
                 }
             }
         }
     }
 
-    /// Puts the items into the plan, the longest first.
+    /// Puts the items into the plan: pack after pack, so that tiles that read the same KV run at the same time and find it in the L2
+    /// cache; the packs with the longest items first, and of each pack the longest first, so that the device ends with short ones.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
-        if self.packing == Packing::Packed {
-            self.order.clear();
-            self.order.extend(
-                self.items
-                    .iter()
-                    .zip(0..)
-                    .map(|(Item { item, fresh }, index)| (Reverse(cost.work_item(item, plan.segments_of(item), *fresh)), index)),
-            );
-            self.order.sort_unstable();
-            plan.items.extend(self.order.iter().map(|&(_, index)| self.items[index as usize].item));
-            plan.fresh.extend(self.order.iter().map(|&(_, index)| self.items[index as usize].fresh));
-        } else {
+        if self.packing == Packing::PerRequest {
             plan.items.extend(self.items.iter().map(|item| item.item));
             plan.fresh.extend(self.items.iter().map(|item| item.fresh));
+            return;
         }
+        let takes = |Item { item, fresh, .. }: &Item| cost.work_item(item, plan.segments_of(item), *fresh);
+        self.longest.clear();
+        self.longest.resize(self.tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
+        self.order.clear();
+        for (item, index) in self.items.iter().zip(0..) {
+            let (takes, longest) = (takes(item), &mut self.longest[item.pack as usize]);
+            *longest = takes.max(*longest);
+            self.order.push((Reverse(0), item.pack, Reverse(takes), index));
+        }
+        for place in &mut self.order {
+            place.0 = Reverse(self.longest[place.1 as usize]);
+        }
+        self.order.sort_unstable();
+        let in_order = || self.order.iter().map(|place| &self.items[place.3 as usize]);
+        plan.items.extend(in_order().map(|item| item.item));
+        plan.fresh.extend(in_order().map(|item| item.fresh));
     }
 }
 
@@ -161,7 +174,7 @@ fn make_items(tiles: &[Tile], parts: &[Part], plan: &mut Plan, items: &mut Vec<I
                 partial_row: if is_split { partial_rows as u32 } else { DIRECT },
                 tile: tile.kind,
             };
-            items.push(Item { item, fresh: tile.fresh });
+            items.push(Item { item, pack: tile.pack, fresh: tile.fresh });
             partial_rows += if is_split { rows } else { 0 };
         }
     }

@@ -15,6 +15,8 @@ pub(crate) struct Tile {
     pub num_segments: u32,
     pub run_begin: u32,
     pub columns: u32,
+    /// Tiles of the same pack read the same KV.
+    pub pack: u32,
     /// See [`CostModel::columns_ns`](crate::cost::CostModel::columns_ns).
     pub fresh: f32,
 }
@@ -106,7 +108,7 @@ impl Content {
 }
 
 /// Appends a tile of segments that are in the plan from `segment_begin` on.
-fn push_tile(tiles: &mut Vec<Tile>, plan: &Plan, kind: TileKind, segment_begin: usize, run_begin: usize, fresh: f32) {
+fn push_tile(tiles: &mut Vec<Tile>, plan: &Plan, pack: u32, kind: TileKind, segment_begin: usize, run_begin: usize, fresh: f32) {
     let segments = &plan.segments[segment_begin..];
     tiles.push(Tile {
         kind,
@@ -114,12 +116,13 @@ fn push_tile(tiles: &mut Vec<Tile>, plan: &Plan, kind: TileKind, segment_begin: 
         num_segments: segments.len() as u32,
         run_begin: run_begin as u32,
         columns: segments.iter().map(last_column_end).max().unwrap_or(0),
+        pack,
         fresh,
     });
 }
 
-/// Appends all tiles of the `members`, requests whose remainders share a tile of the given kind; with their segments and runs.
-pub(crate) fn push_tiles(tiles: &mut Vec<Tile>, plan: &mut Plan, batch: &Batch, members: &[u32], kind: TileKind) {
+/// Appends all tiles of pack `pack`: of its `members`, requests whose remainders share a tile of the given kind; with their segments and runs.
+pub(crate) fn push_tiles(tiles: &mut Vec<Tile>, plan: &mut Plan, batch: &Batch, pack: u32, members: &[u32], kind: TileKind) {
     let requests = || members.iter().map(|&request| &batch.requests()[request as usize]);
     let first_run = plan.runs.len();
     for request in requests() {
@@ -129,7 +132,7 @@ pub(crate) fn push_tiles(tiles: &mut Vec<Tile>, plan: &mut Plan, batch: &Batch, 
         for tile in 0..division.full_tiles {
             let segment_begin = plan.segments.len();
             plan.segments.push(segment(request, batch.mask(), division.full_tile(tile), 0));
-            push_tile(tiles, plan, TileKind::Wide, segment_begin, run_begin, division.fresh());
+            push_tile(tiles, plan, pack, TileKind::Wide, segment_begin, run_begin, division.fresh());
         }
     }
 
@@ -139,6 +142,6 @@ pub(crate) fn push_tiles(tiles: &mut Vec<Tile>, plan: &mut Plan, batch: &Batch, 
         content.add(request, batch.mask(), plan.heads, &mut plan.segments);
     }
     if content.columns > 0 {
-        push_tile(tiles, plan, kind, segment_begin, first_run, content.fresh());
+        push_tile(tiles, plan, pack, kind, segment_begin, first_run, content.fresh());
     }
 }

@@ -1,5 +1,6 @@
 //! What makes a plan valid, checked against the batch that it is for.
 
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use packinfer_abi::{DIRECT, KvRun, RowSegment, WorkItem};
@@ -73,9 +74,30 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
     }
 }
 
-/// Panics unless the longest items come first.
-pub fn assert_sorted(plan: &Plan, model: &DeviceModel) {
-    assert!(plan.item_times(model).is_sorted_by(|a, b| a >= b));
+/// Panics unless items of requests that share tiles stand together, the longest first, and of these packs the one with the longest first.
+pub fn assert_in_order(batch: &Batch, plan: &Plan, model: &DeviceModel) {
+    let packs = packs(batch, plan);
+    let times: Vec<f64> = plan.item_times(model).collect();
+    let mut seen = HashSet::new();
+    let mut longest = f64::INFINITY;
+    for items in packs.iter().zip(&times).collect::<Vec<_>>().chunk_by(|a, b| a.0 == b.0) {
+        assert!(seen.insert(items[0].0), "items of a pack stand apart: {packs:?}");
+        assert!(*items[0].1 <= longest, "packs are not in order: {times:?}");
+        longest = *items[0].1;
+        assert!(items.is_sorted_by(|a, b| a.1 >= b.1), "items of a pack are not in order: {items:?}");
+    }
+}
+
+/// For each item, a request that stands for all that share tiles with the item's requests, directly or by way of others.
+fn packs(batch: &Batch, plan: &Plan) -> Vec<u32> {
+    let owners = |item| plan.segments_of(item).iter().map(|segment| owner(batch, segment).first_token);
+    let mut stands_for: HashMap<u32, u32> = batch.requests().iter().map(|r| (r.first_token, r.first_token)).collect();
+    for item in plan.items().iter().filter(|item| item.num_segments > 1) {
+        let least = owners(item).map(|request| stands_for[&request]).min().expect("a tile has segments");
+        let joined: Vec<u32> = owners(item).map(|request| stands_for[&request]).collect();
+        stands_for.values_mut().filter(|pack| joined.contains(pack)).for_each(|pack| *pack = least);
+    }
+    plan.items().iter().map(|item| stands_for[&owner(batch, &plan.segments_of(item)[0]).first_token]).collect()
 }
 
 /// Panics unless the ranges are `0..end`, each number in exactly one.
