@@ -84,6 +84,16 @@ impl RowTable {
         store_shared(self.address(2, row), found.end);
     }
 
+    /// Reads a row's [`Row::index`].
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::read`].
+    #[inline(always)]
+    pub unsafe fn index(self, row: u32) -> u32 {
+        load_shared(self.address(0, row))
+    }
+
     /// Reads a row.
     ///
     /// # Safety

@@ -5,7 +5,7 @@ use crate::element::Element;
 use crate::ptx::memory::{load_shared_x4, store_global_f32, store_global_f32x2, store_global_x4, store_shared};
 use crate::ptx::mma::Fragment;
 use crate::ptx::warp;
-use crate::rows::Row;
+use crate::rows::{NO_ROW, Row};
 use crate::shared_tile::SharedTile;
 use crate::softmax::{LN_2, OnlineSoftmax, ROWS_PER_LANE, row_of_lane, scale_rows};
 
@@ -83,9 +83,9 @@ unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
     let chunk = tile.chunk_of_lane(lane);
     for i in 0..16 * ROW_BLOCKS as u32 / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
         let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
-        let row = task.rows.read(first_row + rows + SharedTile::<DIM_BLOCKS>::row_of_lane(lane));
-        if row.exists() {
-            store_global_x4(row_chunk::<DIM_BLOCKS>(task.params.o, row.index, lane), load_shared_x4(chunk.rows_on(rows)));
+        let index = task.rows.index(first_row + rows + SharedTile::<DIM_BLOCKS>::row_of_lane(lane));
+        if index != NO_ROW {
+            store_global_x4(row_chunk::<DIM_BLOCKS>(task.params.o, index, lane), load_shared_x4(chunk.rows_on(rows)));
         }
     }
 }

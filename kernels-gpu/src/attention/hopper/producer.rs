@@ -1,29 +1,29 @@
-//! The producer: takes tasks, has the copy engine bring their K and V, and gathers their Q. Each of its warps has a part of its own.
+//! The producer: takes tasks, has the copy engine bring their K and V, and gathers their Q. Its warps have parts of their own.
 //!
 //! | warp | does |
 //! | --- | --- |
-//! | 0 | K and V: a box for each piece of a KV run |
-//! | 1, 2 | Q: rows of 16-byte chunks through `cp.async` |
-//! | 3 | takes tasks, works out their rows, and posts them, several ahead |
+//! | 0, 1 | K, V: a box for each piece of a KV run |
+//! | 2, 3 | take tasks, work out their rows, post them; then Q: rows of 16-byte chunks through `cp.async` |
 
 use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 
-use super::STEP;
-use super::shared::{ColumnTile, QueryTile, Ring, Shared};
-use crate::attention::task::{Task, row_chunk};
+use super::queries::QueryRows;
+use super::shared::{ColumnTile, Ring, Shared};
+use super::{STEP, barrier};
+use crate::attention::task::Task;
 use crate::columns::RunWindow;
-use crate::ptx::cp_async::copy_chunk;
 use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
 use crate::ptx::tma::copy_box;
 use crate::ptx::warp::{self, LANES};
-use crate::shared_tile::SharedTile;
+use crate::ptx::warpgroup;
 
-/// Warps that load what the scheduler warp has posted.
-pub const LOADER_WARPS: u32 = 3;
-
-/// Warps that gather Q.
+/// Warps that load K and V of what the others have posted.
+pub const LOADER_WARPS: u32 = 2;
+/// Warps that post tasks and gather their Q.
 pub const QUERY_WARPS: u32 = 2;
+/// Rows of a tile that each of these looks after.
+const QUERY_WARP_ROWS: u32 = WIDE_TILE_ROWS / QUERY_WARPS;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 const NO_SLOT: u32 = i32::MAX as u32 - STEP;
@@ -36,24 +36,21 @@ const NO_SLOT: u32 = i32::MAX as u32 - STEP;
 #[inline(always)]
 pub unsafe fn run<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Shared<DIM_BLOCKS>, thread: u32) {
     let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
+    let v_maps = params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES);
     match warp {
         0 => {
-            let mut columns = ColumnCopies { shared, k: shared.k_ring(), v: shared.v_ring(), lane };
-            for_each_task(params, shared, lane, |task| columns.load(task));
+            let mut ring = shared.k_ring();
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane));
         }
-        1 | 2 => {
-            let mut ring = shared.query_ring();
-            for_each_task(params, shared, lane, |task| {
-                ring.wait_empty();
-                load_queries(task, shared.queries(), warp - 1, lane);
-                ring.fill_by_copies();
-            });
+        1 => {
+            let mut ring = shared.v_ring();
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane));
         }
-        _ => schedule(params, shared, lane),
+        _ => post_tasks(params, shared, warp - LOADER_WARPS, lane),
     }
 }
 
-/// Does something for every task that the scheduler warp posts.
+/// Does something for every task that is posted.
 #[inline(always)]
 unsafe fn for_each_task<const DIM_BLOCKS: usize>(
     params: &AttentionParams,
@@ -71,76 +68,84 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize>(
     }
 }
 
-/// Takes tasks and posts them, until none is left.
+/// Takes tasks, posts them and gathers their Q, until none is left; warp `warp` of two, which look after half of the rows each.
 #[inline(always)]
-unsafe fn schedule<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Shared<DIM_BLOCKS>, lane: u32) {
+unsafe fn post_tasks<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Shared<DIM_BLOCKS>, warp: u32, lane: u32) {
     let num_tasks = params.num_items * params.heads.num_groups;
-    let mut tasks = shared.task_ring();
+    let (mut tasks, mut queries) = (shared.task_ring(), shared.query_ring());
+    let (first_row, leads) = (warp * QUERY_WARP_ROWS, warp == 0 && lane == 0);
     let mut index = block_index();
     while index < num_tasks {
-        let next = if lane == 0 { take_task(params) } else { 0 };
+        let next = if leads { take_task(params) } else { 0 };
         tasks.wait_empty();
-        let task = Task::load(*params, index, shared.rows(tasks.stage));
-        for row in 0..WIDE_TILE_ROWS / LANES {
-            task.rows.write(params, &task.item, task.head_group, row * LANES + lane);
+        let stage = tasks.stage;
+        let task = Task::load(*params, index, shared.rows(stage));
+        for rows in 0..QUERY_WARP_ROWS / LANES {
+            task.rows.write(params, &task.item, task.head_group, first_row + rows * LANES + lane);
         }
-        if lane == 0 {
-            shared.post_task(tasks.stage, Some(&task));
+        if leads {
+            shared.post_task(stage, Some(&task));
             prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         tasks.fill();
-        index = warp::uniform(next);
+
+        queries.wait_empty();
+        for rows in 0..QUERY_WARP_ROWS / LANES {
+            let first_row = first_row + rows * LANES;
+            if first_row < task.item.tile.rows() {
+                // Each lane reads the row that it wrote.
+                let rows = QueryRows::read(&task.rows, first_row, lane);
+                rows.copy::<DIM_BLOCKS>(params.q, shared.queries().chunk_of_lane(first_row, lane), lane);
+            }
+        }
+        queries.fill_by_copies();
+
+        if leads {
+            shared.tell_next_task(stage, next);
+        }
+        warpgroup::sync(barrier::QUERY_WARPS, QUERY_WARPS * LANES);
+        index = shared.next_task(stage);
     }
     tasks.wait_empty();
-    if lane == 0 {
+    if leads {
         shared.post_task(tasks.stage, None);
         leave(params);
     }
     tasks.fill();
 }
 
-/// The warp that has the copy engine bring K and V.
-struct ColumnCopies<const DIM_BLOCKS: usize> {
-    shared: Shared<DIM_BLOCKS>,
-    k: Ring<2>,
-    v: Ring<2>,
+/// Brings all columns of the task's K, or of its V, step by step; `tiles` is the ring's first tile.
+#[inline(always)]
+unsafe fn load_columns<const DIM_BLOCKS: usize>(
+    task: &Task,
+    ring: &mut Ring<2>,
+    tiles: ColumnTile<DIM_BLOCKS>,
+    maps: u64,
     lane: u32,
-}
-
-impl<const DIM_BLOCKS: usize> ColumnCopies<DIM_BLOCKS> {
-    /// Brings all columns of a task, step by step: those of K, then those of V.
-    #[inline(always)]
-    unsafe fn load(&mut self, task: &Task) {
-        let (params, item) = (&task.params, &task.item);
-        let mut window = RunWindow::new(params, item, self.lane);
-        let mut step = item.column_begin;
-        while step < item.column_end {
-            let end = core::cmp::min(item.column_end, step + STEP);
-            let k = BoxCopies {
-                tile: self.shared.k(self.k.stage),
-                maps: params.kv_maps,
-                kv_head: task.kv_head,
-                barrier: self.k.full(),
-            };
-            let v = BoxCopies {
-                tile: self.shared.v(self.v.stage),
-                maps: params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES),
-                kv_head: task.kv_head,
-                barrier: self.v.full(),
-            };
-            self.k.wait_empty();
-            k.copy_step(&self.k, &window, step, end, self.lane);
-            self.v.wait_empty();
-            v.copy_step(&self.v, &window, step, end, self.lane);
-            while !window.reaches(end) {
-                window.advance(params, item, self.lane);
-                k.copy_run(&window, step, end);
-                v.copy_run(&window, step, end);
-            }
-            self.k.advance();
-            self.v.advance();
-            step += STEP;
+) {
+    let item = &task.item;
+    let mut window = RunWindow::new(&task.params, item, lane);
+    let mut step = item.column_begin;
+    while step < item.column_end {
+        let end = core::cmp::min(item.column_end, step + STEP);
+        ring.wait_empty();
+        let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage), maps, kv_head: task.kv_head, barrier: ring.full() };
+        if lane == 0 {
+            ring.expect(ColumnTile::<DIM_BLOCKS>::BYTES);
+            copies.copy(NO_SLOT, end - step, STEP); // zeros where no column is left
         }
+        loop {
+            let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
+            if begin < end_of_run {
+                copies.copy(window.slot.wrapping_add(begin - window.begin), begin - step, end_of_run - step);
+            }
+            if window.reaches(end) {
+                break;
+            }
+            window.advance(&task.params, item, lane);
+        }
+        ring.advance();
+        step += STEP;
     }
 }
 
@@ -153,25 +158,6 @@ struct BoxCopies<const DIM_BLOCKS: usize> {
 }
 
 impl<const DIM_BLOCKS: usize> BoxCopies<DIM_BLOCKS> {
-    /// Starts what the window holds of the columns `step .. end`, and zeros for the rest of the tile.
-    #[inline(always)]
-    unsafe fn copy_step(&self, ring: &Ring<2>, window: &RunWindow, step: u32, end: u32, lane: u32) {
-        if lane == 0 {
-            ring.expect(ColumnTile::<DIM_BLOCKS>::BYTES);
-            self.copy(NO_SLOT, end - step, STEP);
-        }
-        self.copy_run(window, step, end);
-    }
-
-    /// Starts a copy of the columns `step .. end` that are in the lane's run.
-    #[inline(always)]
-    unsafe fn copy_run(&self, window: &RunWindow, step: u32, end: u32) {
-        let (begin, end) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
-        if begin < end {
-            self.copy(window.slot.wrapping_add(begin - window.begin), begin - step, end - step);
-        }
-    }
-
     /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: the largest box that fits, then the next.
     #[inline(always)]
     unsafe fn copy(&self, mut slot: u32, mut row: u32, end: u32) {
@@ -185,22 +171,6 @@ impl<const DIM_BLOCKS: usize> BoxCopies<DIM_BLOCKS> {
             slot += 1 << log2;
             row += 1 << log2;
         }
-    }
-}
-
-/// Gathers every second block of eight rows of Q, from block `warp` on; zeros for rows that do not exist.
-#[inline(always)]
-unsafe fn load_queries<const DIM_BLOCKS: usize>(task: &Task, tile: QueryTile<DIM_BLOCKS>, warp: u32, lane: u32) {
-    let mut first_row = 8 * warp;
-    while first_row < task.item.tile.rows() {
-        let destination = tile.chunk_of_lane(first_row, lane);
-        for i in 0..8 / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
-            let on = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
-            let row = task.rows.read(first_row + on + SharedTile::<DIM_BLOCKS>::row_of_lane(lane));
-            let index = if row.exists() { row.index } else { 0 };
-            copy_chunk(destination.rows_on(on), row_chunk::<DIM_BLOCKS>(task.params.q, index, lane), row.exists());
-        }
-        first_row += 8 * QUERY_WARPS;
     }
 }
 

@@ -6,12 +6,12 @@ use super::producer::{LOADER_WARPS, QUERY_WARPS};
 use super::{CONSUMER_WARPS, STEP};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
-use crate::ptx::memory::{load_shared_x4, store_shared_x4};
+use crate::ptx::memory::{load_shared, load_shared_x4, store_shared, store_shared_x4};
 use crate::ptx::warp::LANES as WARP_LANES;
 use crate::rows::RowTable;
 use crate::shared_tile::{PanelTile, SharedTile};
 
-/// Tasks that are known at a time: what the scheduler warp may be ahead of the consumers, so that nobody waits for the plan's memory.
+/// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
 pub const TASKS: u32 = 4;
 
 /// Q of a task.
@@ -125,8 +125,8 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     const EXCHANGE: u32 = Self::V + Self::STAGES * ColumnTile::<DIM_BLOCKS>::BYTES;
     const ROWS: u32 = Self::EXCHANGE + Self::EXCHANGE_BYTES;
     const SLOTS: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
-    /// Bytes of a task slot: a work item, and four words.
-    const SLOT_BYTES: u32 = 48;
+    /// Bytes of a task slot: a work item, four words, and one for the next task's index.
+    const SLOT_BYTES: u32 = 64;
     const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
     const END: u32 = Self::BARRIERS + Ring::<1>::BYTES + 2 * Ring::<2>::BYTES + Ring::<TASKS>::BYTES;
     const FITS: () = assert!(
@@ -145,7 +145,7 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
         self.query_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS);
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
-        self.task_ring().init(WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);
+        self.task_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);
         mbarrier::fence_init();
     }
 
@@ -224,5 +224,17 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
         }
         let item: WorkItem = core::mem::transmute([load_shared_x4(slot), load_shared_x4(slot + 16)]);
         Some(Task { params: *params, item, head_group, kv_head, rows: self.rows(stage) })
+    }
+
+    /// Keeps the index of the task after that of a slot.
+    #[inline(always)]
+    pub unsafe fn tell_next_task(&self, stage: u32, index: u32) {
+        store_shared(self.slot(stage) + 48, index);
+    }
+
+    /// What [`Self::tell_next_task`] kept.
+    #[inline(always)]
+    pub unsafe fn next_task(&self, stage: u32) -> u32 {
+        load_shared(self.slot(stage) + 48)
     }
 }
