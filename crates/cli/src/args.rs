@@ -25,6 +25,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Measures batches against the floor of what the device can do.
     Bench(BenchArgs),
+    /// Replays a trace of requests against a KV pool, without a GPU.
+    KvSim(KvSimArgs),
 }
 
 /// Arguments of `plan`.
@@ -76,6 +78,39 @@ pub struct BenchArgs {
     /// Seed of Q, K, V and the order of the pages.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+/// Arguments of `kv-sim`.
+#[derive(Debug, Args)]
+pub struct KvSimArgs {
+    /// Trace: Azure LLM inference 2023 (CSV) or Mooncake (JSON lines).
+    #[arg(long, value_name = "FILE")]
+    pub trace: PathBuf,
+    /// Slots of the pool; by default as many as the whole trace can fill.
+    #[arg(long, value_name = "N")]
+    pub slots: Option<u32>,
+    /// Slots of a page.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub page_size: u32,
+    /// Where the KV of growing requests goes.
+    #[arg(long, value_enum, default_value_t)]
+    pub layout: Layout,
+    /// Also writes the report, with the pool over time, to a file, in JSON.
+    #[arg(long, value_name = "OUT")]
+    pub json: Option<PathBuf>,
+    /// Also draws the pool over time, in SVG.
+    #[arg(long, value_name = "OUT")]
+    pub svg: Option<PathBuf>,
+}
+
+/// Layout of KV.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// Contiguous extents with headroom, moved when that pays.
+    #[default]
+    Contiguous,
+    /// Pages wherever they are free.
+    Paged,
 }
 
 /// Where to run.

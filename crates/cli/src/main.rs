@@ -8,6 +8,7 @@ mod backend;
 mod bench;
 mod case;
 mod info;
+mod kv_sim;
 mod memory;
 mod plan;
 mod planning;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Info => info::run().map(|()| ExitCode::SUCCESS),
         Command::Plan(args) => plan::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::KvSim(args) => kv_sim::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => {
             verify::run(&args).map(|within| if within { ExitCode::SUCCESS } else { ExitCode::from(OUT_OF_TOLERANCE) })
         }

@@ -42,6 +42,11 @@ impl Progress {
         self.bar.set_message(what.into());
     }
 
+    /// So many steps are done in all.
+    pub fn reach(&self, steps: u64) {
+        self.bar.set_position(steps);
+    }
+
     /// One step is done.
     pub fn step(&self) {
         self.bar.inc(1);
