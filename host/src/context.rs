@@ -12,21 +12,17 @@ use crate::{DeviceInfo, EngineError, KernelFamily};
 /// It is the device's primary context, which the CUDA runtime and other libraries use as well, so they can share memory and streams.
 pub(crate) struct Shared {
     pub info: DeviceInfo,
-    pub family: KernelFamily,
+    /// The kernels that plans may be run with: at least one family.
+    pub families: Vec<KernelFamily>,
     // Dropped in this order: modules are unloaded before their context goes.
     pub kernels: Kernels,
     context: Context,
 }
 
 impl Shared {
-    pub fn new(device: Device, info: DeviceInfo, family: KernelFamily) -> Result<Self, EngineError> {
+    pub fn new(device: Device, info: DeviceInfo, families: Vec<KernelFamily>) -> Result<Self, EngineError> {
         let context = Context::new(device).doing("opening the device")?;
-        Ok(Self { kernels: Kernels::new(info.shared_bytes_per_block), info, family, context })
-    }
-
-    /// Blocks of the attention kernel that the device works on at a time.
-    pub fn resident_blocks(&self) -> u32 {
-        self.info.multiprocessors * self.family.blocks_per_multiprocessor()
+        Ok(Self { kernels: Kernels::new(info.shared_bytes_per_block), info, families, context })
     }
 
     /// Makes the context the calling thread's current one, which the driver's functions work on.

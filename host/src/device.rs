@@ -1,18 +1,15 @@
 //! The devices of this machine.
 
-use std::fmt;
-use std::str::FromStr;
-
 use cust::CudaFlags;
 use cust::device::{Device, DeviceAttribute};
 use cust::sys;
-use packinfer_abi::ATTENTION_BLOCKS_PER_SM;
+use packinfer_planner::{DeviceModel, KernelFamily};
 
 use crate::EngineError;
 use crate::error::Doing;
 
 /// CUDA version of the oldest driver that loads any kernels' PTX.
-const OLDEST_DRIVER: u32 = KernelFamily::Sm80.oldest_driver();
+const OLDEST_DRIVER: u32 = oldest_driver(KernelFamily::Sm80);
 
 /// What there is to know of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,12 +33,19 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
-    /// The kernels that run best on the device; `None` if it is too old for any.
-    pub fn kernel_family(&self) -> Option<KernelFamily> {
+    /// The kernels that the device and the driver can run.
+    pub fn kernel_families(&self) -> Vec<KernelFamily> {
         let driver = driver_version().unwrap_or(OLDEST_DRIVER);
-        KernelFamily::BEST_FIRST
-            .into_iter()
-            .find(|family| family.runs_on(self.compute_capability) && family.oldest_driver() <= driver)
+        let runs = |family: &KernelFamily| family.runs_on(self.compute_capability) && oldest_driver(*family) <= driver;
+        KernelFamily::ALL.into_iter().filter(runs).collect()
+    }
+
+    /// The models by which a planner knows the device, one for each family of kernels that it can run.
+    pub fn models(&self) -> Vec<DeviceModel> {
+        let families = self.kernel_families();
+        let mut models = DeviceModel::all_for_device(&self.name, self.compute_capability, self.multiprocessors);
+        models.retain(|model| families.contains(&model.kernel_family));
+        models
     }
 
     fn read(ordinal: u32, device: Device) -> Result<Self, EngineError> {
@@ -72,59 +76,11 @@ fn shared_bytes_per_block(device: Device) -> Result<u32, EngineError> {
     Ok(bytes.max(0) as u32)
 }
 
-/// Kernels compiled for one architecture and those after it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum KernelFamily {
-    /// Ampere and later.
-    Sm80,
-    /// Hopper alone.
-    Sm90a,
-}
-
-impl KernelFamily {
-    const BEST_FIRST: [Self; 2] = [Self::Sm90a, Self::Sm80];
-
-    /// Whether a device of a compute capability, major and minor number, can run them.
-    pub fn runs_on(self, compute_capability: (u32, u32)) -> bool {
-        match self {
-            KernelFamily::Sm80 => compute_capability >= (8, 0),
-            KernelFamily::Sm90a => compute_capability == (9, 0),
-        }
-    }
-
-    /// CUDA version of the oldest driver that loads their PTX: 11.4, which came with driver 470, for ISA 7.4; 12.0 (525) for ISA 8.0.
-    pub(crate) const fn oldest_driver(self) -> u32 {
-        match self {
-            KernelFamily::Sm80 => 11_040,
-            KernelFamily::Sm90a => 12_000,
-        }
-    }
-
-    /// Blocks of the attention kernel that a multiprocessor works on at a time.
-    pub(crate) fn blocks_per_multiprocessor(self) -> u32 {
-        match self {
-            KernelFamily::Sm80 => ATTENTION_BLOCKS_PER_SM,
-            KernelFamily::Sm90a => 1,
-        }
-    }
-}
-
-impl FromStr for KernelFamily {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        let found = Self::BEST_FIRST.into_iter().find(|family| family.to_string() == name);
-        found.ok_or_else(|| format!("there are no {name} kernels: the families are sm_80 and sm_90a"))
-    }
-}
-
-impl fmt::Display for KernelFamily {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            KernelFamily::Sm80 => "sm_80",
-            KernelFamily::Sm90a => "sm_90a",
-        })
+/// CUDA version of the oldest driver that loads a family's PTX: 11.4, which came with driver 470, for ISA 7.4; 12.0 (525) for ISA 8.0.
+pub(crate) const fn oldest_driver(family: KernelFamily) -> u32 {
+    match family {
+        KernelFamily::Sm80 => 11_040,
+        _ => 12_000,
     }
 }
 

@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cust::sys;
 use packinfer_abi::{HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
 use packinfer_batch::AttentionShape;
-use packinfer_planner::Plan;
+use packinfer_planner::{KernelFamily, Plan};
 
+use crate::EngineError;
 use crate::context::Shared;
 use crate::error::Doing;
 use crate::kernels::{Kernel, KernelSource, MAX_BLOCKS};
 use crate::memory::{DeviceBuffer, PinnedBuffer};
 use crate::stream::{Event, Stream};
-use crate::{EngineError, KernelFamily};
 
 /// What the arrays of a plan are aligned to on the device, in bytes: more than any of the kernels' loads need.
 const ALIGNMENT: usize = 128;
@@ -43,7 +43,7 @@ impl DevicePlan {
     pub(crate) fn upload(shared: &Arc<Shared>, plan: &Plan, stream: &Stream) -> Result<Self, EngineError> {
         shared.enter()?;
         let layout = Layout::new(plan)?;
-        let (attention, merge) = kernels(shared, layout.shape)?;
+        let (attention, merge) = kernels(shared, &layout)?;
         let (arrays, staging) = allocate(shared, layout.num_bytes)?;
         let mut device_plan = Self {
             layout,
@@ -64,7 +64,7 @@ impl DevicePlan {
     pub(crate) fn replace(&mut self, plan: &Plan, stream: &Stream) -> Result<(), EngineError> {
         self.shared.enter()?;
         let layout = Layout::new(plan)?;
-        let (attention, merge) = kernels(&self.shared, layout.shape)?;
+        let (attention, merge) = kernels(&self.shared, &layout)?;
         // What runs nothing, lest an error leave half a plan.
         self.layout = Layout { attention_tasks: 0, ..layout };
         if layout.num_bytes > self.arrays.len() {
@@ -124,15 +124,16 @@ impl DevicePlan {
         self.arrays.address() + offset as u64
     }
 
-    pub(crate) fn family(&self) -> KernelFamily {
-        self.shared.family
+    /// The kernels that it runs with.
+    pub fn kernel_family(&self) -> KernelFamily {
+        self.layout.family
     }
 
-    /// Thread blocks of the attention kernel: one for each task, or as many as the device works on at a time, which take them in turn.
+    /// Thread blocks of the attention kernel: one for each task, or one for each multiprocessor, which take tasks in turn.
     pub(crate) fn attention_blocks(&self) -> u32 {
-        match self.family() {
-            KernelFamily::Sm80 => self.layout.attention_tasks,
-            KernelFamily::Sm90a => self.layout.attention_tasks.min(self.shared.resident_blocks()),
+        match self.kernel_family() {
+            KernelFamily::Sm90a => self.layout.attention_tasks.min(self.shared.info.multiprocessors),
+            _ => self.layout.attention_tasks,
         }
     }
 
@@ -161,6 +162,7 @@ impl fmt::Debug for DevicePlan {
 /// The numbers of a plan, and where its arrays lie, in bytes from the first.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
+    pub family: KernelFamily,
     pub shape: AttentionShape,
     pub heads: HeadGroups,
     pub num_query_tokens: u32,
@@ -191,6 +193,7 @@ impl Layout {
             offset
         };
         Ok(Self {
+            family: plan.model().kernel_family,
             shape: plan.shape(),
             heads,
             num_query_tokens: plan.num_query_tokens(),
@@ -217,9 +220,12 @@ fn num_blocks(kernel: &'static str, tasks: usize, heads: u32) -> Result<u32, Eng
     fits.ok_or(EngineError::TooManyBlocks { kernel, blocks, most: MAX_BLOCKS })
 }
 
-fn kernels(shared: &Shared, shape: AttentionShape) -> Result<(Kernel, Kernel), EngineError> {
-    let attention = shared.kernels.get(KernelSource::attention(shared.family, shape))?;
-    Ok((attention, shared.kernels.get(KernelSource::merge(shape))?))
+fn kernels(shared: &Shared, layout: &Layout) -> Result<(Kernel, Kernel), EngineError> {
+    let Layout { family, shape, .. } = *layout;
+    if !shared.families.contains(&family) {
+        return Err(EngineError::KernelFamily { device: shared.info.name.clone(), family });
+    }
+    Ok((shared.kernels.get(KernelSource::attention(family, shape))?, shared.kernels.get(KernelSource::merge(shape))?))
 }
 
 /// Memory for the arrays of a plan, and somewhat larger ones, on both sides.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use cust::sys::CUstream;
-use packinfer_planner::{DeviceModel, Plan, Planner};
+use packinfer_planner::{KernelFamily, Plan, Planner};
 
 use crate::context::Shared;
 use crate::device_plan::DevicePlan;
@@ -13,14 +13,14 @@ use crate::memory::DeviceBuffer;
 use crate::run::{self, RunOptions, Tensors};
 use crate::stream::Stream;
 use crate::workspace::Workspace;
-use crate::{DeviceInfo, Element, EngineError, KernelFamily, device};
+use crate::{DeviceInfo, Element, EngineError, device};
 
 /// Which device an [`Engine`] uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineOptions {
     /// Its number among the visible devices, from 0.
     pub device_ordinal: u32,
-    /// The kernels to use; those that run best on the device if `None`.
+    /// The kernels to use for all plans; if `None`, the planner chooses for each batch among those that the device can run.
     pub kernel_family: Option<KernelFamily>,
 }
 
@@ -40,15 +40,18 @@ impl Engine {
     /// No driver, one that is too old, no such device, or one that cannot run the kernels.
     pub fn new(options: EngineOptions) -> Result<Self, EngineError> {
         let (device, info) = device::device(options.device_ordinal)?;
-        let Some(best) = info.kernel_family() else {
+        let mut families = info.kernel_families();
+        if families.is_empty() {
             let (major, minor) = info.compute_capability;
             return Err(EngineError::DeviceTooOld { name: info.name, major, minor });
-        };
-        let family = options.kernel_family.unwrap_or(best);
-        if !family.runs_on(info.compute_capability) {
-            return Err(EngineError::KernelFamily { device: info.name, family });
         }
-        Ok(Self { shared: Arc::new(Shared::new(device, info, family)?) })
+        if let Some(family) = options.kernel_family {
+            families.retain(|&can_run| can_run == family);
+            if families.is_empty() {
+                return Err(EngineError::KernelFamily { device: info.name, family });
+            }
+        }
+        Ok(Self { shared: Arc::new(Shared::new(device, info, families)?) })
     }
 
     /// What there is to know of the device.
@@ -56,24 +59,16 @@ impl Engine {
         &self.shared.info
     }
 
-    /// Which kernels are used.
-    pub fn kernel_family(&self) -> KernelFamily {
-        self.shared.family
+    /// The kernels that are used: of these families, a plan is run with the one that it was made for.
+    pub fn kernel_families(&self) -> &[KernelFamily] {
+        &self.shared.families
     }
 
-    /// The device as the planner sees it, with the kernels that the engine uses.
-    pub fn model(&self) -> DeviceModel {
-        let DeviceInfo { name, compute_capability, multiprocessors, .. } = self.device();
-        let model = DeviceModel::for_device(name, *compute_capability, *multiprocessors);
-        match self.kernel_family() {
-            KernelFamily::Sm80 => model,
-            KernelFamily::Sm90a => model.with_hopper_kernels(),
-        }
-    }
-
-    /// A planner for the device. Keep it from step to step: it uses its memory again.
+    /// A planner for the device and the kernels that the engine uses. Keep it from step to step: it uses its memory again.
     pub fn planner(&self) -> Planner {
-        Planner::new(self.model())
+        let mut models = self.device().models();
+        models.retain(|model| self.kernel_families().contains(&model.kernel_family));
+        Planner::choosing(models)
     }
 
     /// A new stream, which runs beside all others.
@@ -195,6 +190,6 @@ impl Engine {
 
 impl fmt::Debug for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Engine").field("device", self.device()).field("kernels", &self.kernel_family()).finish()
+        f.debug_struct("Engine").field("device", self.device()).field("kernels", &self.kernel_families()).finish()
     }
 }

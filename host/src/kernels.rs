@@ -47,18 +47,6 @@ impl KernelSource {
     /// The kernel that does a plan's work items.
     pub fn attention(family: KernelFamily, shape: AttentionShape) -> Self {
         match (family, shape.dtype(), shape.head_dim()) {
-            (KernelFamily::Sm80, DType::Bf16, 64) => {
-                kernel!("sm_80", "attention_bf16_d64", ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
-            }
-            (KernelFamily::Sm80, DType::Bf16, _) => {
-                kernel!("sm_80", "attention_bf16_d128", ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
-            }
-            (KernelFamily::Sm80, DType::F16, 64) => {
-                kernel!("sm_80", "attention_f16_d64", ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
-            }
-            (KernelFamily::Sm80, DType::F16, _) => {
-                kernel!("sm_80", "attention_f16_d128", ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
-            }
             (KernelFamily::Sm90a, DType::Bf16, 64) => {
                 kernel!("sm_90a", "attention_bf16_d64", HOPPER_THREADS, HOPPER_SHARED_BYTES)
             }
@@ -67,6 +55,10 @@ impl KernelSource {
             }
             (KernelFamily::Sm90a, DType::F16, 64) => kernel!("sm_90a", "attention_f16_d64", HOPPER_THREADS, HOPPER_SHARED_BYTES),
             (KernelFamily::Sm90a, DType::F16, _) => kernel!("sm_90a", "attention_f16_d128", HOPPER_THREADS, HOPPER_SHARED_BYTES),
+            (_, DType::Bf16, 64) => kernel!("sm_80", "attention_bf16_d64", ATTENTION_THREADS, ATTENTION_SHARED_BYTES),
+            (_, DType::Bf16, _) => kernel!("sm_80", "attention_bf16_d128", ATTENTION_THREADS, ATTENTION_SHARED_BYTES),
+            (_, DType::F16, 64) => kernel!("sm_80", "attention_f16_d64", ATTENTION_THREADS, ATTENTION_SHARED_BYTES),
+            (_, DType::F16, _) => kernel!("sm_80", "attention_f16_d128", ATTENTION_THREADS, ATTENTION_SHARED_BYTES),
         }
     }
 
@@ -83,8 +75,8 @@ impl KernelSource {
     /// The kernel that measures the tensor cores through the instruction that a family's attention kernels use.
     pub fn mma_rate(family: KernelFamily) -> Self {
         match family {
-            KernelFamily::Sm80 => kernel!("sm_80", "mma_rate_bf16", MMA_RATE_THREADS, 0),
             KernelFamily::Sm90a => kernel!("sm_90a", "wgmma_rate_bf16", WGMMA_RATE_THREADS, WGMMA_RATE_SHARED_BYTES),
+            _ => kernel!("sm_80", "mma_rate_bf16", MMA_RATE_THREADS, 0),
         }
     }
 
@@ -182,15 +174,15 @@ mod tests {
     use packinfer_abi::{AttentionParams, MergeParams};
 
     use super::*;
+    use crate::device::oldest_driver;
 
     /// Every kernel of this program.
     fn sources() -> Vec<KernelSource> {
-        const FAMILIES: [KernelFamily; 2] = [KernelFamily::Sm80, KernelFamily::Sm90a];
-        let mut sources: Vec<_> = FAMILIES.into_iter().map(KernelSource::mma_rate).collect();
+        let mut sources: Vec<_> = KernelFamily::ALL.into_iter().map(KernelSource::mma_rate).collect();
         for dtype in [DType::Bf16, DType::F16] {
             for head_dim in AttentionShape::HEAD_DIMS {
                 let shape = AttentionShape::new(8, 8, head_dim, dtype).expect("a good shape");
-                sources.extend(FAMILIES.map(|family| KernelSource::attention(family, shape)));
+                sources.extend(KernelFamily::ALL.map(|family| KernelSource::attention(family, shape)));
                 sources.push(KernelSource::merge(shape));
             }
         }
@@ -229,7 +221,7 @@ mod tests {
             // PTX ISA 7 came with CUDA 11, and 8 with 12, minor version for minor version.
             let cuda = 1000 * (number(major) + 4) + 10 * number(minor);
             let family = if source.architecture == "sm_80" { KernelFamily::Sm80 } else { KernelFamily::Sm90a };
-            assert!(cuda <= family.oldest_driver(), "{} is of PTX ISA {version}", source.name);
+            assert!(cuda <= oldest_driver(family), "{} is of PTX ISA {version}", source.name);
         }
     }
 }

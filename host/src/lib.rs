@@ -52,14 +52,14 @@ mod run;
 mod stream;
 mod workspace;
 
-pub use device::{DeviceInfo, KernelFamily, devices, driver_version};
+pub use device::{DeviceInfo, devices, driver_version};
 pub use device_plan::DevicePlan;
 pub use element::Element;
 pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 pub use packinfer_batch::{AttentionShape, Batch, BatchError, DType, KvRun, Mask, Request};
-pub use packinfer_planner::{DeviceModel, Explanation, Packing, Plan, PlanError, Planner};
+pub use packinfer_planner::{DeviceModel, Explanation, KernelFamily, Packing, Plan, PlanError, Planner};
 pub use run::{RunOptions, Tensors};
 pub use stream::Stream;
 pub use workspace::Workspace;

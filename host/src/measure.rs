@@ -66,16 +66,16 @@ pub fn copy_bandwidth(engine: &Engine) -> Result<f64, EngineError> {
     Ok((2 * COPY_BYTES) as f64 / median(times).as_secs_f64())
 }
 
-/// Floating-point operations a second of the tensor cores in bf16, through the instruction that the engine's attention kernels use.
+/// Floating-point operations a second of the tensor cores in bf16, through the fastest instruction that the engine's attention kernels use.
 ///
 /// # Errors
 ///
 /// A kernel that the driver cannot load, or what it reports.
 pub fn mma_rate(engine: &Engine) -> Result<f64, EngineError> {
-    let family = engine.kernel_family();
+    let family = if engine.kernel_families().contains(&KernelFamily::Sm90a) { KernelFamily::Sm90a } else { KernelFamily::Sm80 };
     let (threads, blocks_per_multiprocessor, flops_per_iteration) = match family {
-        KernelFamily::Sm80 => (MMA_RATE_THREADS, MMA_BLOCKS_PER_MULTIPROCESSOR, MMA_RATE_FLOPS_PER_ITERATION),
         KernelFamily::Sm90a => (WGMMA_RATE_THREADS, WGMMA_BLOCKS_PER_MULTIPROCESSOR, WGMMA_RATE_FLOPS_PER_ITERATION),
+        _ => (MMA_RATE_THREADS, MMA_BLOCKS_PER_MULTIPROCESSOR, MMA_RATE_FLOPS_PER_ITERATION),
     };
     engine.shared().enter()?;
     let kernel = engine.shared().kernels.get(KernelSource::mma_rate(family))?;

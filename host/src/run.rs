@@ -53,10 +53,10 @@ pub(crate) fn run<E: Element>(
         return Ok(());
     }
     let parts = workspace.parts(plan, stream)?;
-    let kv_maps = match plan.family() {
-        // These kernels copy K and V without tensor maps.
-        KernelFamily::Sm80 => 0,
+    let kv_maps = match layout.family {
         KernelFamily::Sm90a => workspace.kv_maps(stream, tensors.kv(layout))?,
+        // Other kernels copy K and V without tensor maps.
+        _ => 0,
     };
     plan.run_on(stream)?;
     let lse = tensors.lse.as_ref().map_or(0, |lse| lse.address);

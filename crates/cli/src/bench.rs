@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use half::{bf16, f16};
 use packinfer_batch::{Batch, DType};
+use packinfer_planner::KernelFamily;
 use serde::Serialize;
 
 use crate::args::{Baseline, BenchArgs};
@@ -74,6 +75,9 @@ struct Measured {
     dtype: DType,
     requests: usize,
     query_tokens: u32,
+    /// The kernels that ran, on a GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernels: Option<KernelFamily>,
     /// KV slots that are read, shared ones counted once.
     distinct_slots: u64,
     /// Distinct KV, Q and O.
@@ -132,17 +136,18 @@ fn measure<E: BackendElement>(
     let batch = &case.batch;
     backend.check_fits(batch)?;
     let tensors = case.tensors::<E>(args.seed)?;
-    let Planned { plan, plan_us } = planning::packed(batch, backend.model())?;
+    let Planned { plan, plan_us } = planning::packed(batch, backend.planner())?;
+    let kernels = backend.kernels(&plan);
     let mut plans = vec![plan];
     if let Some(Baseline::PerRequest) = args.baseline {
-        plans.push(planning::per_request(batch, backend.model())?);
+        plans.push(planning::per_request(batch, &plans[0])?);
     }
     let repeat = args.repeat.map_or(Repeat::Default, Repeat::Times);
     let mut timings = backend.time(&plans, &tensors, repeat)?.into_iter().map(Timing::new);
     let timing = timings.next().context("nothing was measured")??;
     let baseline = timings.next().transpose()?;
     let baseline = baseline.map(|baseline| MeasuredBaseline { timing: baseline, speed_up: baseline.time_us / timing.time_us });
-    Ok(Measured::new(case.name.clone(), batch, ceilings, timing, plan_us, baseline))
+    Ok(Measured::new(case.name.clone(), batch, ceilings, kernels, timing, plan_us, baseline))
 }
 
 impl Measured {
@@ -150,6 +155,7 @@ impl Measured {
         name: String,
         batch: &Batch,
         ceilings: &Ceilings,
+        kernels: Option<KernelFamily>,
         timing: Timing,
         plan_us: f64,
         baseline: Option<MeasuredBaseline>,
@@ -160,6 +166,7 @@ impl Measured {
             dtype: batch.shape().dtype(),
             requests: batch.requests().len(),
             query_tokens: batch.num_query_tokens(),
+            kernels,
             distinct_slots: batch.distinct_slots(),
             bytes,
             flops,
@@ -181,7 +188,7 @@ impl Report {
     }
 
     fn print(&self, baseline: Option<Baseline>) -> anyhow::Result<()> {
-        let mut header = vec!["batch", "floor µs", "time µs", "ratio", "GB/s", "TFLOP/s", "plan µs", "runs"];
+        let mut header = vec!["batch", "floor µs", "time µs", "ratio", "GB/s", "TFLOP/s", "plan µs", "runs", "kernels"];
         if let Some(Baseline::PerRequest) = baseline {
             header.extend(["per-request µs", "speed-up"]);
         }
@@ -192,6 +199,7 @@ impl Report {
             let mut row = vec![measured.batch.clone()];
             row.extend(numbers.map(significant));
             row.push(timing.runs.to_string());
+            row.push(measured.kernels.map_or("CPU".into(), |family| family.to_string()));
             if let Some(MeasuredBaseline { timing, speed_up }) = &measured.baseline {
                 row.extend([timing.time_us, *speed_up].map(significant));
             }

@@ -2,7 +2,7 @@
 
 use std::io::{Write, stdout};
 
-use packinfer::{DeviceInfo, devices, driver_version};
+use packinfer::{DeviceInfo, KernelFamily, devices, driver_version};
 
 use crate::backend::Cpu;
 use crate::memory;
@@ -35,8 +35,14 @@ fn table_of(devices: &[DeviceInfo]) -> comfy_table::Table {
             device.multiprocessors.to_string(),
             gigabytes(device.memory_bytes),
             (device.l2_bytes / 1_000_000).to_string(),
-            device.kernel_family().map_or("none: too old".into(), |family| family.to_string()),
+            kernels(device),
         ]);
     }
     table
+}
+
+/// The kernels that a device can run.
+fn kernels(device: &DeviceInfo) -> String {
+    let families: Vec<_> = device.kernel_families().iter().map(KernelFamily::to_string).collect();
+    if families.is_empty() { "none: too old".into() } else { families.join(", ") }
 }

@@ -2,7 +2,7 @@
 
 use std::io::{Write, stdout};
 
-use packinfer_planner::Explanation;
+use packinfer_planner::{Explanation, KernelFamily};
 use serde::Serialize;
 
 use crate::args::PlanArgs;
@@ -17,12 +17,13 @@ const SEED: u64 = 0;
 
 /// Plans the batches and prints what came of it.
 pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
-    let (device, model) = backend::device_to_plan_for();
+    let (device, planner) = backend::device_to_plan_for();
     let mut explained = Vec::new();
     for case in Case::read_all(&args.batch, SEED)? {
-        let Planned { plan, plan_us } = planning::packed(&case.batch, model)?;
+        let Planned { plan, plan_us } = planning::packed(&case.batch, planner.clone())?;
         let requests = case.batch.requests().len();
-        explained.push(Explained { batch: case.name, requests, plan_us, plan: plan.explain(&model) });
+        let kernels = plan.model().kernel_family;
+        explained.push(Explained { batch: case.name, requests, kernels, plan_us, plan: plan.explain(plan.model()) });
     }
     let mut stdout = stdout().lock();
     if args.json {
@@ -38,6 +39,8 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
 struct Explained {
     batch: String,
     requests: usize,
+    /// The kernels that it is for.
+    kernels: KernelFamily,
     /// Time of a warm second plan.
     plan_us: f64,
     #[serde(flatten)]
@@ -54,6 +57,7 @@ fn table_of(explained: &[Explained]) -> comfy_table::Table {
     let megabytes = |bytes: u64| significant(bytes as f64 / 1e6);
     let gigaflops = |flops: f64| significant(flops / 1e9);
     row("requests", &|e| e.requests.to_string());
+    row("kernels", &|e| e.kernels.to_string());
     row("query tokens", &|e| e.plan.query_tokens.to_string());
     row("head groups", &|e| format!("{} of {}", e.plan.head_groups, e.plan.heads_per_group));
     row("tiles: wide", &|e| e.plan.wide_tiles.to_string());

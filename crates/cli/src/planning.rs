@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use packinfer_batch::Batch;
-use packinfer_planner::{DeviceModel, Packing, Plan, PlanError, Planner};
+use packinfer_planner::{Packing, Plan, PlanError, Planner};
 
 /// A plan, and the time of making it.
 pub struct Planned {
@@ -13,15 +13,14 @@ pub struct Planned {
 }
 
 /// Plans a batch, twice.
-pub fn packed(batch: &Batch, model: DeviceModel) -> Result<Planned, PlanError> {
-    let mut planner = Planner::new(model);
+pub fn packed(batch: &Batch, mut planner: Planner) -> Result<Planned, PlanError> {
     let mut plan = planner.plan(batch)?;
     let start = Instant::now();
     planner.plan_into(batch, &mut plan)?;
     Ok(Planned { plan, plan_us: start.elapsed().as_secs_f64() * 1e6 })
 }
 
-/// Plans a batch as kernels without packing would be scheduled.
-pub fn per_request(batch: &Batch, model: DeviceModel) -> Result<Plan, PlanError> {
-    Planner::new(model).with_packing(Packing::PerRequest).plan(batch)
+/// Plans a batch as kernels without packing would be scheduled, for the kernels that another plan of it is for.
+pub fn per_request(batch: &Batch, packed: &Plan) -> Result<Plan, PlanError> {
+    Planner::new(*packed.model()).with_packing(Packing::PerRequest).plan(batch)
 }

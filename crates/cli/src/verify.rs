@@ -90,7 +90,7 @@ fn compare<E: BackendElement>(
     progress.doing(format!("{}: Q, K, V", case.name));
     let tensors = case.tensors::<E>(args.seed)?;
     progress.doing(format!("{}: attention", case.name));
-    let attention = backend.attend(&planning::packed(batch, backend.model())?.plan, &tensors)?;
+    let attention = backend.attend(&planning::packed(batch, backend.planner())?.plan, &tensors)?;
     progress.doing(format!("{}: float64 attention", case.name));
     let rows = args.rows.or((batch.flops() > MOST_FLOPS_OF_ALL_ROWS).then_some(SAMPLED_ROWS)).unwrap_or(u32::MAX);
     let exact_bytes = compared_tokens(batch, rows) * batch.shape().qo_elements_per_token() * size_of::<f64>() as u64;

@@ -1,7 +1,10 @@
 //! How fast a device is: what the cost model knows of it.
 
 use packinfer_abi::ATTENTION_BLOCKS_PER_SM;
+use packinfer_batch::Batch;
 use serde::Serialize;
+
+use crate::KernelFamily;
 
 /// What a device takes for the parts of a work item.
 ///
@@ -9,6 +12,8 @@ use serde::Serialize;
 /// planner balances work for a device that is full.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct DeviceModel {
+    /// The kernels that it is a model of.
+    pub kernel_family: KernelFamily,
     /// Multiprocessors.
     pub num_sms: u32,
     /// Blocks of the attention kernel that a multiprocessor works on at a time.
@@ -32,6 +37,7 @@ pub struct DeviceModel {
 impl DeviceModel {
     /// NVIDIA H100 SXM, 80 GB.
     pub const H100: Self = Self {
+        kernel_family: KernelFamily::Sm80,
         num_sms: 132,
         blocks_per_sm: ATTENTION_BLOCKS_PER_SM,
         bytes_per_s: 3.0e12,
@@ -48,10 +54,17 @@ impl DeviceModel {
 
     /// The same device with the `sm_90a` kernels instead of the `sm_80` kernels: one block a multiprocessor, which takes items in turn and
     /// loads for the next while it finishes one; products through `wgmma`.
-    pub fn with_hopper_kernels(self) -> Self {
+    fn with_hopper_kernels(self) -> Self {
         /// What `wgmma` gives the wide tiles, of what `mma` does.
         const PRODUCTS: f64 = 1.55;
-        Self { blocks_per_sm: 1, flops_per_s: self.flops_per_s * PRODUCTS, item_ns: 1500.0, step_ns: 100.0, ..self }
+        Self {
+            kernel_family: KernelFamily::Sm90a,
+            blocks_per_sm: 1,
+            flops_per_s: self.flops_per_s * PRODUCTS,
+            item_ns: 1500.0,
+            step_ns: 100.0,
+            ..self
+        }
     }
 
     /// NVIDIA A100 SXM, 80 GB. Its multiprocessors have shared memory for one block.
@@ -64,7 +77,20 @@ impl DeviceModel {
         ..Self::H100
     };
 
-    /// The model of a device with the given name, as its driver gives it, and compute capability (major, minor).
+    /// The models of a device, one for each family of kernels that it can run.
+    ///
+    /// See [`Self::for_device`].
+    pub fn all_for_device(name: &str, compute_capability: (u32, u32), num_sms: u32) -> Vec<Self> {
+        let model = Self::for_device(name, compute_capability, num_sms);
+        let families = KernelFamily::ALL.into_iter().filter(|family| family.runs_on(compute_capability));
+        let of_family = |family| match family {
+            KernelFamily::Sm80 => model,
+            KernelFamily::Sm90a => model.with_hopper_kernels(),
+        };
+        families.map(of_family).collect()
+    }
+
+    /// The model, with `sm_80` kernels, of a device with the given name, as its driver gives it, and compute capability (major, minor).
     ///
     /// A part of a device, which has fewer multiprocessors, has that part of its rates.
     pub fn for_device(name: &str, compute_capability: (u32, u32), num_sms: u32) -> Self {
@@ -110,6 +136,15 @@ impl DeviceModel {
             flops_per_s: self.flops_per_s * part,
             ..self
         }
+    }
+
+    /// Nanoseconds that a batch takes at least, KV read once by each request: its bytes or its products, whichever takes longer.
+    pub fn least_ns(&self, batch: &Batch) -> f64 {
+        let shape = batch.shape();
+        let kv_tokens: u64 = batch.requests().iter().filter(|r| r.query_len > 0).map(|r| u64::from(r.kv_len)).sum();
+        let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
+        let bytes = kv_tokens as f64 * shape.kv_bytes_per_slot() as f64 + qo_bytes as f64;
+        1e9 * (bytes / self.bytes_per_s).max(batch.flops() / self.flops_per_s)
     }
 
     /// Blocks that the device works on at a time.

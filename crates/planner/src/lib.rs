@@ -5,14 +5,17 @@
 //!
 //! ```text
 //! requests ──▸ tiles ──▸ work items ──▸ order
-//!              pack      split          the longest first
+//!              pack      split          by KV, the longest first
 //! ```
 //!
 //! 1. Query tokens are put into tiles. What remains of a prompt behind its full tiles shares a tile with what remains of others,
 //!    where that is faster.
 //! 2. Tiles that would keep a multiprocessor busy after all others are done are split along their columns. The partial results
 //!    are merged.
-//! 3. The longest items come first, so that the device balances itself.
+//! 3. Items that read the same KV stand together, the longest first, so that the device balances itself.
+//!
+//! A planner may know a device by several models, one for each family of kernels that it can run: it then plans each batch for the family
+//! that suits it.
 //!
 //! ```
 //! use packinfer_batch::{AttentionShape, Batch, DType, Mask};
@@ -24,7 +27,7 @@
 //!
 //! let mut planner = Planner::new(DeviceModel::H100);
 //! let plan = planner.plan(&batch)?;
-//! let explanation = plan.explain(planner.model());
+//! let explanation = plan.explain(plan.model());
 //! assert_eq!(explanation.merge_tokens, 1); // the decode request's columns are split
 //! assert_eq!(explanation.wide_tiles, 3); // 32 tokens of 4 query heads fill one
 //! assert_eq!(explanation.narrow_tiles, 2); // the prompt's last 4 tokens, and the decode request
@@ -35,6 +38,7 @@ mod cost;
 mod device;
 mod error;
 mod explain;
+mod family;
 mod lanes;
 mod pack;
 mod plan;
@@ -45,5 +49,6 @@ mod tile;
 pub use device::DeviceModel;
 pub use error::PlanError;
 pub use explain::Explanation;
+pub use family::KernelFamily;
 pub use plan::Plan;
 pub use planner::{Packing, Planner};

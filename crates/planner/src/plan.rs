@@ -3,7 +3,7 @@
 use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
 use packinfer_batch::{AttentionShape, Batch};
 
-use crate::PlanError;
+use crate::{DeviceModel, PlanError};
 
 /// The work of one attention call: flat arrays that go to the device as they are.
 ///
@@ -12,6 +12,7 @@ use crate::PlanError;
 /// plan serves every layer of a step.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    pub(crate) model: DeviceModel,
     pub(crate) shape: AttentionShape,
     pub(crate) heads: HeadGroups,
     pub(crate) items: Vec<WorkItem>,
@@ -30,6 +31,7 @@ impl Plan {
     /// The plan of a batch without requests, to be planned into.
     pub fn empty(shape: AttentionShape) -> Self {
         Self {
+            model: DeviceModel::default(),
             shape,
             heads: shape.packed_head_groups(),
             items: Vec::new(),
@@ -78,6 +80,11 @@ impl Plan {
             Some(&(what, count, most)) => Err(PlanError::TooMany { what, count, most }),
             None => Ok(()),
         }
+    }
+
+    /// The device, and the kernels, that it was made for. Those of other families run it too.
+    pub fn model(&self) -> &DeviceModel {
+        &self.model
     }
 
     /// Heads, head dimension, element type.

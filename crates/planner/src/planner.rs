@@ -26,9 +26,10 @@ pub enum Packing {
 ///
 /// Planning goes through three steps: the requests' query tokens are put into tiles, the tiles' columns are divided among work
 /// items, and these are put in order.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Planner {
-    model: DeviceModel,
+    /// At least one.
+    models: Vec<DeviceModel>,
     packing: Packing,
     packer: Packer,
     tiles: Vec<Tile>,
@@ -51,20 +52,40 @@ struct Item {
     fresh: f32,
 }
 
+impl Default for Planner {
+    /// For an H100.
+    fn default() -> Self {
+        Self::new(DeviceModel::default())
+    }
+}
+
 impl Planner {
     /// A planner for a device.
     pub fn new(model: DeviceModel) -> Self {
-        Self { model, ..Self::default() }
+        Self::choosing(vec![model])
+    }
+
+    /// A planner for a device that has several families of kernels, one model each; a default model if there are none. It plans a batch
+    /// for the family that needs the least time for its bytes and products, the first of those that need the same.
+    pub fn choosing(mut models: Vec<DeviceModel>) -> Self {
+        if models.is_empty() {
+            models.push(DeviceModel::default());
+        }
+        Self {
+            models,
+            packing: Packing::default(),
+            packer: Packer::default(),
+            tiles: Vec::new(),
+            splitter: Splitter::default(),
+            items: Vec::new(),
+            longest: Vec::new(),
+            order: Vec::new(),
+        }
     }
 
     /// The same planner, with another way of putting requests into tiles.
     pub fn with_packing(self, packing: Packing) -> Self {
         Self { packing, ..self }
-    }
-
-    /// The device that it plans for.
-    pub fn model(&self) -> &DeviceModel {
-        &self.model
     }
 
     /// Plans a batch.
@@ -90,10 +111,11 @@ impl Planner {
             Packing::PerRequest => shape.single_head_groups(),
         };
         plan.reset(batch, heads);
-        let cost = CostModel::new(&self.model, shape, heads);
+        plan.model = self.choose(batch);
+        let cost = CostModel::new(&plan.model, shape, heads);
         self.make_tiles(batch, plan, heads, &cost);
         let parts = match self.packing {
-            Packing::Packed => self.splitter.split(&self.tiles, plan, &cost, &self.model),
+            Packing::Packed => self.splitter.split(&self.tiles, plan, &cost),
             Packing::PerRequest => self.splitter.whole(&self.tiles),
         };
         let partial_rows = make_items(&self.tiles, parts, plan, &mut self.items);
@@ -102,11 +124,17 @@ impl Planner {
         plan.check(partial_rows).inspect_err(|_| *plan = Plan::empty(shape))
     }
 
+    /// The model that a batch is planned for.
+    fn choose(&self, batch: &Batch) -> DeviceModel {
+        let faster = |a: DeviceModel, b: &DeviceModel| if b.least_ns(batch) < a.least_ns(batch) { *b } else { a };
+        self.models[1..].iter().fold(self.models[0], faster)
+    }
+
     fn make_tiles(&mut self, batch: &Batch, plan: &mut Plan, heads: HeadGroups, cost: &CostModel) {
         self.tiles.clear();
         match self.packing {
             Packing::Packed => {
-                let lanes = f64::from(self.model.lanes()) / f64::from(heads.num_groups);
+                let lanes = f64::from(plan.model.lanes()) / f64::from(heads.num_groups);
                 self.packer.pack(batch, heads, cost, lanes);
                 for ((members, kind), pack) in self.packer.packs().zip(0..) {
                     tile::push_tiles(&mut self.tiles, plan, batch, pack, members, kind);

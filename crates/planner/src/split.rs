@@ -49,7 +49,8 @@ impl Splitter {
     }
 
     /// The parts of tiles, those of one tile one after the other.
-    pub fn split(&mut self, tiles: &[Tile], plan: &Plan, cost: &CostModel, model: &DeviceModel) -> &[Part] {
+    pub fn split(&mut self, tiles: &[Tile], plan: &Plan, cost: &CostModel) -> &[Part] {
+        let model = &plan.model;
         // All head groups of an item cost the same, so a lane here stands for one lane of each.
         let num_lanes = (model.lanes() / plan.heads.num_groups.max(1)).max(1);
         self.order.clear();

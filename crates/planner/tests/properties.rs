@@ -2,7 +2,7 @@
 
 use packinfer_abi::TileKind;
 use packinfer_batch::{AttentionShape, Batch, DType, Mask};
-use packinfer_planner::{DeviceModel, Packing, Plan, Planner};
+use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, Planner};
 use proptest::prelude::*;
 
 mod check;
@@ -203,4 +203,20 @@ fn equal_work_needs_no_split() {
     let plan = checked(&contiguous(shape(8, 4), Mask::Causal, (0..132).map(|_| (1, 4096))), DeviceModel::H100);
     assert_eq!(plan.items().len(), 132);
     assert_eq!(plan.num_partial_rows(), 0);
+}
+
+/// Of two families, a planner takes the one whose limit is the lower: memory has the same for both.
+#[test]
+fn products_decide_the_kernels() {
+    let mut planner = Planner::choosing(DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132));
+    let mut kernels = |query_len, kv_len| {
+        let mut batch = Batch::new(shape(8, 4), Mask::Causal);
+        for request in 0..4 {
+            batch.push_contiguous(query_len, kv_len, request * kv_len).expect("a good request");
+        }
+        planner.plan(&batch).expect("a batch that can be planned").model().kernel_family
+    };
+    assert_eq!(kernels(1, 8192), KernelFamily::Sm80);
+    assert_eq!(kernels(8192, 8192), KernelFamily::Sm90a);
+    assert_eq!(kernels(64, 64), KernelFamily::Sm80);
 }

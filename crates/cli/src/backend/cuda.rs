@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::bail;
 use packinfer::{DeviceBuffer, Engine, EngineOptions, KernelFamily, RunOptions, Stream, measure};
 use packinfer_batch::Batch;
-use packinfer_planner::{DeviceModel, Plan};
+use packinfer_planner::{Plan, Planner};
 
 use super::{Attention, BackendElement, Ceilings, Repeat};
 use crate::case::Tensors;
@@ -25,12 +25,13 @@ impl Cuda {
     /// Opens the first GPU, with kernels of a family or those that suit it best.
     pub fn open(kernel_family: Option<KernelFamily>) -> anyhow::Result<Self> {
         let engine = Engine::new(EngineOptions { kernel_family, ..EngineOptions::default() })?;
-        let name = format!("{}, {} kernels", engine.device().name, engine.kernel_family());
+        let families: Vec<_> = engine.kernel_families().iter().map(KernelFamily::to_string).collect();
+        let name = format!("{}, {} kernels", engine.device().name, families.join(" and "));
         Ok(Self { name, stream: engine.stream()?, engine })
     }
 
-    pub fn model(&self) -> DeviceModel {
-        self.engine.model()
+    pub fn planner(&self) -> Planner {
+        self.engine.planner()
     }
 
     pub fn ceilings(&self) -> anyhow::Result<Ceilings> {

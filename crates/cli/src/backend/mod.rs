@@ -6,10 +6,9 @@ mod cuda;
 use std::io::{Write, stderr};
 use std::time::Duration;
 
-use packinfer::DeviceInfo;
 use packinfer_batch::Batch;
 use packinfer_cpu::Element;
-use packinfer_planner::{DeviceModel, Plan};
+use packinfer_planner::{DeviceModel, KernelFamily, Plan, Planner};
 use serde::Serialize;
 
 use crate::args::{DeviceArgs, DeviceChoice};
@@ -84,11 +83,19 @@ impl Backend {
         }
     }
 
-    /// The device that plans are made for.
-    pub fn model(&self) -> DeviceModel {
+    /// The kernels that a plan runs with, on a GPU.
+    pub fn kernels(&self, plan: &Plan) -> Option<KernelFamily> {
         match self {
-            Self::Cpu(cpu) => cpu.model(),
-            Self::Cuda(cuda) => cuda.model(),
+            Self::Cpu(_) => None,
+            Self::Cuda(_) => Some(plan.model().kernel_family),
+        }
+    }
+
+    /// A planner for the device.
+    pub fn planner(&self) -> Planner {
+        match self {
+            Self::Cpu(cpu) => Planner::new(cpu.model()),
+            Self::Cuda(cuda) => cuda.planner(),
         }
     }
 
@@ -131,12 +138,15 @@ impl Backend {
 }
 
 /// The device to plan for where nothing is run, and its name: the first GPU, or an H100 if there is none.
-pub fn device_to_plan_for() -> (String, DeviceModel) {
+pub fn device_to_plan_for() -> (String, Planner) {
     match packinfer::devices().ok().and_then(|devices| devices.into_iter().next()) {
-        Some(DeviceInfo { name, compute_capability, multiprocessors, .. }) => {
-            let model = DeviceModel::for_device(&name, compute_capability, multiprocessors);
-            (name, model)
+        Some(device) => {
+            let planner = Planner::choosing(device.models());
+            (device.name, planner)
         }
-        None => ("an H100, as there is no GPU here".into(), DeviceModel::H100),
+        None => {
+            let models = DeviceModel::all_for_device("H100", (9, 0), DeviceModel::H100.num_sms);
+            ("an H100, as there is no GPU here".into(), Planner::choosing(models))
+        }
     }
 }

@@ -1,0 +1,50 @@
+//! Families of kernels.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+/// Kernels compiled for one architecture. All families run the same plans.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[non_exhaustive]
+pub enum KernelFamily {
+    /// For Ampere and later: small blocks, several at a time on a multiprocessor, that overlap each other's loads and products. Best where memory
+    /// is the limit.
+    #[serde(rename = "sm_80")]
+    Sm80,
+    /// For Hopper alone: one persistent block a multiprocessor, with the products of whole warpgroups. Best where products are the limit.
+    #[serde(rename = "sm_90a")]
+    Sm90a,
+}
+
+impl KernelFamily {
+    /// All families.
+    pub const ALL: [Self; 2] = [Self::Sm80, Self::Sm90a];
+
+    /// Whether a device of a compute capability, major and minor number, can run them.
+    pub fn runs_on(self, compute_capability: (u32, u32)) -> bool {
+        match self {
+            Self::Sm80 => compute_capability >= (8, 0),
+            Self::Sm90a => compute_capability == (9, 0),
+        }
+    }
+}
+
+impl FromStr for KernelFamily {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|family| family.to_string() == name);
+        found.ok_or_else(|| format!("there are no {name} kernels: the families are sm_80 and sm_90a"))
+    }
+}
+
+impl fmt::Display for KernelFamily {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Sm80 => "sm_80",
+            Self::Sm90a => "sm_90a",
+        })
+    }
+}
