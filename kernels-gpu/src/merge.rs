@@ -145,24 +145,28 @@ unsafe fn shared<const PAIRS: usize>(warp: u32, lane: u32) -> Merged<PAIRS> {
 kernel! {
     /// Merges partials, O in bf16, head dimension 64.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    #[expect("bar.sync" = 1)]
     fn merge_bf16_d64(params: MergeParams) {
         merge::<Bf16, 1>(params)
     }
 
     /// Merges partials, O in bf16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    #[expect("bar.sync" = 1)]
     fn merge_bf16_d128(params: MergeParams) {
         merge::<Bf16, 2>(params)
     }
 
     /// Merges partials, O in f16, head dimension 64.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    #[expect("bar.sync" = 1)]
     fn merge_f16_d64(params: MergeParams) {
         merge::<F16, 1>(params)
     }
 
     /// Merges partials, O in f16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    #[expect("bar.sync" = 1)]
     fn merge_f16_d128(params: MergeParams) {
         merge::<F16, 2>(params)
     }

@@ -54,24 +54,28 @@ unsafe fn attention<E: Element, const DIM_BLOCKS: usize>(params: AttentionParams
 kernel! {
     /// Attention in bf16, head dimension 64.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 144)]
     fn attention_bf16_d64(params: AttentionParams) {
         attention::<Bf16, 8>(params)
     }
 
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 288)]
     fn attention_bf16_d128(params: AttentionParams) {
         attention::<Bf16, 16>(params)
     }
 
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 144)]
     fn attention_f16_d64(params: AttentionParams) {
         attention::<F16, 8>(params)
     }
 
     /// Attention in f16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 288)]
     fn attention_f16_d128(params: AttentionParams) {
         attention::<F16, 16>(params)
     }

@@ -75,24 +75,28 @@ where
 kernel! {
     /// Attention in bf16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
     fn attention_bf16_d64(params: AttentionParams) {
         attention::<Bf16, 8>(params)
     }
 
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
     fn attention_bf16_d128(params: AttentionParams) {
         attention::<Bf16, 16>(params)
     }
 
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
     fn attention_f16_d64(params: AttentionParams) {
         attention::<F16, 8>(params)
     }
 
     /// Attention in f16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
     fn attention_f16_d128(params: AttentionParams) {
         attention::<F16, 16>(params)
     }
