@@ -5,6 +5,7 @@
 //! | [`build_ptx`] | compiles the kernels to PTX, or checks that the committed PTX is what they compile to |
 //! | [`ptxas`] | assembles the committed PTX; fails on spills and warnings |
 //! | [`gpu_bundle`] | collects what a machine with a GPU and no Rust needs to test and measure |
+//! | [`results`] | makes a table and a figure of what was measured there |
 
 use std::process::ExitCode;
 
@@ -13,6 +14,7 @@ use clap::Parser;
 mod build_ptx;
 mod gpu_bundle;
 mod ptxas;
+mod results;
 mod workspace;
 
 /// The project's chores.
@@ -25,6 +27,8 @@ enum Chore {
     Ptxas(ptxas::Args),
     /// Collects what a machine with a GPU and no Rust needs to test and measure.
     GpuBundle(gpu_bundle::Args),
+    /// Makes a table and a figure of what was measured, with other libraries beside it.
+    Results(results::Args),
 }
 
 fn main() -> ExitCode {
@@ -32,6 +36,7 @@ fn main() -> ExitCode {
         Chore::BuildPtx(args) => build_ptx::run(&args),
         Chore::Ptxas(args) => ptxas::run(&args),
         Chore::GpuBundle(args) => gpu_bundle::run(&args),
+        Chore::Results(args) => results::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

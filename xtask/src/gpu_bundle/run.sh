@@ -9,7 +9,7 @@
 #   verify    every batch against float64 attention
 #   bench     every batch: time against the floor, packed and per request
 #   peers     other libraries on the same batches (peers.py)
-#   sanitize  compute-sanitizer's memcheck and racecheck on small batches
+#   sanitize  compute-sanitizer's memcheck, racecheck and synccheck on small batches
 set -uo pipefail
 
 bundle=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -21,9 +21,27 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
 info() { "$bundle/packinfer" info; }
 
-tests() { "$bundle/gpu-tests" --test-threads=1 --nocapture; }
+# Families of kernels that the device can run; `auto`, which says what is wrong, if there is no such device.
+families() { "$bundle/packinfer" info | grep -oE 'sm_[0-9]+a?' | sort -u | grep . || echo auto; }
 
-verify() { "$bundle/packinfer" verify --device cuda --batch "$bundle"/batches/*.json; }
+# The program's arguments for a family.
+on() { echo --device cuda; [ "$1" = auto ] || echo --kernels "$1"; }
+
+tests() {
+    local family
+    for family in $(families); do
+        echo "== $family kernels"
+        if [ "$family" != auto ]; then export PACKINFER_TEST_KERNELS=$family; fi
+        "$bundle/gpu-tests" --test-threads=1 --nocapture || return
+    done
+}
+
+verify() {
+    local family
+    for family in $(families); do
+        "$bundle/packinfer" verify $(on "$family") --batch "$bundle"/batches/*.json || return
+    done
+}
 
 bench() {
     "$bundle/packinfer" bench --device cuda --baseline per-request --json "$results/bench.json" --batch "$bundle"/batches/*.json
@@ -45,11 +63,13 @@ peers() {
 
 sanitize() {
     command -v compute-sanitizer >/dev/null || { echo "there is no compute-sanitizer"; return $skipped; }
-    local tool
-    for tool in memcheck racecheck; do
-        echo "== $tool"
-        compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$bundle/packinfer" verify --device cuda --batch "$bundle"/small/*.json || return
+    local family tool
+    for family in $(families); do
+        for tool in memcheck racecheck synccheck; do
+            echo "== $tool, $family kernels"
+            compute-sanitizer --tool "$tool" --error-exitcode 1 \
+                "$bundle/packinfer" verify $(on "$family") --batch "$bundle"/small/*.json || return
+        done
     done
 }
 

@@ -1,0 +1,190 @@
+//! Results as a page.
+
+use std::fmt::Write;
+
+use super::join::{Cell, ERROR_LIMIT, Results, Row, Table};
+
+/// The page: what was measured and how, ceilings, a table for each file of `packinfer bench`.
+pub fn page(results: &Results, commit: &str, note: Option<&str>, figure: &str) -> String {
+    let mut page = format!("# {}, {}\n\n", results.device(), results.day());
+    push_circumstances(&mut page, results, commit, note);
+    push_ceilings(&mut page, results);
+    let _ = writeln!(page, "![Times over the floor]({figure})\n");
+    if results.tables.len() > 1 {
+        page.push_str(
+            "A batch's floor in the figure is the lowest of those in the tables, which have ceilings of their own.\n\n",
+        );
+    }
+    for table in &results.tables {
+        push_table(&mut page, results, table);
+    }
+    push_peers(&mut page, results);
+    page
+}
+
+/// A number to about three significant digits.
+pub fn significant(value: f64) -> String {
+    let digits = match value.abs() {
+        ..10.0 => 2,
+        10.0..100.0 => 1,
+        _ => 0,
+    };
+    format!("{value:.digits$}")
+}
+
+/// How it was measured. Writing to a string does not fail, here and below.
+fn push_circumstances(page: &mut String, results: &Results, commit: &str, note: Option<&str>) {
+    let bench = &results.tables[0].bench;
+    let dates: Vec<_> = results.tables.iter().map(|table| table.bench.date.as_str()).collect();
+    let _ = writeln!(page, "- Device: {}\n- Date: {}\n- Commit: {commit}", results.device(), dates.join(", "));
+    if let Some(note) = note {
+        let _ = writeln!(page, "- {note}");
+    }
+    let runs = || results.tables.iter().flat_map(|table| &table.rows).map(|row| row.ours.runs);
+    let runs = match (runs().min().unwrap_or(0), runs().max().unwrap_or(0)) {
+        (least, most) if least == most => least.to_string(),
+        (least, most) => format!("{least} to {most}"),
+    };
+    let _ = writeln!(
+        page,
+        "\nTimes are of one attention call on the device, in µs, planning not included, each from a cold L2 cache. Ours (`{} bench`): the \
+         median of {runs} runs. The floor: the time that the batch's distinct bytes take at the copy bandwidth, or its FLOPs at the rate of \
+         the tensor cores, whichever is longer. Per-request: the same kernels without packing and splitting; how much faster the plan is.",
+        bench.program
+    );
+    if let Some(peers) = &results.peers {
+        let difference = peers.copy_gbs * 1e9 / bench.ceilings.copy_bytes_per_s - 1.0;
+        let _ = writeln!(
+            page,
+            "\nThe peers: the median of Triton's `do_bench`, which empties the L2 cache as well, on the same batches and a device of the same \
+             name, where copying differs by {:+.1} % from ours.",
+            100.0 * difference
+        );
+    }
+    page.push('\n');
+}
+
+fn push_ceilings(page: &mut String, results: &Results) {
+    page.push_str("| ceilings measured by | copying, GB/s | tensor cores, TFLOP/s |\n| --- | ---: | ---: |\n");
+    for Table { title, bench, .. } in &results.tables {
+        let (copy, compute) = (bench.ceilings.copy_bytes_per_s * 1e-9, bench.ceilings.flops_per_s * 1e-12);
+        let _ = writeln!(page, "| {title} | {copy:.0} | {compute:.0} |");
+    }
+    if let Some(peers) = &results.peers {
+        let _ = writeln!(page, "| the peers' script | {:.0} | {:.0} (PyTorch's matmul) |", peers.copy_gbs, peers.matmul_tflops);
+    }
+    page.push('\n');
+}
+
+fn push_table(page: &mut String, results: &Results, table: &Table) {
+    let _ = writeln!(page, "## {}\n", table.title);
+    let has_kernels = table.rows.iter().any(|row| row.ours.kernels.is_some());
+    let mut header = vec!["batch"];
+    header.extend(has_kernels.then_some("kernels"));
+    let left = header.len();
+    header.extend(["floor", "ours", "ours ÷ floor", "per-request ÷ ours"]);
+    header.extend(results.columns.iter().map(|peer| peer.name));
+    header.extend((!results.columns.is_empty()).then_some("ours ÷ best peer"));
+    let aligned: Vec<_> = (0..header.len()).map(|column| if column < left { "---" } else { "---:" }).collect();
+    let _ = writeln!(page, "| {} |\n| {} |", header.join(" | "), aligned.join(" | "));
+    for row in &table.rows {
+        let _ = writeln!(page, "| {} |", cells(row, has_kernels).join(" | "));
+    }
+    page.push('\n');
+}
+
+fn cells(row: &Row, has_kernels: bool) -> Vec<String> {
+    const NONE: &str = "-";
+    let ours = &row.ours;
+    let best = row.best();
+    let mut cells = vec![ours.batch.clone()];
+    cells.extend(has_kernels.then(|| ours.kernels.clone().unwrap_or(NONE.into())));
+    cells.extend([ours.floor_us, ours.time_us, ours.time_us / ours.floor_us].map(significant));
+    cells.push(ours.baseline.as_ref().map_or(NONE.into(), |baseline| significant(baseline.speed_up)));
+    cells.extend(row.cells.iter().enumerate().map(|(column, cell)| match *cell {
+        Cell::NotApplicable => NONE.into(),
+        Cell::Failed => "x".into(),
+        Cell::Wrong { time_us, error } => format!("{} (error {error:.0e})", significant(time_us)),
+        Cell::Time(time) if best.is_some_and(|(best, _)| best == column) => format!("**{}**", significant(time)),
+        Cell::Time(time) => significant(time),
+    }));
+    if !row.cells.is_empty() {
+        cells.push(best.map_or(NONE.into(), |(_, time)| significant(ours.time_us / time)));
+    }
+    cells
+}
+
+/// What the columns of the peers are, and which rows have no place in a table.
+fn push_peers(page: &mut String, results: &Results) {
+    let Some(peers) = &results.peers else { return };
+    let _ = writeln!(
+        page,
+        "Bold: the best peer. `x`: it failed. `-`: the batch is not for it. A peer whose error against float32 attention, relative in norm, \
+         is over {ERROR_LIMIT:.1e} is marked, and is not the best.\n"
+    );
+    for peer in &results.columns {
+        let _ = writeln!(page, "- {}: {}", peer.name, peer.description);
+    }
+    let alone = peers.rows.iter().filter(|row| results.tables.iter().all(|table| table.row(&row.name).is_none()));
+    let alone: Vec<_> = alone.map(|row| row.name.as_str()).collect();
+    if !alone.is_empty() {
+        let _ = writeln!(page, "\nOnly the peers were measured on: {}.", alone.join(", "));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, from_value, json};
+
+    use super::super::join::tests::{bench, peers};
+    use super::*;
+
+    fn page_of(peers: Option<Value>) -> String {
+        let peers = peers.map(|peers| from_value(peers).unwrap());
+        let results = Results::new(vec![bench("sm_90a kernels"), bench("sm_80 kernels")], peers).unwrap();
+        page(&results, "0123abc, with uncommitted changes", Some("On a quiet evening."), "here.svg")
+    }
+
+    #[test]
+    fn tables_have_all_cells() {
+        let page = page_of(Some(peers()));
+        for line in [
+            "# NVIDIA H100 80GB HBM3, 2026-11-23",
+            "- Commit: 0123abc, with uncommitted changes",
+            "- On a quiet evening.",
+            "| PackInfer, sm_80 kernels | 2000 | 900 |",
+            "| the peers' script | 2000 | 500 (PyTorch's matmul) |",
+            "![Times over the floor](here.svg)",
+            "## PackInfer, sm_90a kernels",
+            "| batch | floor | ours | ours ÷ floor | per-request ÷ ours | FlashAttention-3 | FlashInfer FA2 | FlashInfer BatchAttention | \
+             FlashInfer cascade | ours ÷ best peer |",
+            "| alike | 100 | 110 | 1.10 | 2.50 | **120** | 130 | 90.0 (error 3e-1) | - | 0.91 |",
+            "| shared | 100 | 150 | 1.50 | 2.50 | 800 | **125** | x | 200 (error NaN) | 1.20 |",
+            "| ours alone | 100 | 400 | 4.00 | 2.50 | - | - | - | - | - |",
+        ] {
+            assert!(page.lines().any(|candidate| candidate == line), "no {line:?} in\n{page}");
+        }
+        assert!(page.contains("the median of 30 runs") && page.contains("differs by +0.0 %"));
+        assert!(!page.contains("Only the peers"));
+    }
+
+    #[test]
+    fn peers_and_baseline_may_be_missing() {
+        let page = page_of(None);
+        assert!(page.contains("\n| alike | 100 | 110 | 1.10 | 2.50 |\n"), "{page}");
+        assert!(!page.contains("peer"), "{page}");
+    }
+
+    #[test]
+    fn rows_of_the_peers_alone_are_named() {
+        let mut more = peers();
+        let row = json!({"name": "theirs", "bytes_us": 1.0, "flop_us": 1.0, "fa3": 1.0, "fa3_err": 0.0});
+        more["rows"].as_array_mut().unwrap().push(row);
+        assert!(page_of(Some(more)).contains("Only the peers were measured on: theirs."));
+    }
+
+    #[test]
+    fn digits_suit_the_size() {
+        assert_eq!([0.125, 1.0, 12.34, 123.4, 1234.5].map(significant), ["0.12", "1.00", "12.3", "123", "1234"]);
+    }
+}
