@@ -10,3 +10,4 @@ pub mod ampere;
 pub mod hopper;
 mod store;
 mod task;
+mod warps;

@@ -6,18 +6,17 @@
 use packinfer_abi::{ATTENTION_THREADS, COLUMN_STEP, NARROW_TILE_ROWS, TILE_SHARED_BYTES};
 
 use super::{Block, WARP_COLUMNS};
-use crate::attention::store;
-use crate::attention::task::Task;
+use crate::attention::{task::Task, warps::WarpResults};
 use crate::columns::ColumnLoader;
-use crate::element::{ELEMENT_BYTES, Element};
+use crate::element::Element;
 use crate::ptx::control::sync_block;
 use crate::ptx::cp_async::{commit_group, wait_group};
-use crate::ptx::memory::{load_global, load_shared_f32, store_global, store_global_f32x2, store_shared_f32, store_shared_f32x2};
+use crate::ptx::memory::load_global;
 use crate::ptx::mma::{Fragment, OperandA};
-use crate::ptx::{math, warp};
-use crate::rows::{NO_ROW, Row, WarpView};
+use crate::ptx::warp;
+use crate::rows::{Row, WarpView};
 use crate::shared_tile::SharedTile;
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, row_of_lane, scale_rows};
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_rows};
 
 /// Warps of a block.
 const WARPS: u32 = ATTENTION_THREADS / 32;
@@ -108,92 +107,15 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
     }
     wait_group::<0>();
 
-    let result = WarpResult::<DIM_BLOCKS>::of_warp(*tiles, *warp);
-    for half in 0..ROWS_PER_LANE {
-        let sum = softmax.finish(0, half);
-        let row = row_of_lane(0, half, lane);
-        for (dim, fragment) in output[0].iter().enumerate() {
-            let (a, b) = (fragment[2 * half] * sum.inverse, fragment[2 * half + 1] * sum.inverse);
-            store_shared_f32x2(result.output(row, 8 * dim as u32 + lane % 4 * 2), a, b);
-        }
-        if lane % 4 == 0 {
-            store_shared_f32(result.lse(row), sum.lse_log2);
-        }
-    }
+    let sums = [softmax.finish(0, 0), softmax.finish(0, 1)];
+    scale_rows(&mut output, &[[sums[0].inverse, sums[1].inverse]]);
+    // Each warp writes what it found where its ring was, once its lanes have done with that.
+    warp::sync();
+    let results = WarpResults::<{ WARPS as usize }, DIM_BLOCKS>::at(*tiles, TILE_SHARED_BYTES / WARPS);
+    const { assert!(WarpResults::<{ WARPS as usize }, DIM_BLOCKS>::WARP_BYTES <= TILE_SHARED_BYTES / WARPS) };
+    results.write(*warp, lane, &output[0], &sums);
     sync_block();
-    merge_warps::<E, DIM_BLOCKS>(block);
-}
-
-/// What one warp found, in the shared memory that was its ring: 16 rows of O in float32, and their log-sum-exp.
-struct WarpResult<const DIM_BLOCKS: usize> {
-    base: u32,
-}
-
-impl<const DIM_BLOCKS: usize> WarpResult<DIM_BLOCKS> {
-    const DIM: u32 = 8 * DIM_BLOCKS as u32;
-    /// Eight words between rows keep the eight rows that a warp writes at once in different banks.
-    const ROW_BYTES: u32 = (Self::DIM + 8) * 4;
-    const FITS: () = assert!(NARROW_TILE_ROWS * (Self::ROW_BYTES + 4) <= TILE_SHARED_BYTES / WARPS);
-
-    #[inline(always)]
-    fn of_warp(tiles: u32, warp: u32) -> Self {
-        const { Self::FITS };
-        Self { base: tiles + warp * (TILE_SHARED_BYTES / WARPS) }
-    }
-
-    #[inline(always)]
-    fn output(&self, row: u32, element: u32) -> u32 {
-        self.base + row * Self::ROW_BYTES + element * 4
-    }
-
-    #[inline(always)]
-    fn lse(&self, row: u32) -> u32 {
-        self.base + NARROW_TILE_ROWS * Self::ROW_BYTES + row * 4
-    }
-}
-
-/// Merges the results of the four warps by their log-sum-exp and stores them, two elements a thread at a time.
-#[inline(always)]
-unsafe fn merge_warps<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
-    let Block { task, tiles, thread, .. } = block;
-    let dim = WarpResult::<DIM_BLOCKS>::DIM;
-    let threads_per_row = dim / 2;
-    let rows_at_once = ATTENTION_THREADS / threads_per_row;
-    let element = thread % threads_per_row * 2;
-    for i in 0..NARROW_TILE_ROWS / rows_at_once {
-        let row = i * rows_at_once + thread / threads_per_row;
-        let index = task.rows.read(row).index;
-        if index == NO_ROW {
-            continue;
-        }
-        let mut lse = [0f32; WARPS as usize];
-        let mut max = f32::NEG_INFINITY;
-        for (warp, lse) in lse.iter_mut().enumerate() {
-            *lse = load_shared_f32(WarpResult::<DIM_BLOCKS>::of_warp(*tiles, warp as u32).lse(row));
-            max = math::max(max, *lse);
-        }
-        let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
-        let (mut total, mut sum) = (0f32, [0f32; 2]);
-        for (warp, lse) in lse.iter().enumerate() {
-            let weight = math::exp2(lse - origin);
-            let address = WarpResult::<DIM_BLOCKS>::of_warp(*tiles, warp as u32).output(row, element);
-            sum[0] += weight * load_shared_f32(address);
-            sum[1] += weight * load_shared_f32(address + 4);
-            total += weight;
-        }
-        let inverse = if total == 0.0 { 0.0 } else { math::reciprocal(total) };
-        let (a, b) = (sum[0] * inverse, sum[1] * inverse);
-        if task.is_direct() {
-            let address = task.params.o + (u64::from(index) * u64::from(dim) + u64::from(element)) * u64::from(ELEMENT_BYTES);
-            store_global(address, E::pack(a, b));
-        } else {
-            let address = task.params.partial_o + (task.partial_index(row) * u64::from(dim) + u64::from(element)) * 4;
-            store_global_f32x2(address, a, b);
-        }
-        if element == 0 {
-            store::lse(task, row, index, origin + math::log2(total));
-        }
-    }
+    results.merge::<E>(task, 0, 8 * DIM_BLOCKS as u32, *thread, ATTENTION_THREADS);
 }
 
 /// Waits for the oldest stage in flight.

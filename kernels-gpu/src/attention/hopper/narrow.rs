@@ -7,15 +7,13 @@ use packinfer_abi::NARROW_TILE_ROWS;
 use super::consumer::Consumer;
 use super::shared::ColumnTile;
 use super::{CONSUMER_THREADS, CONSUMER_WARPS, STEP};
-use crate::attention::{store, task::Task};
-use crate::element::{ELEMENT_BYTES, Element};
-use crate::ptx::math;
-use crate::ptx::memory::{load_shared_f32, store_global, store_global_f32x2, store_shared_f32, store_shared_f32x2};
+use crate::attention::{task::Task, warps::WarpResults};
+use crate::element::Element;
 use crate::ptx::mma::{Fragment, OperandA};
 use crate::ptx::warp;
 use crate::rows::WarpView;
 use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, row_of_lane, scale_rows};
+use crate::softmax::{OnlineSoftmax, mask, probabilities, scale_rows};
 
 /// Columns of a warp in each step.
 const WARP_COLUMNS: u32 = STEP / CONSUMER_WARPS;
@@ -24,12 +22,11 @@ const SCORE_FRAGMENTS: usize = WARP_COLUMNS as usize / 8;
 
 /// Elements of O that are merged at a time.
 const PANEL: u32 = 8 * PANEL_BLOCKS as u32;
-/// Bytes between rows of O in the exchange: eight words more than a panel, so that the eight rows that a warp writes at once lie in different banks.
-const EXCHANGE_ROW_BYTES: u32 = (PANEL + 8) * 4;
-/// Bytes of a warp's rows of O in the exchange.
-const EXCHANGE_WARP_BYTES: u32 = NARROW_TILE_ROWS * EXCHANGE_ROW_BYTES;
-/// Bytes of the exchange: a panel of O of each warp in float32, and the log-sum-exp of its rows.
-pub const EXCHANGE_BYTES: u32 = CONSUMER_WARPS * (EXCHANGE_WARP_BYTES + NARROW_TILE_ROWS * 4);
+
+/// The exchange: a panel of O of each warp.
+type Exchange = WarpResults<{ CONSUMER_WARPS as usize }, PANEL_BLOCKS>;
+/// Bytes of the exchange.
+pub const EXCHANGE_BYTES: u32 = CONSUMER_WARPS * Exchange::WARP_BYTES;
 
 /// Does the task.
 ///
@@ -84,21 +81,12 @@ pub unsafe fn run<E: Element, const DIM_BLOCKS: usize>(consumer: &mut Consumer<D
 
     let sums = [softmax.finish(0, 0), softmax.finish(0, 1)];
     scale_rows(&mut output, &[[sums[0].inverse, sums[1].inverse]]);
-    let exchange = Exchange { base: consumer.shared.exchange() };
+    let exchange = Exchange::at(consumer.shared.exchange(), Exchange::WARP_BYTES);
     for (panel, fragments) in output[0].chunks_exact(PANEL_BLOCKS).enumerate() {
         consumer.sync_consumers(); // nobody reads the exchange any more
-        for half in 0..ROWS_PER_LANE {
-            let row = row_of_lane(0, half, lane);
-            for (dim, fragment) in fragments.iter().enumerate() {
-                let address = exchange.output(warp, row, 8 * dim as u32 + lane % 4 * 2);
-                store_shared_f32x2(address, fragment[2 * half], fragment[2 * half + 1]);
-            }
-            if lane % 4 == 0 {
-                store_shared_f32(exchange.lse(warp, row), sums[half].lse_log2);
-            }
-        }
+        exchange.write(warp, lane, fragments, &sums);
         consumer.sync_consumers();
-        merge_panel::<E, DIM_BLOCKS>(task, &exchange, panel as u32, consumer.thread);
+        exchange.merge::<E>(task, panel as u32 * PANEL, 8 * DIM_BLOCKS as u32, consumer.thread, CONSUMER_THREADS);
     }
     consumer.sync_consumers(); // the exchange is free
 }
@@ -135,63 +123,5 @@ unsafe fn accumulate<E: Element, const DIM_BLOCKS: usize>(
         let b = SharedTile::<PANEL_BLOCKS>::operands_b_transposed(panel, 0, 2 * i % PANEL_BLOCKS);
         E::mma(&mut output[2 * i], a, b[0]);
         E::mma(&mut output[2 * i + 1], a, b[1]);
-    }
-}
-
-/// What the consumer warps found, in shared memory: a panel of O and the log-sum-exp of each one's 16 rows.
-struct Exchange {
-    base: u32,
-}
-
-impl Exchange {
-    #[inline(always)]
-    fn output(&self, warp: u32, row: u32, element: u32) -> u32 {
-        self.base + warp * EXCHANGE_WARP_BYTES + row * EXCHANGE_ROW_BYTES + element * 4
-    }
-
-    #[inline(always)]
-    fn lse(&self, warp: u32, row: u32) -> u32 {
-        self.base + CONSUMER_WARPS * EXCHANGE_WARP_BYTES + (warp * NARROW_TILE_ROWS + row) * 4
-    }
-}
-
-/// Merges a panel of the eight warps' results by their log-sum-exp and stores it, two elements a thread at a time.
-#[inline(always)]
-unsafe fn merge_panel<E: Element, const DIM_BLOCKS: usize>(task: &Task, exchange: &Exchange, panel: u32, thread: u32) {
-    let dim = 8 * DIM_BLOCKS as u64;
-    let rows_at_once = CONSUMER_THREADS / (PANEL / 2);
-    let element = thread % (PANEL / 2) * 2;
-    for i in 0..NARROW_TILE_ROWS / rows_at_once {
-        let row = i * rows_at_once + thread / (PANEL / 2);
-        let found = task.rows.read(row);
-        if !found.exists() {
-            continue;
-        }
-        let mut lse = [0f32; CONSUMER_WARPS as usize];
-        let mut max = f32::NEG_INFINITY;
-        for (warp, lse) in lse.iter_mut().enumerate() {
-            *lse = load_shared_f32(exchange.lse(warp as u32, row));
-            max = math::max(max, *lse);
-        }
-        let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
-        let (mut total, mut sum) = (0f32, [0f32; 2]);
-        for (warp, lse) in lse.iter().enumerate() {
-            let weight = math::exp2(lse - origin);
-            let address = exchange.output(warp as u32, row, element);
-            sum[0] += weight * load_shared_f32(address);
-            sum[1] += weight * load_shared_f32(address + 4);
-            total += weight;
-        }
-        let inverse = if total == 0.0 { 0.0 } else { math::reciprocal(total) };
-        let (a, b) = (sum[0] * inverse, sum[1] * inverse);
-        let element = u64::from(panel * PANEL + element);
-        if task.is_direct() {
-            store_global(task.params.o + (u64::from(found.index) * dim + element) * u64::from(ELEMENT_BYTES), E::pack(a, b));
-        } else {
-            store_global_f32x2(task.params.partial_o + (task.partial_index(row) * dim + element) * 4, a, b);
-        }
-        if element == 0 {
-            store::lse(task, row, found.index, origin + math::log2(total));
-        }
     }
 }
