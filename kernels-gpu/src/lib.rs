@@ -15,7 +15,8 @@
 #![cfg_attr(not(target_feature = "compute_80"), no_std)]
 #![feature(abi_ptx, asm_experimental_arch, stdarch_nvptx)]
 // Device code reads and writes memory by address throughout: that the addresses are good is the host's promise, which
-// `packinfer` keeps by checking plans and buffers before a launch. An unsafe function here is one unsafe block.
+// `packinfer` keeps by checking plans and buffers before a launch. An unsafe function here is one unsafe block; private
+// ones ask for what the function that calls them asks for.
 #![allow(unsafe_op_in_unsafe_fn)]
 
 #[macro_use]

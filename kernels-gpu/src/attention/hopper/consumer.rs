@@ -25,6 +25,10 @@ pub struct Consumer<const DIM_BLOCKS: usize> {
 
 impl<const DIM_BLOCKS: usize> Consumer<DIM_BLOCKS> {
     /// Lets `steps` steps go by unused.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all threads of this consumer; the task has so many steps that it did not take.
     #[inline(always)]
     pub unsafe fn skip_steps(&mut self, steps: u32) {
         for _ in 0..steps {
@@ -39,18 +43,30 @@ impl<const DIM_BLOCKS: usize> Consumer<DIM_BLOCKS> {
 
     /// Waits for this warpgroup's turn to start products. The warpgroups take turns step by step, so that one does its softmax
     /// while the other has the tensor cores.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all threads of this consumer; both consumers take and pass as many turns.
     #[inline(always)]
     pub unsafe fn take_turn(&self) {
         warpgroup::sync(barrier::TURN + self.warpgroup, CONSUMER_THREADS);
     }
 
     /// Ends this warpgroup's turn.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::take_turn`].
     #[inline(always)]
     pub unsafe fn pass_turn(&self) {
         warpgroup::arrive(barrier::TURN + 1 - self.warpgroup, CONSUMER_THREADS);
     }
 
     /// Waits for all consumers.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all threads of both consumers.
     #[inline(always)]
     pub unsafe fn sync_consumers(&self) {
         warpgroup::sync(barrier::CONSUMERS, CONSUMER_THREADS);

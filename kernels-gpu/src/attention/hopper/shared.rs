@@ -67,18 +67,30 @@ impl<const STAGES: u32> Ring<STAGES> {
     }
 
     /// Filling side: waits until the other has done with the part.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of a warp of the filling side, once for each time that it fills the part.
     #[inline(always)]
     pub unsafe fn wait_empty(&self) {
         mbarrier::wait(self.empty(), self.parity ^ 1);
     }
 
     /// Filling side, one thread: the part is full once the copy engine has brought `bytes` bytes.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread, after [`Self::wait_empty`]; so many bytes are then brought.
     #[inline(always)]
     pub unsafe fn expect(&self, bytes: u32) {
         mbarrier::arrive_expecting(self.full(), bytes);
     }
 
     /// Filling side, every lane: the part is full once the thread's copies have arrived; on to the next.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_empty`], after it.
     #[inline(always)]
     pub unsafe fn fill_by_copies(&mut self) {
         mbarrier::arrive_after_copies(self.full());
@@ -86,6 +98,10 @@ impl<const STAGES: u32> Ring<STAGES> {
     }
 
     /// Filling side, every lane: the part is full; on to the next.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_empty`], after it.
     #[inline(always)]
     pub unsafe fn fill(&mut self) {
         mbarrier::arrive(self.full());
@@ -93,12 +109,20 @@ impl<const STAGES: u32> Ring<STAGES> {
     }
 
     /// Emptying side: waits until the part is full.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of a warp of the emptying side, once for each time that the part is filled.
     #[inline(always)]
     pub unsafe fn wait_full(&self) {
         mbarrier::wait(self.full(), self.parity);
     }
 
     /// Emptying side, every warp, its lanes having done with the part: on to the next.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_full`], after it.
     #[inline(always)]
     pub unsafe fn release(&mut self, lane: u32) {
         if lane == 0 {
@@ -201,6 +225,10 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     }
 
     /// Tells everyone the task, or that there is none left.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread of the filling side, between waiting for the slot and filling it.
     #[inline(always)]
     pub unsafe fn post_task(&self, stage: u32, task: Option<&Task>) {
         let slot = self.slot(stage);
@@ -215,6 +243,10 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     }
 
     /// The task, if there is one left.
+    ///
+    /// # Safety
+    ///
+    /// Reached by the emptying side, between waiting for the slot and releasing it.
     #[inline(always)]
     pub unsafe fn read_task(&self, params: &AttentionParams, stage: u32) -> Option<Task> {
         let slot = self.slot(stage);
@@ -227,12 +259,20 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     }
 
     /// Keeps the index of the task after that of a slot.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread, before a barrier between the warps that gather Q.
     #[inline(always)]
     pub unsafe fn tell_next_task(&self, stage: u32, index: u32) {
         store_shared(self.slot(stage) + 48, index);
     }
 
     /// What [`Self::tell_next_task`] kept.
+    ///
+    /// # Safety
+    ///
+    /// Reached after that barrier.
     #[inline(always)]
     pub unsafe fn next_task(&self, stage: u32) -> u32 {
         load_shared(self.slot(stage) + 48)
