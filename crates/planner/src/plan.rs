@@ -97,7 +97,8 @@ impl Plan {
         self.heads
     }
 
-    /// Work items: the longest first, or request after request where they are not packed.
+    /// Work items: those that read the same KV together, of them and among them the longest first; or request after request where they
+    /// are not packed.
     pub fn items(&self) -> &[WorkItem] {
         &self.items
     }

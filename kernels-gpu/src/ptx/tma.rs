@@ -13,13 +13,3 @@ pub unsafe fn copy_box(destination: u32, map: u64, [x, y, z]: [u32; 3], barrier:
     asm!("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}, {{{3}, {4}, {5}}}], [{2}];",
         in(reg32) destination, in(reg64) map, in(reg32) barrier, in(reg32) x, in(reg32) y, in(reg32) z, options(nostack));
 }
-
-/// Fetches a tensor map ahead of its use.
-///
-/// # Safety
-///
-/// `map` is the address of a tensor map.
-#[inline(always)]
-pub unsafe fn prefetch_map(map: u64) {
-    asm!("prefetch.tensormap [{0}];", in(reg64) map, options(nostack));
-}

@@ -1,6 +1,6 @@
 //! For the tensor cores of `sm_80` and later: `cp.async`, `ldmatrix`, `mma.sync`. A thread block does one task.
 //!
-//! The hardware issues blocks in order, so tasks sorted by cost, the longest first, balance themselves.
+//! The hardware issues blocks in order, so the order of a plan's items, which ends with short ones, balances the device.
 
 pub mod narrow;
 pub mod wide;

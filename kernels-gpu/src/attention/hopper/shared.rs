@@ -149,8 +149,12 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     const EXCHANGE: u32 = Self::V + Self::STAGES * ColumnTile::<DIM_BLOCKS>::BYTES;
     const ROWS: u32 = Self::EXCHANGE + Self::EXCHANGE_BYTES;
     const SLOTS: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
-    /// Bytes of a task slot: a work item, four words, and one for the next task's index.
-    const SLOT_BYTES: u32 = 64;
+    /// Where the parts of a task slot lie: the work item, four words on the task, the index of the task after it.
+    const SLOT_ITEM: u32 = 0;
+    const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
+    const SLOT_NEXT: u32 = Self::SLOT_TASK + 16;
+    /// Bytes of a task slot.
+    const SLOT_BYTES: u32 = Self::SLOT_NEXT + 16;
     const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
     const END: u32 = Self::BARRIERS + Ring::<1>::BYTES + 2 * Ring::<2>::BYTES + Ring::<TASKS>::BYTES;
     const FITS: () = assert!(
@@ -234,11 +238,11 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
         let slot = self.slot(stage);
         if let Some(task) = task {
             let words: [[u32; 4]; 2] = core::mem::transmute(task.item);
-            store_shared_x4(slot, words[0]);
-            store_shared_x4(slot + 16, words[1]);
-            store_shared_x4(slot + 32, [1, task.head_group, task.kv_head, 0]);
+            store_shared_x4(slot + Self::SLOT_ITEM, words[0]);
+            store_shared_x4(slot + Self::SLOT_ITEM + 16, words[1]);
+            store_shared_x4(slot + Self::SLOT_TASK, [1, task.head_group, task.kv_head, 0]);
         } else {
-            store_shared_x4(slot + 32, [0; 4]);
+            store_shared_x4(slot + Self::SLOT_TASK, [0; 4]);
         }
     }
 
@@ -250,11 +254,12 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     #[inline(always)]
     pub unsafe fn read_task(&self, params: &AttentionParams, stage: u32) -> Option<Task> {
         let slot = self.slot(stage);
-        let [is_task, head_group, kv_head, _] = load_shared_x4(slot + 32);
+        let [is_task, head_group, kv_head, _] = load_shared_x4(slot + Self::SLOT_TASK);
         if is_task == 0 {
             return None;
         }
-        let item: WorkItem = core::mem::transmute([load_shared_x4(slot), load_shared_x4(slot + 16)]);
+        let item: WorkItem =
+            core::mem::transmute([load_shared_x4(slot + Self::SLOT_ITEM), load_shared_x4(slot + Self::SLOT_ITEM + 16)]);
         Some(Task { params: *params, item, head_group, kv_head, rows: self.rows(stage) })
     }
 
@@ -265,7 +270,7 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     /// Reached by one thread, before a barrier between the warps that gather Q.
     #[inline(always)]
     pub unsafe fn tell_next_task(&self, stage: u32, index: u32) {
-        store_shared(self.slot(stage) + 48, index);
+        store_shared(self.slot(stage) + Self::SLOT_NEXT, index);
     }
 
     /// What [`Self::tell_next_task`] kept.
@@ -275,6 +280,6 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     /// Reached after that barrier.
     #[inline(always)]
     pub unsafe fn next_task(&self, stage: u32) -> u32 {
-        load_shared(self.slot(stage) + 48)
+        load_shared(self.slot(stage) + Self::SLOT_NEXT)
     }
 }

@@ -1,6 +1,7 @@
 //! Tiles of many rows: each consumer takes 64, and 128 columns a step.
 //!
-//! The products of one step run under the softmax of the step before: FlashAttention-3's schedule (Shah et al. 2024, section 3).
+//! The scores of a step are started together with the output of the step before, which is still in flight while the softmax of the scores
+//! runs: FlashAttention-3's schedule (Shah et al. 2024, section 3). The other consumer has the tensor cores meanwhile.
 //!
 //! ```text
 //! tensor cores    S₀           S₁ P₀V₀             S₂ P₁V₁             P₂V₂
