@@ -78,6 +78,7 @@ pub(crate) fn run<E: Element>(
         num_runs: layout.num_runs,
         scheduler: parts.scheduler,
         scale_log2,
+        stamps: 0,
     };
     // SAFETY: the kernel has this one parameter. The plan is on the device when the stream gets there, its indices are within
     // tensors of the checked lengths, and within the workspace, which no other run uses at that time. Freeing any of this

@@ -194,6 +194,20 @@ pub struct Scheduler {
     pub finished: u32,
 }
 
+/// When and where a task was done: what the attention kernel notes if it is asked to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TaskStamp {
+    /// When its block began with it, in nanoseconds of the device's `%globaltimer`.
+    pub begin_ns: u64,
+    /// When its results were stored.
+    pub end_ns: u64,
+    /// The multiprocessor (`%smid`).
+    pub sm: u32,
+    /// Nothing; for the alignment.
+    pub unused: u32,
+}
+
 /// Parameters of the attention kernel.
 ///
 /// The `sm_80` kernel is launched with a block for each task; the `sm_90a` kernel with as many blocks as the device holds at a time.
@@ -235,6 +249,8 @@ pub struct AttentionParams {
     pub scheduler: DeviceAddress,
     /// Softmax scale times log2(e): the kernels exponentiate to base 2.
     pub scale_log2: f32,
+    /// A [`TaskStamp`] for each task, `[num_items, num_groups]`; or zero.
+    pub stamps: DeviceAddress,
 }
 
 /// Parameters of the merge kernel. Thread block `b` merges [`MergeToken`] `b / num_qo_heads` for query head `b % num_qo_heads`.

@@ -1,9 +1,10 @@
 //! What a thread block does at a time: one work item for one head group.
 
-use packinfer_abi::{AttentionParams, DIRECT, DeviceAddress, WorkItem};
+use packinfer_abi::{AttentionParams, DIRECT, DeviceAddress, TaskStamp, WorkItem};
 
 use crate::ptx::math::divide;
-use crate::ptx::memory::load_global_x4;
+use crate::ptx::memory::{load_global_x4, store_global, store_global_u64};
+use crate::ptx::special::{global_timer, multiprocessor};
 use crate::rows::RowTable;
 use crate::shared_tile::SharedTile;
 
@@ -11,6 +12,7 @@ use crate::shared_tile::SharedTile;
 #[derive(Clone, Copy)]
 pub(crate) struct Task {
     pub params: AttentionParams,
+    pub index: u32,
     pub item: WorkItem,
     pub head_group: u32,
     pub kv_head: u32,
@@ -28,6 +30,7 @@ impl Task {
         let item_index = divide(index, params.heads.num_groups);
         let head_group = index - item_index * params.heads.num_groups;
         Self {
+            index,
             item: load_item(params.items + u64::from(item_index) * size_of::<WorkItem>() as u64),
             head_group,
             kv_head: divide(head_group, params.heads.groups_per_kv_head()),
@@ -46,6 +49,51 @@ impl Task {
     #[inline(always)]
     pub fn partial_index(&self, row: u32) -> u64 {
         u64::from(self.head_group) * u64::from(self.params.num_partial_rows) + u64::from(self.item.partial_row + row)
+    }
+}
+
+/// Notes when tasks begin and end, if the launch asks for it.
+#[derive(Clone, Copy)]
+pub(crate) struct Stamper {
+    stamps: DeviceAddress,
+}
+
+impl Stamper {
+    /// Of a launch.
+    #[inline(always)]
+    pub fn of(params: &AttentionParams) -> Self {
+        Self { stamps: params.stamps }
+    }
+
+    /// Notes that a task begins.
+    ///
+    /// # Safety
+    ///
+    /// There is such a task.
+    #[inline(always)]
+    pub unsafe fn begin(self, task: u32) {
+        if self.stamps != 0 {
+            let stamp = self.stamp(task);
+            store_global_u64(stamp + core::mem::offset_of!(TaskStamp, begin_ns) as u64, global_timer());
+            store_global(stamp + core::mem::offset_of!(TaskStamp, sm) as u64, multiprocessor());
+        }
+    }
+
+    /// Notes that a task has ended.
+    ///
+    /// # Safety
+    ///
+    /// There is such a task.
+    #[inline(always)]
+    pub unsafe fn end(self, task: u32) {
+        if self.stamps != 0 {
+            store_global_u64(self.stamp(task) + core::mem::offset_of!(TaskStamp, end_ns) as u64, global_timer());
+        }
+    }
+
+    #[inline(always)]
+    fn stamp(self, task: u32) -> DeviceAddress {
+        self.stamps + u64::from(task) * size_of::<TaskStamp>() as u64
     }
 }
 

@@ -49,6 +49,16 @@ pub unsafe fn store_global(address: u64, value: u32) {
     asm!("st.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack));
 }
 
+/// Stores two words to global memory as one number.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and writable.
+#[inline(always)]
+pub unsafe fn store_global_u64(address: u64, value: u64) {
+    asm!("st.global.u64 [{0}], {1};", in(reg64) address, in(reg64) value, options(nostack));
+}
+
 /// Stores one number.
 ///
 /// # Safety

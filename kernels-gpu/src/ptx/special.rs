@@ -30,6 +30,19 @@ special_register! {
     /// Number of blocks in the grid.
     num_blocks = "%nctaid.x"
 }
+special_register! {
+    /// The multiprocessor that the block is on.
+    multiprocessor = "%smid"
+}
+
+/// Nanoseconds of a clock that all multiprocessors share. Its resolution is the device's: 32 ns to 1 µs.
+#[inline(always)]
+pub fn global_timer() -> u64 {
+    let value: u64;
+    // SAFETY: reads a special register. Memory accesses stay on their side of it.
+    unsafe { asm!("mov.u64 {0}, %globaltimer;", out(reg64) value, options(nostack)) };
+    value
+}
 
 /// Address, in the shared window, of the block's dynamic shared memory; aligned to 1024 bytes.
 #[inline(always)]

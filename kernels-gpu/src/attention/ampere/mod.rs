@@ -7,7 +7,7 @@ pub mod wide;
 
 use packinfer_abi::{AttentionParams, COLUMN_STEP, TILE_SHARED_BYTES, TileKind};
 
-use super::task::Task;
+use super::task::{Stamper, Task};
 use crate::element::{Bf16, Element, F16};
 use crate::ptx::special::{block_index, dynamic_shared, thread_index};
 use crate::ptx::warp;
@@ -45,9 +45,15 @@ impl Block {
 #[inline(always)]
 unsafe fn attention<E: Element, const DIM_BLOCKS: usize>(params: AttentionParams) {
     let block = Block::this(params);
+    if block.thread == 0 {
+        Stamper::of(&params).begin(block_index());
+    }
     match block.task.item.tile {
         TileKind::Wide => wide::run::<E, DIM_BLOCKS>(&block),
         TileKind::Narrow => narrow::run::<E, DIM_BLOCKS>(&block),
+    }
+    if thread_index() == 0 {
+        Stamper::of(&params).end(block_index());
     }
 }
 

@@ -4,6 +4,7 @@ use packinfer_abi::{AttentionParams, TileKind};
 
 use super::shared::{Ring, Shared};
 use super::{CONSUMER_THREADS, SCORE_FRAGMENTS, barrier, narrow, wide};
+use crate::attention::task::Stamper;
 use crate::element::Element;
 use crate::ptx::mma::Fragment;
 use crate::ptx::wgmma::Accumulator;
@@ -105,9 +106,15 @@ pub unsafe fn run<E: Element, const DIM_BLOCKS: usize>(
     loop {
         tasks.wait_full();
         let Some(task) = shared.read_task(params, tasks.stage) else { break };
+        if thread == 0 && warpgroup == 0 {
+            Stamper::of(params).begin(task.index);
+        }
         match task.item.tile {
             TileKind::Wide => wide::run::<E, DIM_BLOCKS>(&mut consumer, &task),
             TileKind::Narrow => narrow::run::<E, DIM_BLOCKS>(&mut consumer, &task),
+        }
+        if thread == 0 && warpgroup == 0 {
+            Stamper::of(params).end(task.index);
         }
         warp::sync();
         tasks.release(consumer.lane);

@@ -240,7 +240,7 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
             let words: [[u32; 4]; 2] = core::mem::transmute(task.item);
             store_shared_x4(slot + Self::SLOT_ITEM, words[0]);
             store_shared_x4(slot + Self::SLOT_ITEM + 16, words[1]);
-            store_shared_x4(slot + Self::SLOT_TASK, [1, task.head_group, task.kv_head, 0]);
+            store_shared_x4(slot + Self::SLOT_TASK, [1, task.head_group, task.kv_head, task.index]);
         } else {
             store_shared_x4(slot + Self::SLOT_TASK, [0; 4]);
         }
@@ -254,13 +254,13 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     #[inline(always)]
     pub unsafe fn read_task(&self, params: &AttentionParams, stage: u32) -> Option<Task> {
         let slot = self.slot(stage);
-        let [is_task, head_group, kv_head, _] = load_shared_x4(slot + Self::SLOT_TASK);
+        let [is_task, head_group, kv_head, index] = load_shared_x4(slot + Self::SLOT_TASK);
         if is_task == 0 {
             return None;
         }
         let item: WorkItem =
             core::mem::transmute([load_shared_x4(slot + Self::SLOT_ITEM), load_shared_x4(slot + Self::SLOT_ITEM + 16)]);
-        Some(Task { params: *params, item, head_group, kv_head, rows: self.rows(stage) })
+        Some(Task { params: *params, index, item, head_group, kv_head, rows: self.rows(stage) })
     }
 
     /// Keeps the index of the task after that of a slot.
