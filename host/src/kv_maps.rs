@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
 
 use cust::sys::{self, CUresult};
-use packinfer_abi::{KV_BOX_ELEMENTS, NUM_KV_BOXES, TENSOR_MAP_BYTES};
+use packinfer_abi::{KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, TENSOR_MAP_BYTES};
 use packinfer_batch::{AttentionShape, DType};
 
 use crate::EngineError;
@@ -105,27 +105,44 @@ fn encode_tiled() -> Result<EncodeTiled, EngineError> {
     Ok(unsafe { transmute::<usize, EncodeTiled>(address) })
 }
 
-/// Makes the maps: boxes of 1, 2, 4 … slots of one head and 64 elements.
+/// Makes the maps: boxes of 1, 2, 4 … slots of one head, as [`packinfer_abi::AttentionParams::kv_maps`] says.
 fn encode(tensors: &KvTensors) -> Result<PairMaps, EngineError> {
-    const RANK: usize = 3;
+    const RANK: usize = 5;
     const INTERLEAVE_NONE: u32 = 0;
     const SWIZZLE_128B: u32 = 3;
     const L2_PROMOTION_256B: u32 = 3;
     const FILL_ZEROS: u32 = 0;
+    /// Of the largest box.
+    const MOST_GROUPS: u32 = (1 << (NUM_KV_BOXES - 1)) / KV_BOX_GROUP;
     let encode_tiled = encode_tiled()?;
     let shape = tensors.shape;
     let data_type = match shape.dtype() {
         DType::F16 => 6,
         DType::Bf16 => 9,
     };
-    let (head_dim, heads) = (u64::from(shape.head_dim()), u64::from(shape.num_kv_heads()));
-    let head_bytes = head_dim * shape.dtype().size_in_bytes();
-    let strides: [u64; RANK - 1] = [head_bytes, heads * head_bytes];
+    let element_bytes = shape.dtype().size_in_bytes();
+    let head_bytes = u64::from(shape.head_dim()) * element_bytes;
+    let slot_bytes = u64::from(shape.num_kv_heads()) * head_bytes;
+    let panel_bytes = u64::from(KV_BOX_ELEMENTS) * element_bytes;
+    let panels = shape.head_dim() / KV_BOX_ELEMENTS;
+    let strides: [u64; RANK - 1] = [slot_bytes, panel_bytes, u64::from(KV_BOX_GROUP) * slot_bytes, head_bytes];
     let mut maps = [TensorMap([0; TENSOR_MAP_BYTES as usize]); 2 * NUM_KV_BOXES as usize];
     for (index, map) in maps.iter_mut().enumerate() {
         let (tensor, log2) = (index / NUM_KV_BOXES as usize, index % NUM_KV_BOXES as usize);
-        let dims: [u64; RANK] = [head_dim, heads, tensors.num_slots[tensor]];
-        let box_dims: [u32; RANK] = [KV_BOX_ELEMENTS, 1, 1 << log2];
+        let slots = 1 << log2;
+        // The slot dimension alone says where the tensor ends: boxes of several groups begin so that all of them exist.
+        let dims: [u64; RANK] = [
+            u64::from(KV_BOX_ELEMENTS),
+            tensors.num_slots[tensor],
+            u64::from(panels),
+            u64::from(MOST_GROUPS),
+            u64::from(shape.num_kv_heads()),
+        ];
+        let box_dims: [u32; RANK] = if slots < KV_BOX_GROUP {
+            [KV_BOX_ELEMENTS, slots, 1, 1, 1]
+        } else {
+            [KV_BOX_ELEMENTS, KV_BOX_GROUP, panels, slots / KV_BOX_GROUP, 1]
+        };
         // SAFETY: the arrays have the lengths that the rank asks for. The driver only writes the map.
         unsafe {
             encode_tiled(

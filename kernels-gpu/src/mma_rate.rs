@@ -55,9 +55,9 @@ mod by_warpgroup {
     /// Products of one iteration: those of 64 elements summed over.
     const PRODUCTS: u32 = 4;
     /// A of each warpgroup, 64 rows × 64 elements.
-    type TileA = PanelTile<8, 64>;
+    type TileA = PanelTile<8, 8>;
     /// B of all, 128 columns × 64 elements.
-    type TileB = PanelTile<8, 128>;
+    type TileB = PanelTile<8, 16>;
 
     const WARPGROUPS: u32 = WGMMA_RATE_THREADS / THREADS;
     const _: () = assert!(WGMMA_RATE_SHARED_BYTES == TileB::BYTES + WARPGROUPS * TileA::BYTES);
@@ -76,8 +76,8 @@ mod by_warpgroup {
             }
             wgmma::fence_shared_writes();
             sync_block();
-            let b = Descriptor::along_sum(TileB::at(shared).row(0));
-            let a = Descriptor::along_sum(TileA::at(shared + TileB::BYTES).skip_tiles(thread / THREADS).row(0));
+            let b = Descriptor::along_sum(TileB::at(shared).row(0), 8 * PANEL_ROW_BYTES);
+            let a = Descriptor::along_sum(TileA::at(shared + TileB::BYTES).skip_tiles(thread / THREADS).row(0), 8 * PANEL_ROW_BYTES);
             let mut sums: [Fragment; 16] = [[0f32; 4]; 16];
             for _ in 0..iterations {
                 Accumulator::<Bf16>::hold(&mut sums);

@@ -139,6 +139,10 @@ pub struct WarpView {
 }
 
 impl WarpView {
+    /// The view of no rows.
+    #[cfg(feature = "sm_90a")]
+    pub const NOTHING: Self = Self { any_begin: u32::MAX, any_end: 0, all_begin: 0, all_end: u32::MAX };
+
     /// The view of up to 32 rows, one a lane.
     ///
     /// # Safety
@@ -167,11 +171,30 @@ impl WarpView {
         }
     }
 
-    /// Of the steps of `columns` columns from column `begin` on, those that any row sees a column of: the first, and one past the last.
+    /// The view as four words, and back.
+    #[inline(always)]
+    pub fn to_words(self) -> [u32; 4] {
+        [self.any_begin, self.any_end, self.all_begin, self.all_end]
+    }
+
+    /// The view of which [`Self::to_words`] made these words.
+    #[inline(always)]
+    pub fn from_words([any_begin, any_end, all_begin, all_end]: [u32; 4]) -> Self {
+        Self { any_begin, any_end, all_begin, all_end }
+    }
+
+    /// The columns that every row sees: the first, and one past the last.
+    #[inline(always)]
+    pub fn all(&self) -> (u32, u32) {
+        (self.all_begin, self.all_end)
+    }
+
+    /// Of the steps of `columns` columns from column `begin` on, those that any row sees a column of: the first, and one past the last. The
+    /// first step where no row sees any.
     #[inline(always)]
     pub fn steps(&self, begin: u32, columns: u32) -> (u32, u32) {
         if self.any_begin >= self.any_end {
-            return (0, 0);
+            return (0, 1);
         }
         ((self.any_begin - begin) / columns, (self.any_end - begin).div_ceil(columns))
     }

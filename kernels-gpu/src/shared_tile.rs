@@ -155,9 +155,9 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
     }
 }
 
-/// A tile of `ROWS` rows as warpgroup products take it: each 64 elements of a row in a [`SharedTile`] of their own, one after the other.
+/// A tile of `8 * ROW_BLOCKS` rows as warpgroup products take it: each 64 elements of a row in a [`SharedTile`] of their own, one after the other.
 #[derive(Clone, Copy)]
-pub struct PanelTile<const DIM_BLOCKS: usize, const ROWS: u32> {
+pub struct PanelTile<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> {
     base: u32,
 }
 
@@ -166,13 +166,15 @@ pub const PANEL_BLOCKS: usize = 8;
 /// Bytes of a panel's row.
 pub const PANEL_ROW_BYTES: u32 = SharedTile::<PANEL_BLOCKS>::ROW_BYTES;
 
-impl<const DIM_BLOCKS: usize, const ROWS: u32> PanelTile<DIM_BLOCKS, ROWS> {
+impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> PanelTile<DIM_BLOCKS, ROW_BLOCKS> {
+    /// Rows of the tile.
+    pub const ROWS: u32 = 8 * ROW_BLOCKS as u32;
     /// Elements of a panel's rows.
     pub const PANEL_ELEMENTS: u32 = 8 * PANEL_BLOCKS as u32;
     /// Panels of the tile.
     pub const PANELS: u32 = (DIM_BLOCKS / PANEL_BLOCKS) as u32;
     /// Bytes of a panel.
-    pub const PANEL_BYTES: u32 = ROWS * PANEL_ROW_BYTES;
+    pub const PANEL_BYTES: u32 = Self::ROWS * PANEL_ROW_BYTES;
     /// Bytes of the tile.
     pub const BYTES: u32 = Self::PANELS * Self::PANEL_BYTES;
 
@@ -210,5 +212,45 @@ impl<const DIM_BLOCKS: usize, const ROWS: u32> PanelTile<DIM_BLOCKS, ROWS> {
             swizzle: (byte % PANEL_ROW_BYTES) ^ (row * CHUNK_BYTES),
             row_bytes: PANEL_ROW_BYTES,
         }
+    }
+}
+
+/// A tile of `8 * ROW_BLOCKS` rows as warpgroup products take it and the copy engine brings it: eight rows after eight rows, and of these
+/// each 64 elements of a row in a [`SharedTile`] of their own, one after the other. So one box holds whole rows, and any multiple of eight.
+#[cfg(feature = "sm_90a")]
+#[derive(Clone, Copy)]
+pub struct BoxTile<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> {
+    base: u32,
+}
+
+#[cfg(feature = "sm_90a")]
+impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> BoxTile<DIM_BLOCKS, ROW_BLOCKS> {
+    /// Rows of the tile.
+    pub const ROWS: u32 = 8 * ROW_BLOCKS as u32;
+    /// Panels of a row.
+    pub const PANELS: u32 = (DIM_BLOCKS / PANEL_BLOCKS) as u32;
+    /// Bytes of eight rows of a panel.
+    pub const PANEL_BYTES: u32 = 8 * PANEL_ROW_BYTES;
+    /// Bytes of eight rows.
+    pub const EIGHT_ROWS_BYTES: u32 = Self::PANELS * Self::PANEL_BYTES;
+    /// Bytes of the tile.
+    pub const BYTES: u32 = ROW_BLOCKS as u32 * Self::EIGHT_ROWS_BYTES;
+
+    /// The tile at `base`, which is aligned to eight rows of a panel.
+    #[inline(always)]
+    pub fn at(base: u32) -> Self {
+        Self { base }
+    }
+
+    /// The tile `tiles` tiles on.
+    #[inline(always)]
+    pub fn skip_tiles(self, tiles: u32) -> Self {
+        Self { base: self.base + tiles * Self::BYTES }
+    }
+
+    /// Address of row `row` of panel `panel`.
+    #[inline(always)]
+    pub fn row(self, row: u32, panel: u32) -> u32 {
+        self.base + row / 8 * Self::EIGHT_ROWS_BYTES + panel * Self::PANEL_BYTES + row % 8 * PANEL_ROW_BYTES
     }
 }

@@ -125,6 +125,21 @@ impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
         factors
     }
 
+    /// Has all exponentials computed here. The assembler would put them off until after the next wait for products in flight, which they
+    /// are there to overlap; it cannot where a branch depends on them, and a sum of exponentials is never negative.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[cfg(feature = "sm_90a")]
+    #[inline(always)]
+    pub unsafe fn settle(&self) {
+        let negative = self.sum.as_flattened().iter().fold(false, |negative, &sum| negative | (sum < 0.0));
+        if warp::any(negative) {
+            crate::ptx::control::trap();
+        }
+    }
+
     /// The factors of a row, when all columns were taken in.
     ///
     /// # Safety

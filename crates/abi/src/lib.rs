@@ -47,6 +47,8 @@ pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
 pub const ROW_TABLE_BYTES: u32 = 3 * 4 * WIDE_TILE_ROWS;
 /// Boxes of 1, 2, 4 … 128 slots, of which the `sm_90a` kernel puts runs of any length together.
 pub const NUM_KV_BOXES: u32 = 8;
+/// Slots of a box that lie one after the other in each panel, before the next panel follows: what a swizzle of 128 bytes repeats in.
+pub const KV_BOX_GROUP: u32 = 8;
 /// Elements of a box's rows: what a swizzle of 128 bytes spans.
 pub const KV_BOX_ELEMENTS: u32 = 64;
 /// Bytes of a tensor map.
@@ -234,8 +236,9 @@ pub struct AttentionParams {
     pub segments: DeviceAddress,
     /// [`KvRun`]s.
     pub runs: DeviceAddress,
-    /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots × one head × 64 elements of
-    /// the tensor `[slots, num_kv_heads, head_dim]`, swizzled by 128 bytes.
+    /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots of one head, swizzled by 128
+    /// bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`] slots, heads; a box of
+    /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel.
     pub kv_maps: DeviceAddress,
     /// Heads.
     pub heads: HeadGroups,

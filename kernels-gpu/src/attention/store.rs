@@ -39,22 +39,39 @@ pub unsafe fn rows<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>
     output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
 ) {
     let lane_rows = task.rows.of_lane::<ROW_BLOCKS>(first_row, lane);
-    let mut factors = [[0f32; ROWS_PER_LANE]; ROW_BLOCKS];
-    for block in 0..ROW_BLOCKS {
-        for half in 0..ROWS_PER_LANE {
-            let sum = softmax.finish(block, half);
-            factors[block][half] = sum.inverse;
-            if lane % 4 == 0 && lane_rows[block][half].exists() {
-                lse(task, first_row + row_of_lane(block, half, lane), lane_rows[block][half].index, sum.lse_log2);
-            }
-        }
-    }
-    scale_rows(output, &factors);
+    finish(task, lane, first_row, &lane_rows, softmax, output);
     if task.is_direct() {
         direct::<E, DIM_BLOCKS, ROW_BLOCKS>(task, lane, first_row, staging, output);
     } else {
         partial(task, lane, first_row, &lane_rows, output);
     }
+}
+
+/// Divides the rows of a warp, the tile's from `first_row` on, by their sums, and stores their log-sum-exp.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp; `rows` are the rows that this lane holds parts of.
+#[inline(always)]
+pub unsafe fn finish<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+    task: &Task,
+    lane: u32,
+    first_row: u32,
+    rows: &[[Row; ROWS_PER_LANE]; ROW_BLOCKS],
+    softmax: &OnlineSoftmax<ROW_BLOCKS>,
+    output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
+) {
+    let mut factors = [[0f32; ROWS_PER_LANE]; ROW_BLOCKS];
+    for block in 0..ROW_BLOCKS {
+        for half in 0..ROWS_PER_LANE {
+            let sum = softmax.finish(block, half);
+            factors[block][half] = sum.inverse;
+            if lane % 4 == 0 && rows[block][half].exists() {
+                lse(task, first_row + row_of_lane(block, half, lane), rows[block][half].index, sum.lse_log2);
+            }
+        }
+    }
+    scale_rows(output, &factors);
 }
 
 /// Stores the warp's rows of O, through its rows of a shared tile so that each store is 16 bytes wide.
@@ -96,7 +113,7 @@ unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
 ///
 /// `rows` are the rows that this lane holds parts of.
 #[inline(always)]
-unsafe fn partial<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+pub unsafe fn partial<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
     task: &Task,
     lane: u32,
     first_row: u32,

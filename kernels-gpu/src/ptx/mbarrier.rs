@@ -34,6 +34,17 @@ pub unsafe fn arrive(barrier: u32) {
     asm!("mbarrier.arrive.shared::cta.b64 _, [{0}];", in(reg32) barrier, options(nostack));
 }
 
+/// Arrives where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+///
+/// # Safety
+///
+/// `barrier` was initialised.
+#[inline(always)]
+pub unsafe fn arrive_if(barrier: u32, condition: bool) {
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {1}, 0; @p mbarrier.arrive.shared::cta.b64 _, [{0}]; }}",
+        in(reg32) barrier, in(reg32) condition as u32, options(nostack));
+}
+
 /// Arrives, and lets the phase end only after the copy engine has brought `bytes` bytes.
 ///
 /// # Safety

@@ -17,23 +17,22 @@ pub struct Descriptor(u64);
 
 impl Descriptor {
     const SWIZZLE_128B: u64 = 1 << 62;
-    /// Bytes of eight rows, the unit that the swizzle repeats in.
-    const EIGHT_ROWS: u64 = 8 * 128;
-
-    const fn new(address: u32, leading_bytes: u64, stride_bytes: u64) -> Self {
-        Self(Self::SWIZZLE_128B | (stride_bytes >> 4) << 32 | (leading_bytes >> 4) << 16 | (address as u64 & 0x3_FFFF) >> 4)
+    const fn new(address: u32, leading_bytes: u32, stride_bytes: u32) -> Self {
+        let (leading, stride) = (leading_bytes as u64 >> 4, stride_bytes as u64 >> 4);
+        Self(Self::SWIZZLE_128B | stride << 32 | leading << 16 | (address as u64 & 0x3_FFFF) >> 4)
     }
 
-    /// Rows are rows of A or columns of B; a row's 64 elements are summed over. The leading offset is not used.
+    /// Rows are rows of A or columns of B, eight of them every `eight_rows_bytes`; a row's 64 elements are summed over. The leading offset
+    /// is not used.
     #[inline(always)]
-    pub fn along_sum(address: u32) -> Self {
-        Self::new(address, 16, Self::EIGHT_ROWS)
+    pub fn along_sum(address: u32, eight_rows_bytes: u32) -> Self {
+        Self::new(address, 16, eight_rows_bytes)
     }
 
-    /// Rows are summed over; a row's 64 elements are columns of B, the next 64 lie `half_bytes` on.
+    /// Rows are summed over, eight of them every `eight_rows_bytes`; a row's 64 elements are columns of B, the next 64 lie `half_bytes` on.
     #[inline(always)]
-    pub fn across_sum(address: u32, half_bytes: u32) -> Self {
-        Self::new(address, half_bytes as u64, Self::EIGHT_ROWS)
+    pub fn across_sum(address: u32, half_bytes: u32, eight_rows_bytes: u32) -> Self {
+        Self::new(address, half_bytes, eight_rows_bytes)
     }
 
     /// The operand `bytes` on, a multiple of 16.
@@ -80,14 +79,12 @@ pub unsafe fn wait_group<const NEWEST: u32>() {
     asm!("wgmma.wait_group.sync.aligned {0};", const NEWEST, options(nostack));
 }
 
-/// Makes the compiler believe that operand A changes here.
+/// Makes the compiler believe that the words of an operand A change here.
 #[inline(always)]
-pub fn hold_operands<const N: usize>(operands: &mut [OperandA; N]) {
-    for a in operands {
+pub fn hold_words<const N: usize>(words: &mut [[u32; 2]; N]) {
+    for [a, b] in words {
         // SAFETY: a comment.
-        unsafe {
-            asm!("// {0} {1} {2} {3}", inout(reg32) a[0], inout(reg32) a[1], inout(reg32) a[2], inout(reg32) a[3], options(nomem, nostack))
-        };
+        unsafe { asm!("// {0} {1}", inout(reg32) * a, inout(reg32) * b, options(nomem, nostack)) };
     }
 }
 
@@ -102,6 +99,14 @@ pub trait Accumulator<E> {
     ///
     /// Reached by all threads of the warpgroup, between [`fence`] and [`commit_group`]; both operands are in shared memory until waited for.
     unsafe fn add_product_shared(&mut self, a: Descriptor, b: Descriptor, accumulate: bool);
+
+    /// Starts `self += a · b`, or `self = a · b` where not `accumulate`: A in registers, B along the sum in shared memory, 16 elements summed
+    /// over.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::add_product_shared`]; the registers of A do not change until waited for.
+    unsafe fn add_product_along(&mut self, a: OperandA, b: Descriptor, accumulate: bool);
 
     /// Starts `self += a · b`: A in registers, B across the sum in shared memory, 16 rows summed over.
     ///
@@ -130,7 +135,7 @@ macro_rules! registers {
 
 macro_rules! accumulator {
     ($element:ident, $ty:literal, $blocks:literal, $columns:literal, $registers:tt,
-     operands $a0:literal $a1:literal $a2:literal $a3:literal $a4:literal, [$($block:literal)*]) => {
+     operands $a0:literal $a1:literal $a2:literal $a3:literal $a4:literal $a5:literal, [$($block:literal)*]) => {
         impl Accumulator<$element> for [Fragment; $blocks] {
             #[inline(always)]
             fn hold(&mut self) {
@@ -151,6 +156,16 @@ macro_rules! accumulator {
             }
 
             #[inline(always)]
+            unsafe fn add_product_along(&mut self, a: OperandA, b: Descriptor, accumulate: bool) {
+                asm!(concat!("{{ .reg .pred p; setp.ne.b32 p, {", $a5, "}, 0; wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $ty, ".",
+                        $ty, " {{", registers!($registers), "}}, {{{", $a0, "}, {", $a1, "}, {", $a2, "}, {", $a3, "}}}, {", $a4,
+                        "}, p, 1, 1, 0; }}"),
+                    $(inout(reg32) self[$block][0], inout(reg32) self[$block][1], inout(reg32) self[$block][2], inout(reg32) self[$block][3],)*
+                    in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg64) b.0, in(reg32) accumulate as u32,
+                    options(nomem, nostack));
+            }
+
+            #[inline(always)]
             unsafe fn add_product(&mut self, a: OperandA, b: Descriptor) {
                 asm!(concat!("wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $ty, ".", $ty, " {{", registers!($registers), "}}, ",
                         "{{{", $a0, "}, {", $a1, "}, {", $a2, "}, {", $a3, "}}}, {", $a4, "}, 1, 1, 1, 1;"),
@@ -161,7 +176,7 @@ macro_rules! accumulator {
     };
 }
 
-accumulator!(Bf16, "bf16", 16, 128, 64, operands 64 65 66 67 68, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
-accumulator!(Bf16, "bf16", 8, 64, 32, operands 32 33 34 35 36, [0 1 2 3 4 5 6 7]);
-accumulator!(F16, "f16", 16, 128, 64, operands 64 65 66 67 68, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
-accumulator!(F16, "f16", 8, 64, 32, operands 32 33 34 35 36, [0 1 2 3 4 5 6 7]);
+accumulator!(Bf16, "bf16", 16, 128, 64, operands 64 65 66 67 68 69, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
+accumulator!(Bf16, "bf16", 8, 64, 32, operands 32 33 34 35 36 37, [0 1 2 3 4 5 6 7]);
+accumulator!(F16, "f16", 16, 128, 64, operands 64 65 66 67 68 69, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
+accumulator!(F16, "f16", 8, 64, 32, operands 32 33 34 35 36 37, [0 1 2 3 4 5 6 7]);

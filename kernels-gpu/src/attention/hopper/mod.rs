@@ -1,16 +1,14 @@
 //! For `sm_90a`: a persistent block per multiprocessor, whose warpgroups divide the labour.
 //!
 //! ```text
-//! producer   (1 warpgroup)    takes tasks; brings Q, K and V                        task ▸ Q ▸ K₀ V₀ K₁ V₁ … task ▸ …
-//! consumers  (2 warpgroups)   wide tiles:   64 rows each, wgmma over 128 columns     S₀ · S₁ P₀V₀ · S₂ P₁V₁ · … · store
-//!                             narrow tiles: 16 rows, 8 warps divide the columns      S₀ P₀V₀ · S₁ P₁V₁ · … · merge, store
+//! producer   (1 warpgroup)    takes tasks; brings Q, K and V      task ▸ Q ▸ K₀ V₀ K₁ V₁ … task ▸ …
+//! consumers  (2 warpgroups)   64 rows each, wgmma over a step     S₀ · S₁ P₀V₀ · S₂ P₁V₁ · … · store
 //! ```
 //!
-//! The producer runs ahead, also across tasks: while the consumers finish one, the K and V of the next arrive. All that passes between
+//! The producer runs ahead, also across tasks: while the consumers finish one, the Q, K and V of the next arrive. All that passes between
 //! them lies in [`Shared`], guarded by pairs of barriers: *full* (the producer has filled it) and *empty* (the consumers have done with it).
 
-mod consumer;
-mod narrow;
+mod epilogue;
 mod producer;
 mod queries;
 mod shared;
@@ -27,10 +25,6 @@ use crate::ptx::warpgroup::{THREADS, give_registers, take_registers};
 use crate::ptx::wgmma::Accumulator;
 use shared::Shared;
 
-/// Columns of a step.
-const STEP: u32 = 128;
-/// Score fragments of a step of a wide tile, each 8 columns wide.
-const SCORE_FRAGMENTS: usize = STEP as usize / 8;
 /// Warps that consume.
 const CONSUMER_WARPS: u32 = 8;
 /// Threads that consume.
@@ -46,17 +40,15 @@ mod barrier {
     pub const QUERY_WARPS: u32 = 1;
     /// The turn of consumer 0 to start products, and after it that of consumer 1.
     pub const TURN: u32 = 2;
-    /// Among the consumers' threads.
-    pub const CONSUMERS: u32 = 4;
 }
 
 #[inline(always)]
-unsafe fn attention<E: Element, const DIM_BLOCKS: usize>(params: AttentionParams)
+unsafe fn attention<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(params: AttentionParams)
 where
-    [Fragment; SCORE_FRAGMENTS]: Accumulator<E>,
+    [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
-    let shared = Shared::<DIM_BLOCKS>::at(dynamic_shared());
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS>::at(dynamic_shared());
     let thread = thread_index();
     let warpgroup = warp::uniform(thread / THREADS);
     if thread == 0 {
@@ -65,39 +57,39 @@ where
     sync_block();
     if warpgroup == 0 {
         give_registers::<PRODUCER_REGISTERS>();
-        producer::run::<DIM_BLOCKS>(&params, shared, thread);
+        producer::run(&params, shared, thread);
     } else {
         take_registers::<CONSUMER_REGISTERS>();
-        consumer::run::<E, DIM_BLOCKS>(&params, shared, warpgroup - 1, thread - THREADS);
+        wide::run::<E, DIM_BLOCKS, FRAGMENTS>(&params, shared, warpgroup - 1, thread - THREADS);
     }
 }
 
 kernel! {
     /// Attention in bf16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24)]
     fn attention_bf16_d64(params: AttentionParams) {
-        attention::<Bf16, 8>(params)
+        attention::<Bf16, 8, 16>(params)
     }
 
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32)]
     fn attention_bf16_d128(params: AttentionParams) {
-        attention::<Bf16, 16>(params)
+        attention::<Bf16, 16, 16>(params)
     }
 
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24)]
     fn attention_f16_d64(params: AttentionParams) {
-        attention::<F16, 8>(params)
+        attention::<F16, 8, 16>(params)
     }
 
     /// Attention in f16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32)]
     fn attention_f16_d128(params: AttentionParams) {
-        attention::<F16, 16>(params)
+        attention::<F16, 16, 16>(params)
     }
 }

@@ -7,9 +7,9 @@
 
 use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 
+use super::barrier;
 use super::queries::QueryRows;
 use super::shared::{ColumnTile, Ring, Shared};
-use super::{STEP, barrier};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
 use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
@@ -17,16 +17,17 @@ use crate::ptx::special::{block_index, num_blocks};
 use crate::ptx::tma::copy_box;
 use crate::ptx::warp::{self, LANES};
 use crate::ptx::warpgroup;
+use crate::rows::WarpView;
 
 /// Warps that load K and V of what the others have posted.
 pub const LOADER_WARPS: u32 = 2;
 /// Warps that post tasks and gather their Q.
 pub const QUERY_WARPS: u32 = 2;
-/// Rows of a tile that each of these looks after.
+/// Rows of a tile that each of these looks after: those of one consumer.
 const QUERY_WARP_ROWS: u32 = WIDE_TILE_ROWS / QUERY_WARPS;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
-const NO_SLOT: u32 = i32::MAX as u32 - STEP;
+const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
 
 /// Does the producer's part until no task is left.
 ///
@@ -34,7 +35,11 @@ const NO_SLOT: u32 = i32::MAX as u32 - STEP;
 ///
 /// Reached by all threads of the producer's warpgroup.
 #[inline(always)]
-pub unsafe fn run<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Shared<DIM_BLOCKS>, thread: u32) {
+pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    params: &AttentionParams,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    thread: u32,
+) {
     let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
     let v_maps = params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES);
     match warp {
@@ -52,17 +57,19 @@ pub unsafe fn run<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Sha
 
 /// Does something for every task that is posted.
 #[inline(always)]
-unsafe fn for_each_task<const DIM_BLOCKS: usize>(
+unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
     lane: u32,
     mut load: impl FnMut(&Task),
 ) {
     let mut tasks = shared.task_ring();
     loop {
         tasks.wait_full();
-        let Some(task) = shared.read_task(params, tasks.stage) else { break };
-        load(&task);
+        if !shared.has_task(tasks.stage) {
+            break;
+        }
+        load(&shared.task(params, tasks.stage));
         warp::sync();
         tasks.release(lane);
     }
@@ -70,7 +77,12 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize>(
 
 /// Takes tasks, posts them and gathers their Q, until none is left; warp `warp` of two, which look after half of the rows each.
 #[inline(always)]
-unsafe fn post_tasks<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: Shared<DIM_BLOCKS>, warp: u32, lane: u32) {
+unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    params: &AttentionParams,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    warp: u32,
+    lane: u32,
+) {
     let num_tasks = params.num_items * params.heads.num_groups;
     let (mut tasks, mut queries) = (shared.task_ring(), shared.query_ring());
     let (first_row, leads) = (warp * QUERY_WARP_ROWS, warp == 0 && lane == 0);
@@ -80,8 +92,14 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: 
         tasks.wait_empty();
         let stage = tasks.stage;
         let task = Task::load(*params, index, shared.rows(stage));
+        let mut view = WarpView::NOTHING;
         for rows in 0..QUERY_WARP_ROWS / LANES {
-            task.rows.write(params, &task.item, task.head_group, first_row + rows * LANES + lane);
+            let row = first_row + rows * LANES + lane;
+            task.rows.write(params, &task.item, task.head_group, row);
+            view = view.and(WarpView::of(task.rows.read(row)));
+        }
+        if lane == 0 {
+            shared.post_view(stage, warp, view);
         }
         if leads {
             shared.post_task(stage, Some(&task));
@@ -116,23 +134,24 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize>(params: &AttentionParams, shared: 
 
 /// Brings all columns of the task's K, or of its V, step by step; `tiles` is the ring's first tile.
 #[inline(always)]
-unsafe fn load_columns<const DIM_BLOCKS: usize>(
+unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const STAGES: u32>(
     task: &Task,
-    ring: &mut Ring<2>,
-    tiles: ColumnTile<DIM_BLOCKS>,
+    ring: &mut Ring<STAGES>,
+    tiles: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
     maps: u64,
     lane: u32,
 ) {
+    let columns = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
     let item = &task.item;
     let mut window = RunWindow::new(&task.params, item, lane);
     let mut step = item.column_begin;
     while step < item.column_end {
-        let end = core::cmp::min(item.column_end, step + STEP);
+        let end = core::cmp::min(item.column_end, step + columns);
         ring.wait_empty();
         let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage), maps, kv_head: task.kv_head, barrier: ring.full() };
         if lane == 0 {
-            ring.expect(ColumnTile::<DIM_BLOCKS>::BYTES);
-            copies.copy(NO_SLOT, end - step, STEP); // zeros where no column is left
+            ring.expect(ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
+            copies.copy(NO_SLOT, end - step, columns); // zeros where no column is left
         }
         loop {
             let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
@@ -145,28 +164,31 @@ unsafe fn load_columns<const DIM_BLOCKS: usize>(
             window.advance(&task.params, item, lane);
         }
         ring.advance();
-        step += STEP;
+        step += columns;
     }
 }
 
 /// How boxes get to a tile.
-struct BoxCopies<const DIM_BLOCKS: usize> {
-    tile: ColumnTile<DIM_BLOCKS>,
+struct BoxCopies<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
+    tile: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
     maps: u64,
     kv_head: u32,
     barrier: u32,
 }
 
-impl<const DIM_BLOCKS: usize> BoxCopies<DIM_BLOCKS> {
-    /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: the largest box that fits, then the next.
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAGMENTS> {
+    /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: a box of whole rows for as many times eight rows as there are,
+    /// and before and behind them boxes that fit, for each panel.
     #[inline(always)]
     unsafe fn copy(&self, mut slot: u32, mut row: u32, end: u32) {
         while row < end {
-            let log2 = 31 - (end - row).leading_zeros();
+            let to_eight = 8 - row % 8;
+            let whole_rows = to_eight == 8 && end - row >= 8;
+            let log2 = 31 - (if whole_rows { end - row } else { core::cmp::min(end - row, to_eight) }).leading_zeros();
             let map = self.maps + u64::from(log2 * TENSOR_MAP_BYTES);
-            for panel in 0..ColumnTile::<DIM_BLOCKS>::PANELS {
-                let destination = self.tile.row(row) + panel * ColumnTile::<DIM_BLOCKS>::PANEL_BYTES;
-                copy_box(destination, map, [panel * ColumnTile::<DIM_BLOCKS>::PANEL_ELEMENTS, self.kv_head, slot], self.barrier);
+            let boxes = if whole_rows { 1 } else { ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS };
+            for panel in 0..boxes {
+                copy_box(self.tile.row(row, panel), map, [0, slot, panel, 0, self.kv_head], self.barrier);
             }
             slot += 1 << log2;
             row += 1 << log2;

@@ -1,23 +1,30 @@
 //! The block's shared memory, and the barriers that guard its parts.
 
-use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS, ROW_TABLE_BYTES, WIDE_TILE_ROWS, WorkItem};
+use core::ops::Range;
 
+use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, WIDE_TILE_ROWS, WorkItem};
+
+use super::CONSUMER_WARPS;
 use super::producer::{LOADER_WARPS, QUERY_WARPS};
-use super::{CONSUMER_WARPS, STEP};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
 use crate::ptx::memory::{load_shared, load_shared_x4, store_shared, store_shared_x4};
 use crate::ptx::warp::LANES as WARP_LANES;
-use crate::rows::RowTable;
-use crate::shared_tile::{PanelTile, SharedTile};
+use crate::rows::{RowTable, WarpView};
+use crate::shared_tile::{BoxTile, PanelTile};
 
 /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
 pub const TASKS: u32 = 4;
 
+/// Steps whose K is held.
+pub const K_STAGES: u32 = 2;
+/// Steps whose V is held.
+pub const V_STAGES: u32 = 3;
+
 /// Q of a task.
-pub type QueryTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, WIDE_TILE_ROWS>;
-/// K or V of a step.
-pub type ColumnTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, STEP>;
+pub type QueryTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, { WIDE_TILE_ROWS as usize / 8 }>;
+/// K or V of a step of `8 * FRAGMENTS` columns.
+pub type ColumnTile<const DIM_BLOCKS: usize, const FRAGMENTS: usize> = BoxTile<DIM_BLOCKS, FRAGMENTS>;
 
 /// A ring of `STAGES` parts of shared memory that one side fills and the other empties in turn. Each warp of either side counts for itself.
 #[derive(Clone, Copy)]
@@ -52,8 +59,8 @@ impl<const STAGES: u32> Ring<STAGES> {
     }
 
     #[inline(always)]
-    fn empty(&self) -> u32 {
-        self.barriers + (STAGES + self.stage) * mbarrier::BYTES
+    fn empty(&self, stage: u32) -> u32 {
+        self.barriers + (STAGES + stage) * mbarrier::BYTES
     }
 
     /// On to the next part.
@@ -73,7 +80,7 @@ impl<const STAGES: u32> Ring<STAGES> {
     /// Reached by all lanes of a warp of the filling side, once for each time that it fills the part.
     #[inline(always)]
     pub unsafe fn wait_empty(&self) {
-        mbarrier::wait(self.empty(), self.parity ^ 1);
+        mbarrier::wait(self.empty(self.stage), self.parity ^ 1);
     }
 
     /// Filling side, one thread: the part is full once the copy engine has brought `bytes` bytes.
@@ -118,6 +125,19 @@ impl<const STAGES: u32> Ring<STAGES> {
         mbarrier::wait(self.full(), self.parity);
     }
 
+    /// Emptying side: as [`Self::wait_full`]; on to the next part. Returns the part, to be given to [`Self::release_stage`].
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_full`].
+    #[inline(always)]
+    pub unsafe fn take_full(&mut self) -> u32 {
+        self.wait_full();
+        let stage = self.stage;
+        self.advance();
+        stage
+    }
+
     /// Emptying side, every warp, its lanes having done with the part: on to the next.
     ///
     /// # Safety
@@ -125,43 +145,49 @@ impl<const STAGES: u32> Ring<STAGES> {
     /// As [`Self::wait_full`], after it.
     #[inline(always)]
     pub unsafe fn release(&mut self, lane: u32) {
-        if lane == 0 {
-            mbarrier::arrive(self.empty());
-        }
+        self.release_stage(self.stage, lane);
         self.advance();
+    }
+
+    /// As [`Self::release`], of a part that this side has already gone on from.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::release`].
+    #[inline(always)]
+    pub unsafe fn release_stage(&self, stage: u32, lane: u32) {
+        mbarrier::arrive_if(self.empty(stage), lane == 0);
     }
 }
 
-/// Where the parts lie, in this order: Q, K, V, the consumers' exchange, row tables, task slots, barriers.
+/// Where the parts lie, in this order: Q, K, V, row tables, task slots, barriers.
 #[derive(Clone, Copy)]
-pub struct Shared<const DIM_BLOCKS: usize> {
+pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     base: u32,
 }
 
-impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
-    /// Steps whose K and V are held.
-    pub const STAGES: u32 = 2;
-    /// Bytes of the exchange, where each consumer warp stages its 16 rows of O, and where narrow tiles are merged.
-    const EXCHANGE_BYTES: u32 = super::narrow::EXCHANGE_BYTES;
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMENTS> {
+    /// Columns of a step.
+    pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
 
     const K: u32 = QueryTile::<DIM_BLOCKS>::BYTES;
-    const V: u32 = Self::K + Self::STAGES * ColumnTile::<DIM_BLOCKS>::BYTES;
-    const EXCHANGE: u32 = Self::V + Self::STAGES * ColumnTile::<DIM_BLOCKS>::BYTES;
-    const ROWS: u32 = Self::EXCHANGE + Self::EXCHANGE_BYTES;
+    const V: u32 = Self::K + K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
+    const ROWS: u32 = Self::V + V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const SLOTS: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
-    /// Where the parts of a task slot lie: the work item, four words on the task, the index of the task after it.
+    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, the index of the task
+    /// after it.
     const SLOT_ITEM: u32 = 0;
     const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
-    const SLOT_NEXT: u32 = Self::SLOT_TASK + 16;
+    const SLOT_VIEWS: u32 = Self::SLOT_TASK + 16;
+    const SLOT_NEXT: u32 = Self::SLOT_VIEWS + 2 * 16;
     /// Bytes of a task slot.
     const SLOT_BYTES: u32 = Self::SLOT_NEXT + 16;
     const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
-    const END: u32 = Self::BARRIERS + Ring::<1>::BYTES + 2 * Ring::<2>::BYTES + Ring::<TASKS>::BYTES;
-    const FITS: () = assert!(
-        Self::END <= HOPPER_SHARED_BYTES
-            && CONSUMER_WARPS * NARROW_TILE_ROWS * SharedTile::<DIM_BLOCKS>::ROW_BYTES <= Self::EXCHANGE_BYTES
-            && Self::STAGES == 2
-    );
+    const K_BARRIERS: u32 = Self::BARRIERS + Ring::<1>::BYTES;
+    const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::<K_STAGES>::BYTES;
+    const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::<V_STAGES>::BYTES;
+    const END: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
+    const FITS: () = assert!(Self::END <= HOPPER_SHARED_BYTES);
 
     #[inline(always)]
     pub fn at(base: u32) -> Self {
@@ -183,18 +209,18 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     }
 
     #[inline(always)]
-    pub fn k_ring(&self) -> Ring<2> {
-        Ring::at(self.base + Self::BARRIERS + Ring::<1>::BYTES)
+    pub fn k_ring(&self) -> Ring<K_STAGES> {
+        Ring::at(self.base + Self::K_BARRIERS)
     }
 
     #[inline(always)]
-    pub fn v_ring(&self) -> Ring<2> {
-        Ring::at(self.base + Self::BARRIERS + Ring::<1>::BYTES + Ring::<2>::BYTES)
+    pub fn v_ring(&self) -> Ring<V_STAGES> {
+        Ring::at(self.base + Self::V_BARRIERS)
     }
 
     #[inline(always)]
     pub fn task_ring(&self) -> Ring<TASKS> {
-        Ring::at(self.base + Self::BARRIERS + Ring::<1>::BYTES + 2 * Ring::<2>::BYTES)
+        Ring::at(self.base + Self::TASK_BARRIERS)
     }
 
     #[inline(always)]
@@ -203,19 +229,13 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
     }
 
     #[inline(always)]
-    pub fn k(&self, stage: u32) -> ColumnTile<DIM_BLOCKS> {
+    pub fn k(&self, stage: u32) -> ColumnTile<DIM_BLOCKS, FRAGMENTS> {
         ColumnTile::at(self.base + Self::K).skip_tiles(stage)
     }
 
     #[inline(always)]
-    pub fn v(&self, stage: u32) -> ColumnTile<DIM_BLOCKS> {
+    pub fn v(&self, stage: u32) -> ColumnTile<DIM_BLOCKS, FRAGMENTS> {
         ColumnTile::at(self.base + Self::V).skip_tiles(stage)
-    }
-
-    /// Start of the exchange.
-    #[inline(always)]
-    pub fn exchange(&self) -> u32 {
-        self.base + Self::EXCHANGE
     }
 
     #[inline(always)]
@@ -246,21 +266,69 @@ impl<const DIM_BLOCKS: usize> Shared<DIM_BLOCKS> {
         }
     }
 
-    /// The task, if there is one left.
+    /// Whether there is a task left.
     ///
     /// # Safety
     ///
     /// Reached by the emptying side, between waiting for the slot and releasing it.
     #[inline(always)]
-    pub unsafe fn read_task(&self, params: &AttentionParams, stage: u32) -> Option<Task> {
+    pub unsafe fn has_task(&self, stage: u32) -> bool {
+        load_shared(self.slot(stage) + Self::SLOT_TASK) != 0
+    }
+
+    /// The task.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::has_task`]; there is one.
+    #[inline(always)]
+    pub unsafe fn task(&self, params: &AttentionParams, stage: u32) -> Task {
         let slot = self.slot(stage);
-        let [is_task, head_group, kv_head, index] = load_shared_x4(slot + Self::SLOT_TASK);
-        if is_task == 0 {
-            return None;
-        }
+        let [_, head_group, kv_head, index] = load_shared_x4(slot + Self::SLOT_TASK);
         let item: WorkItem =
             core::mem::transmute([load_shared_x4(slot + Self::SLOT_ITEM), load_shared_x4(slot + Self::SLOT_ITEM + 16)]);
-        Some(Task { params: *params, index, item, head_group, kv_head, rows: self.rows(stage) })
+        Task { params: *params, index, item, head_group, kv_head, rows: self.rows(stage) }
+    }
+
+    /// The item's range of columns.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::task`].
+    #[inline(always)]
+    pub unsafe fn columns(&self, stage: u32) -> Range<u32> {
+        let column = |offset: usize| load_shared(self.slot(stage) + Self::SLOT_ITEM + offset as u32);
+        column(core::mem::offset_of!(WorkItem, column_begin))..column(core::mem::offset_of!(WorkItem, column_end))
+    }
+
+    /// The index of the task.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::task`].
+    #[inline(always)]
+    pub unsafe fn task_index(&self, stage: u32) -> u32 {
+        load_shared(self.slot(stage) + Self::SLOT_TASK + 12)
+    }
+
+    /// Tells a consumer what its rows see.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::post_task`].
+    #[inline(always)]
+    pub unsafe fn post_view(&self, stage: u32, consumer: u32, view: WarpView) {
+        store_shared_x4(self.slot(stage) + Self::SLOT_VIEWS + 16 * consumer, view.to_words());
+    }
+
+    /// What [`Self::post_view`] told.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::task`].
+    #[inline(always)]
+    pub unsafe fn view(&self, stage: u32, consumer: u32) -> WarpView {
+        WarpView::from_words(load_shared_x4(self.slot(stage) + Self::SLOT_VIEWS + 16 * consumer))
     }
 
     /// Keeps the index of the task after that of a slot.

@@ -1,168 +1,353 @@
-//! Tiles of many rows: each consumer takes 64, and 128 columns a step.
+//! The consumers of wide tiles: each takes 64 rows of every tile, a step of columns at a time.
 //!
 //! The scores of a step are started together with the output of the step before, which is still in flight while the softmax of the scores
-//! runs: FlashAttention-3's schedule (Shah et al. 2024, section 3). The other consumer has the tensor cores meanwhile.
+//! runs: FlashAttention-3's schedule (Shah et al. 2024, section 3). The other consumer has the tensor cores meanwhile. Tiles follow each
+//! other without a gap: the first scores of one are started together with the last output of the one before.
 //!
 //! ```text
-//! tensor cores    S₀           S₁ P₀V₀             S₂ P₁V₁             P₂V₂
-//! other units         softmax₀         softmax₁            softmax₂
+//! tensor cores    S₀           S₁ P₀V₀             S₀′ P₁V₁                    S₁′ P₀′V₀′
+//! other units         softmax₀         softmax₁            softmax₀′ · store O             softmax₁′
 //! ```
 
-use super::consumer::Consumer;
-use super::shared::{ColumnTile, QueryTile};
-use super::{SCORE_FRAGMENTS, STEP};
-use crate::attention::{store, task::Task};
-use crate::element::Element;
-use crate::ptx::mma::{Fragment, OperandA};
-use crate::ptx::wgmma::{self, Accumulator, Descriptor, hold_operands};
-use crate::rows::{Row, WarpView};
-use crate::shared_tile::{PANEL_BLOCKS, PANEL_ROW_BYTES, SharedTile};
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_rows};
+use packinfer_abi::AttentionParams;
 
-/// Rows of a consumer.
-const CONSUMER_ROWS: u32 = 64;
+use super::epilogue;
+use super::shared::{ColumnTile, K_STAGES, Ring, Shared, TASKS, V_STAGES};
+use super::{CONSUMER_THREADS, barrier};
+use crate::attention::task::Stamper;
+use crate::element::Element;
+use crate::ptx::mma::Fragment;
+use crate::ptx::wgmma::{self, Accumulator, Descriptor, hold_words};
+use crate::ptx::{warp, warpgroup};
+use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
+use crate::softmax::{OnlineSoftmax, mask, scale_rows};
+
 /// Rows of a warp.
 const WARP_ROWS: u32 = 16;
-/// Operands A that hold the exponentials of one step, 16 columns each.
-const STEP_OPERANDS: usize = STEP as usize / 16;
 
-type Scores = [Fragment; SCORE_FRAGMENTS];
+/// Exponentials of a step in the element type, two words a fragment of scores: one for each row that the lane holds a part of. Those of two
+/// neighbouring fragments are an operand A.
+type Weights<const FRAGMENTS: usize> = [[u32; 2]; FRAGMENTS];
 
-/// Does this consumer's rows of the task.
+/// The warp's rows of Q, two words for every eight elements: one for each row that the lane holds a part of.
+type Queries<const DIM_BLOCKS: usize> = [[u32; 2]; DIM_BLOCKS];
+
+/// A consumer's place and its side of the rings.
+struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
+    params: &'a AttentionParams,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    tasks: Ring<TASKS>,
+    queries: Ring<1>,
+    k: Ring<K_STAGES>,
+    v: Ring<V_STAGES>,
+    /// 0 or 1.
+    warpgroup: u32,
+    /// First row of the warp.
+    first_row: u32,
+    lane: u32,
+}
+
+/// A step of a tile that some of the consumer's rows see.
+#[derive(Clone, Copy)]
+struct Step {
+    /// The task's slot.
+    slot: u32,
+    /// First column of the step.
+    column: u32,
+    /// First column of the last step that these rows see.
+    last: u32,
+    /// Every row sees the columns from here …
+    all_begin: u32,
+    /// … to before here.
+    all_end: u32,
+    /// Steps before the first that these rows see.
+    before: u32,
+    /// Steps behind the last.
+    behind: u32,
+}
+
+impl Step {
+    #[inline(always)]
+    fn is_last(&self) -> bool {
+        self.column == self.last
+    }
+}
+
+impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCKS, FRAGMENTS> {
+    /// Columns of a step.
+    const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
+
+    /// Whether a tile is left.
+    #[inline(always)]
+    unsafe fn has_tile(&self) -> bool {
+        self.tasks.wait_full();
+        self.shared.has_task(self.tasks.stage)
+    }
+
+    /// Whether a tile is left that these rows see from its first step on.
+    #[inline(always)]
+    unsafe fn has_tile_that_follows(&self) -> bool {
+        self.has_tile() && {
+            let slot = self.tasks.stage;
+            self.shared.view(slot, self.warpgroup).steps(self.shared.columns(slot).start, Self::STEP).0 == 0
+        }
+    }
+
+    /// The first step of the next tile, which is left; its Q has arrived.
+    #[inline(always)]
+    unsafe fn next_tile(&mut self) -> Step {
+        let slot = self.tasks.stage;
+        if self.thread_that_notes() {
+            Stamper::of(self.params).begin(self.shared.task_index(slot));
+        }
+        let range = self.shared.columns(slot);
+        let view = self.shared.view(slot, self.warpgroup);
+        let (first, end) = view.steps(range.start, Self::STEP);
+        let (all_begin, all_end) = view.all();
+        self.tasks.advance();
+        Step {
+            slot,
+            column: range.start + first * Self::STEP,
+            last: range.start + (end - 1) * Self::STEP,
+            all_begin,
+            all_end,
+            before: first,
+            behind: (range.end - range.start).div_ceil(Self::STEP) - end,
+        }
+    }
+
+    /// Takes the warp's rows of the tile's Q into registers.
+    #[inline(always)]
+    unsafe fn take_queries(&mut self) -> Queries<DIM_BLOCKS> {
+        let mut queries = [[0u32; 2]; DIM_BLOCKS];
+        self.queries.wait_full();
+        for block in (0..DIM_BLOCKS).step_by(2) {
+            let panel = self.shared.queries().panel(block / PANEL_BLOCKS).skip_rows(self.first_row);
+            let [a, b, c, d] = SharedTile::<PANEL_BLOCKS>::operand_a(panel.rows_by_lane(self.lane), 0, block % PANEL_BLOCKS);
+            (queries[block], queries[block + 1]) = ([a, b], [c, d]);
+        }
+        warp::sync();
+        self.queries.release(self.lane);
+        queries
+    }
+
+    /// Starts the scores of the next step of K.
+    #[inline(always)]
+    unsafe fn start_scores<E>(&mut self, queries: &Queries<DIM_BLOCKS>, scores: &mut [Fragment; FRAGMENTS])
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+    {
+        let k =
+            Descriptor::along_sum(self.shared.k(self.k.stage).row(0, 0), ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES);
+        wgmma::fence();
+        for block in (0..DIM_BLOCKS).step_by(2) {
+            let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
+            let (panel, byte) = ((block / PANEL_BLOCKS) as u32, (block % PANEL_BLOCKS * 16) as u32);
+            let k = k.skip(panel * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANEL_BYTES + byte);
+            scores.add_product_along([a, b, c, d], k, block > 0);
+        }
+        wgmma::commit_group();
+    }
+
+    /// Starts `output += P V` for a step whose V has arrived.
+    #[inline(always)]
+    unsafe fn start_output<E>(&mut self, output: &mut [Fragment; DIM_BLOCKS], weights: &Weights<FRAGMENTS>, values: u32)
+    where
+        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    {
+        let eight_rows_bytes = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES;
+        let half_bytes = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANEL_BYTES;
+        let v = Descriptor::across_sum(self.shared.v(values).row(0, 0), half_bytes, eight_rows_bytes);
+        wgmma::fence();
+        for j in 0..FRAGMENTS / 2 {
+            let ([a, b], [c, d]) = (weights[2 * j], weights[2 * j + 1]);
+            output.add_product([a, b, c, d], v.skip(2 * j as u32 * eight_rows_bytes));
+        }
+        wgmma::commit_group();
+    }
+
+    /// Masks the scores of a step, where some row does not see all of its columns.
+    #[inline(always)]
+    unsafe fn mask(&self, step: &Step, scores: &mut [Fragment; FRAGMENTS]) {
+        if step.column < step.all_begin || step.column + Self::STEP > step.all_end {
+            let [rows] = self.shared.rows(step.slot).of_lane::<1>(self.first_row, self.lane);
+            mask(scores, &rows, step.column, self.lane);
+        }
+    }
+
+    /// Stores the output of a tile; its slot may then be used again.
+    #[inline(always)]
+    unsafe fn store<E: Element>(&mut self, slot: u32, softmax: &OnlineSoftmax<1>, output: &mut [[Fragment; DIM_BLOCKS]; 1]) {
+        let task = self.shared.task(self.params, slot);
+        epilogue::store::<E, DIM_BLOCKS>(&task, self.lane, self.first_row, softmax, output);
+        if self.thread_that_notes() {
+            Stamper::of(self.params).end(task.index);
+        }
+        warp::sync();
+        self.tasks.release_stage(slot, self.lane);
+    }
+
+    /// Lets `steps` steps go by unused. Nothing that has come before may be left to do: the other consumer may need it out of the way.
+    #[inline(always)]
+    unsafe fn skip(&mut self, steps: u32) {
+        for _ in 0..steps {
+            self.take_turn();
+            self.pass_turn();
+            self.k.wait_full();
+            self.k.release(self.lane);
+            self.v.wait_full();
+            self.v.release(self.lane);
+        }
+    }
+
+    /// Waits for this warpgroup's turn to start products. The warpgroups take turns step by step, so that one does its softmax
+    /// while the other has the tensor cores; both have a turn for every step of every tile.
+    #[inline(always)]
+    unsafe fn take_turn(&self) {
+        warpgroup::sync(barrier::TURN + self.warpgroup, CONSUMER_THREADS);
+    }
+
+    /// Ends this warpgroup's turn.
+    #[inline(always)]
+    unsafe fn pass_turn(&self) {
+        warpgroup::arrive(barrier::TURN + 1 - self.warpgroup, CONSUMER_THREADS);
+    }
+
+    #[inline(always)]
+    fn thread_that_notes(&self) -> bool {
+        self.first_row == 0 && self.lane == 0
+    }
+}
+
+/// Does a consumer's part until no task is left.
 ///
 /// # Safety
 ///
-/// Reached by all threads of both consumers, with a valid task of a wide tile.
+/// Reached by all threads of the consumer's warpgroup; `thread` counts the threads of both.
 #[inline(always)]
-pub unsafe fn run<E: Element, const DIM_BLOCKS: usize>(consumer: &mut Consumer<DIM_BLOCKS>, task: &Task)
-where
-    Scores: Accumulator<E>,
+pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    params: &AttentionParams,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    warpgroup: u32,
+    thread: u32,
+) where
+    [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
-    let item = &task.item;
-    let lane = consumer.lane;
-    let first_row = consumer.warp * WARP_ROWS;
-    let view = view_of_warpgroup(task, consumer.warpgroup, lane);
-    let [rows] = task.rows.of_lane::<1>(first_row, lane);
-    let q = Descriptor::along_sum(consumer.shared.queries().row(consumer.warpgroup * CONSUMER_ROWS));
-    let mut softmax = OnlineSoftmax::<1>::new(task.params.scale_log2);
+    let mut consumer = Consumer {
+        params,
+        shared,
+        tasks: shared.task_ring(),
+        queries: shared.query_ring(),
+        k: shared.k_ring(),
+        v: shared.v_ring(),
+        warpgroup,
+        first_row: warp::uniform(thread / 32) * WARP_ROWS,
+        lane: thread % 32,
+    };
+    if warpgroup == 1 {
+        consumer.pass_turn(); // the first turn is consumer 0's
+    }
+    while consumer.has_tile() {
+        walk::<E, DIM_BLOCKS, FRAGMENTS>(&mut consumer);
+    }
+    if warpgroup == 0 {
+        consumer.take_turn(); // the last turn that was passed on
+    }
+}
+
+/// Walks through steps that follow each other without a gap, from the first of the next tile to the last of this or another.
+#[inline(always)]
+unsafe fn walk<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>)
+where
+    [Fragment; FRAGMENTS]: Accumulator<E>,
+    [Fragment; DIM_BLOCKS]: Accumulator<E>,
+{
+    let mut step = consumer.next_tile();
+    let mut queries = consumer.take_queries();
+    let nothing = OnlineSoftmax::<1>::new(consumer.params.scale_log2);
+    let mut softmax = nothing;
     let mut output = [[[0f32; 4]; DIM_BLOCKS]];
+    consumer.skip(step.before);
 
-    // Steps before `first` and from `end` on show nothing to these rows.
-    let (first, end) = view.steps(item.column_begin, STEP);
-    let num_steps = (item.column_end - item.column_begin).div_ceil(STEP);
-    consumer.queries.wait_full();
-    consumer.skip_steps(first);
-    if first < end {
-        let mut column = item.column_begin + first * STEP;
-        let mut scores = [[[0f32; 4]; SCORE_FRAGMENTS]];
-        consumer.k.wait_full();
-        consumer.take_turn();
-        scores[0].hold();
-        start_scores::<E, DIM_BLOCKS>(&mut scores[0], q, consumer.shared.k(consumer.k.stage));
-        consumer.pass_turn();
-        wgmma::wait_group::<0>();
-        scores[0].hold();
-        consumer.k.release(lane);
-        mask_step(&mut scores[0], &view, &rows, column, lane);
-        softmax.update(&mut scores);
-        let mut exponentials = operands::<E>(&scores[0]);
+    let mut scores = [[[0f32; 4]; FRAGMENTS]];
+    consumer.k.wait_full();
+    consumer.take_turn();
+    scores[0].hold();
+    consumer.start_scores::<E>(&queries, &mut scores[0]);
+    consumer.pass_turn();
+    wgmma::wait_group::<0>();
+    scores[0].hold();
+    consumer.k.release(consumer.lane);
+    consumer.mask(&step, &mut scores[0]);
+    softmax.update(&mut scores);
+    let mut weights = weights_of::<E, FRAGMENTS>(&scores[0]);
+    let mut values = consumer.v.take_full();
 
-        for _ in first + 1..end {
-            column += STEP;
-            let mut scores = [[[0f32; 4]; SCORE_FRAGMENTS]];
-            consumer.k.wait_full();
-            consumer.take_turn();
-            output[0].hold();
-            hold_operands(&mut exponentials);
-            scores[0].hold();
-            start_scores::<E, DIM_BLOCKS>(&mut scores[0], q, consumer.shared.k(consumer.k.stage));
-            consumer.v.wait_full();
-            start_output::<E, DIM_BLOCKS>(&mut output[0], &exponentials, consumer.shared.v(consumer.v.stage));
-            consumer.pass_turn();
-            wgmma::wait_group::<1>();
-            scores[0].hold();
-            consumer.k.release(lane);
-            mask_step(&mut scores[0], &view, &rows, column, lane);
-            let factors = softmax.update(&mut scores);
-            wgmma::wait_group::<0>();
-            output[0].hold();
-            scores[0].hold();
-            consumer.v.release(lane);
-            exponentials = operands::<E>(&scores[0]);
-            scale_rows(&mut output, &factors);
+    loop {
+        // The step's scores have become weights; its output is not started yet.
+        let done = step;
+        if done.is_last() {
+            if done.behind > 0 || !consumer.has_tile_that_follows() {
+                break;
+            }
+            step = consumer.next_tile();
+            queries = consumer.take_queries();
+        } else {
+            step.column += Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP;
         }
 
-        consumer.v.wait_full();
+        let mut scores = [[[0f32; 4]; FRAGMENTS]];
+        consumer.k.wait_full();
+        consumer.take_turn();
         output[0].hold();
-        hold_operands(&mut exponentials);
-        start_output::<E, DIM_BLOCKS>(&mut output[0], &exponentials, consumer.shared.v(consumer.v.stage));
+        hold_words(&mut weights);
+        hold_words(&mut queries);
+        scores[0].hold();
+        consumer.start_scores::<E>(&queries, &mut scores[0]);
+        consumer.start_output::<E>(&mut output[0], &weights, values);
+        consumer.pass_turn();
+        wgmma::wait_group::<1>();
+        scores[0].hold();
+        consumer.k.release(consumer.lane);
+        consumer.mask(&step, &mut scores[0]);
+        let before = softmax;
+        if done.is_last() {
+            softmax = nothing;
+        }
+        let factors = softmax.update(&mut scores);
+        softmax.settle();
+        let next_values = consumer.v.take_full();
         wgmma::wait_group::<0>();
         output[0].hold();
-        consumer.v.release(lane);
+        scores[0].hold();
+        consumer.v.release_stage(values, consumer.lane);
+        values = next_values;
+        weights = weights_of::<E, FRAGMENTS>(&scores[0]);
+        if done.is_last() {
+            consumer.store::<E>(done.slot, &before, &mut output);
+            output = [[[0f32; 4]; DIM_BLOCKS]];
+        } else {
+            scale_rows(&mut output, &factors);
+        }
     }
-    consumer.queries.release(lane);
-    consumer.skip_steps(num_steps - end);
 
-    let staging = SharedTile::at(consumer.shared.exchange()).skip_rows(first_row);
-    store::rows::<E, DIM_BLOCKS, 1>(task, lane, first_row, staging, &softmax, &mut output);
+    output[0].hold();
+    hold_words(&mut weights);
+    consumer.start_output::<E>(&mut output[0], &weights, values);
+    wgmma::wait_group::<0>();
+    output[0].hold();
+    consumer.v.release_stage(values, consumer.lane);
+    consumer.store::<E>(step.slot, &softmax, &mut output);
+    consumer.skip(step.behind);
 }
 
-/// What the 64 rows of a consumer see.
+/// The exponentials of a step in the element type.
 #[inline(always)]
-unsafe fn view_of_warpgroup(task: &Task, warpgroup: u32, lane: u32) -> WarpView {
-    let row = warpgroup * CONSUMER_ROWS + lane;
-    WarpView::of(task.rows.read(row)).and(WarpView::of(task.rows.read(row + CONSUMER_ROWS / 2)))
-}
-
-/// Masks the scores of a step, where some row does not see all of its columns.
-#[inline(always)]
-fn mask_step(scores: &mut Scores, view: &WarpView, rows: &[Row; ROWS_PER_LANE], column: u32, lane: u32) {
-    if !view.sees_all(column, STEP) {
-        mask(scores, rows, column, lane);
+fn weights_of<E: Element, const FRAGMENTS: usize>(exponentials: &[Fragment; FRAGMENTS]) -> Weights<FRAGMENTS> {
+    let mut weights = [[0u32; 2]; FRAGMENTS];
+    for (words, fragment) in weights.iter_mut().zip(exponentials) {
+        *words = [E::pack(fragment[0], fragment[1]), E::pack(fragment[2], fragment[3])];
     }
-}
-
-/// The exponentials of a step as operands A.
-#[inline(always)]
-fn operands<E: Element>(exponentials: &Scores) -> [OperandA; STEP_OPERANDS] {
-    let mut operands = [[0u32; 4]; STEP_OPERANDS];
-    for (j, operand) in operands.iter_mut().enumerate() {
-        *operand = probabilities::<E>(&exponentials[2 * j], &exponentials[2 * j + 1]);
-    }
-    operands
-}
-
-/// Starts `scores = Q Kᵀ` for one step.
-#[inline(always)]
-unsafe fn start_scores<E, const DIM_BLOCKS: usize>(scores: &mut Scores, q: Descriptor, k: ColumnTile<DIM_BLOCKS>)
-where
-    Scores: Accumulator<E>,
-{
-    let k = Descriptor::along_sum(k.row(0));
-    wgmma::fence();
-    for block in (0..DIM_BLOCKS).step_by(2) {
-        let (panel, byte) = ((block / PANEL_BLOCKS) as u32, (block % PANEL_BLOCKS * 16) as u32);
-        let a = q.skip(panel * QueryTile::<DIM_BLOCKS>::PANEL_BYTES + byte);
-        let b = k.skip(panel * ColumnTile::<DIM_BLOCKS>::PANEL_BYTES + byte);
-        scores.add_product_shared(a, b, block > 0);
-    }
-    wgmma::commit_group();
-}
-
-/// Starts `output += P V` for one step.
-#[inline(always)]
-unsafe fn start_output<E, const DIM_BLOCKS: usize>(
-    output: &mut [Fragment; DIM_BLOCKS],
-    exponentials: &[OperandA; STEP_OPERANDS],
-    v: ColumnTile<DIM_BLOCKS>,
-) where
-    [Fragment; DIM_BLOCKS]: Accumulator<E>,
-{
-    let v = Descriptor::across_sum(v.row(0), ColumnTile::<DIM_BLOCKS>::PANEL_BYTES);
-    wgmma::fence();
-    for (j, a) in exponentials.iter().enumerate() {
-        output.add_product(*a, v.skip(16 * j as u32 * PANEL_ROW_BYTES));
-    }
-    wgmma::commit_group();
+    weights
 }
