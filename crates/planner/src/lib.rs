@@ -39,10 +39,13 @@ mod device;
 mod error;
 mod explain;
 mod family;
+mod items;
 mod lanes;
 mod pack;
 mod plan;
 mod planner;
+mod prefix;
+mod share;
 mod split;
 mod tile;
 

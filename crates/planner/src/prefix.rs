@@ -1,0 +1,213 @@
+//! The prefix tree of a batch: which requests begin with the same KV slots, and how far.
+//!
+//! Requests are sorted by their slots, without comparing more of them than they have in common: of those that begin alike, one is compared
+//! with all others, and what parts from it in the same way is sorted further among itself. Nodes of the tree then are ranges of the
+//! sorted requests.
+
+use std::cmp::Reverse;
+use std::ops::Range;
+
+use packinfer_abi::KvRun;
+use packinfer_batch::{Batch, Mask, Request};
+
+/// [`Node::parent`] of a node without one.
+const NO_NODE: u32 = u32::MAX;
+/// What follows where nothing does. No slot has this number.
+const NO_SLOT: u32 = u32::MAX;
+
+/// A column of a request, found among its runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub column: u32,
+    /// The run, of the request's, that holds the column before it; the first run for column 0.
+    pub run: u32,
+    /// First column of that run.
+    pub run_column: u32,
+}
+
+impl Place {
+    /// Slots of the run that lie before the column.
+    pub fn skip(&self) -> u32 {
+        self.column - self.run_column
+    }
+}
+
+/// A request that begins like others.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Member {
+    pub request: u32,
+    /// How far it is like the member before it.
+    common: Place,
+    /// The slot that follows there.
+    next: u32,
+}
+
+/// Columns that the same requests share.
+#[derive(Clone, Debug)]
+pub(crate) struct Node {
+    /// Its requests, as a range of [`PrefixTree::members`].
+    pub members: Range<usize>,
+    /// Where its columns end. They begin where its parent's end.
+    pub end: Place,
+    pub parent: u32,
+    /// The first of its descendants, or the node itself: they stand right before it.
+    first_descendant: u32,
+}
+
+/// Finds prefix trees. It keeps its memory from batch to batch.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PrefixTree {
+    members: Vec<Member>,
+    nodes: Vec<Node>,
+    /// First slot and index of every request.
+    first_slots: Vec<(u32, u32)>,
+    /// Members still to be sorted, which are alike up to a place and one slot more.
+    unsorted: Vec<(Range<usize>, Place)>,
+    /// Nodes whose last member is not known yet, each with its first member.
+    open: Vec<Node>,
+}
+
+impl PrefixTree {
+    /// Requests that begin like others, in an order in which those of every node are neighbours.
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// All nodes, children before parents.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The node that a node's columns follow.
+    pub fn parent(&self, node: &Node) -> Option<&Node> {
+        self.nodes.get(node.parent as usize)
+    }
+
+    /// Where a node's columns begin.
+    pub fn begin(&self, node: &Node) -> Place {
+        self.parent(node).map_or(Place::default(), |parent| parent.end)
+    }
+
+    /// Columns of a node.
+    pub fn columns(&self, node: &Node) -> u32 {
+        node.end.column - self.begin(node).column
+    }
+
+    /// Forgets the tree.
+    pub fn clear(&mut self) {
+        self.members.clear();
+        self.nodes.clear();
+    }
+
+    /// Finds the tree of a batch.
+    pub fn find(&mut self, batch: &Batch) {
+        self.clear();
+        self.first_slots.clear();
+        for (request, index) in batch.requests().iter().zip(0..) {
+            if shareable(request, batch.mask()) > 0 {
+                self.first_slots.push((batch.runs_of(request)[0].first_slot, index));
+            }
+        }
+        self.first_slots.sort_unstable();
+        for alike in self.first_slots.chunk_by(|a, b| a.0 == b.0).filter(|alike| alike.len() > 1) {
+            let begin = self.members.len();
+            let member = |&(next, request): &(u32, u32)| Member { request, common: Place::default(), next };
+            self.members.extend(alike.iter().map(member));
+            self.unsorted.push((begin..self.members.len(), Place::default()));
+        }
+        while let Some((range, place)) = self.unsorted.pop() {
+            self.sort(batch, range, place);
+        }
+        self.make_nodes();
+    }
+
+    /// Sorts members, which are alike up to `place` and one slot more, by how far they are like the first of them.
+    fn sort(&mut self, batch: &Batch, range: Range<usize>, place: Place) {
+        let members = &mut self.members[range.clone()];
+        // Requests that come later often go on where earlier ones end: one in the middle divides them best. Only the order of requests
+        // changes, not how far the first member is like the one before.
+        let middle = members.len() / 2;
+        let (first, rest) = members.split_at_mut(1);
+        std::mem::swap(&mut first[0].request, &mut rest[middle - 1].request);
+        let request = |member: &Member| &batch.requests()[member.request as usize];
+        let first = request(&first[0]);
+        for member in &mut *rest {
+            let (runs, other) = (batch.runs_of(first), request(member));
+            let own = shareable(other, batch.mask());
+            member.common = common(runs, batch.runs_of(other), place, own.min(shareable(first, batch.mask())));
+            member.next = if member.common.column < own { next_slot(batch.runs_of(other), member.common) } else { NO_SLOT };
+        }
+        rest.sort_unstable_by_key(|member| (Reverse(member.common.column), member.next, member.request));
+        let mut begin = range.start + 1;
+        for alike in rest.chunk_by(|a, b| (a.common.column, a.next) == (b.common.column, b.next)) {
+            if alike.len() > 1 && alike[0].next != NO_SLOT {
+                self.unsorted.push((begin..begin + alike.len(), alike[0].common));
+            }
+            begin += alike.len();
+        }
+    }
+
+    /// Makes the nodes of sorted members: where neighbours have less in common than those before, nodes end.
+    fn make_nodes(&mut self) {
+        for index in 1..=self.members.len() {
+            let common = self.members.get(index).map_or(Place::default(), |member| member.common);
+            let (mut begin, mut first_descendant) = (index - 1, self.nodes.len() as u32);
+            while let Some(mut node) = self.open.pop_if(|node| node.end.column > common.column) {
+                node.members.end = index;
+                (begin, first_descendant) = (node.members.start, node.first_descendant);
+                self.close(node);
+            }
+            if common.column > self.open.last().map_or(0, |node| node.end.column) {
+                self.open.push(Node { members: begin..begin, end: common, parent: NO_NODE, first_descendant });
+            }
+        }
+    }
+
+    /// Appends a node, which becomes the parent of its descendants that have none.
+    fn close(&mut self, node: Node) {
+        let index = self.nodes.len() as u32;
+        let mut child = index;
+        while child > node.first_descendant {
+            child -= 1;
+            let first_descendant = &mut self.nodes[child as usize];
+            first_descendant.parent = index;
+            child = first_descendant.first_descendant;
+        }
+        self.nodes.push(node);
+    }
+}
+
+/// Leading columns of a request that it may share: those that all of its query tokens see, and none of them brings.
+fn shareable(request: &Request, mask: Mask) -> u32 {
+    match mask {
+        _ if request.query_len == 0 => 0,
+        Mask::Causal => request.kv_len - request.query_len,
+        Mask::None => request.kv_len,
+    }
+}
+
+/// Where the slots of `a` and `b` part, which are the same up to `from`; at column `limit` at the latest.
+///
+/// No two adjoining runs of a request could be one, so what is alike is in runs that begin at the same columns.
+fn common(a: &[KvRun], b: &[KvRun], from: Place, limit: u32) -> Place {
+    let mut common = from;
+    let mut column = from.run_column;
+    for (index, (a, b)) in (from.run..).zip(a[from.run as usize..].iter().zip(&b[from.run as usize..])) {
+        if a.first_slot != b.first_slot || column == limit {
+            break;
+        }
+        let same = a.num_slots.min(b.num_slots).min(limit - column);
+        common = Place { column: column + same, run: index, run_column: column };
+        if a.num_slots != b.num_slots || same < a.num_slots {
+            break;
+        }
+        column += same;
+    }
+    common
+}
+
+/// The slot of a place, which is not the end of the runs.
+fn next_slot(runs: &[KvRun], place: Place) -> u32 {
+    let run = &runs[place.run as usize];
+    if place.skip() < run.num_slots { run.first_slot + place.skip() } else { runs[place.run as usize + 1].first_slot }
+}
