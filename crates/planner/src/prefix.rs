@@ -211,3 +211,66 @@ fn next_slot(runs: &[KvRun], place: Place) -> u32 {
     let run = &runs[place.run as usize];
     if place.skip() < run.num_slots { run.first_slot + place.skip() } else { runs[place.run as usize + 1].first_slot }
 }
+
+#[cfg(test)]
+mod tests {
+    use packinfer_batch::{AttentionShape, DType};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Requests in runs of few slots, many of which begin alike and part within a run.
+    fn any_batch() -> impl Strategy<Value = Batch> {
+        let runs = prop::collection::vec((0..2u32, 1..5u32), 1..8);
+        let requests = prop::collection::vec((0..3u32, runs), 0..40);
+        (any::<bool>(), requests).prop_map(|(causal, requests)| {
+            let shape = AttentionShape::new(1, 1, 128, DType::Bf16).expect("a good shape");
+            let mut batch = Batch::new(shape, if causal { Mask::Causal } else { Mask::None });
+            for (query_len, runs) in requests {
+                let runs = runs.into_iter().map(|(run, num_slots)| KvRun { first_slot: 4 * run, num_slots });
+                let kv_len = runs.clone().map(|run| run.num_slots).sum::<u32>();
+                batch.push_runs(query_len.min(kv_len), kv_len, runs).expect("a good request");
+            }
+            batch
+        })
+    }
+
+    /// The slots that a request may share.
+    fn slots(batch: &Batch, request: u32) -> Vec<u32> {
+        let request = &batch.requests()[request as usize];
+        let all = batch.runs_of(request).iter().flat_map(|run| run.first_slot..run.first_slot + run.num_slots);
+        all.take(shareable(request, batch.mask()) as usize).collect()
+    }
+
+    proptest! {
+        /// Any two requests have in common what the smallest node with both says, at the places that it says.
+        #[test]
+        fn nodes_are_what_requests_have_in_common(batch in any_batch()) {
+            let mut tree = PrefixTree::default();
+            tree.find(&batch);
+            let member_of = |request| tree.members().iter().position(|member| member.request == request);
+            for a in 0..batch.requests().len() as u32 {
+                for b in 0..a {
+                    let [a_slots, b_slots] = [a, b].map(|request| slots(&batch, request));
+                    let common = a_slots.iter().zip(&b_slots).take_while(|(a, b)| a == b).count();
+                    let both = |node: &&Node| {
+                        [a, b].into_iter().all(|request| member_of(request).is_some_and(|member| node.members.contains(&member)))
+                    };
+                    let node = tree.nodes().iter().find(both); // children come first
+                    prop_assert_eq!(node.map_or(0, |node| node.end.column), common as u32, "{} and {}", a, b);
+                }
+            }
+            for node in tree.nodes() {
+                prop_assert!(node.members.len() > 1 && tree.columns(node) > 0);
+                prop_assert!(tree.parent(node).is_none_or(|parent| parent.members.start <= node.members.start));
+                prop_assert!(tree.parent(node).is_none_or(|parent| node.members.end <= parent.members.end));
+                for member in &tree.members()[node.members.clone()] {
+                    let runs = batch.runs_of(&batch.requests()[member.request as usize]);
+                    let before = runs[..node.end.run as usize].iter().map(|run| run.num_slots).sum::<u32>();
+                    prop_assert_eq!(before, node.end.run_column);
+                    prop_assert!(node.end.skip() > 0 && node.end.skip() <= runs[node.end.run as usize].num_slots);
+                }
+            }
+        }
+    }
+}
