@@ -156,11 +156,11 @@ fn long_requests_are_split_and_merged() {
 fn shared_prefixes_are_read_once_and_merged() {
     let blocks = |i: u32| (0..i % 5).map(|level| u64::from(level > 0 && i % 2 == 0)).collect::<Vec<_>>();
     let requests = (0..24).map(|i| {
-        let query_len = [1, 1, 4, 37][i as usize % 4];
-        RequestLengths { query_len, kv_len: blocks(i).len() as u32 * 64 + query_len + i % 3, blocks: blocks(i) }
+        let query_len = [1, 1, 2, 5][i as usize % 4];
+        RequestLengths { query_len, kv_len: blocks(i).len() as u32 * 160 + query_len + i % 3, blocks: blocks(i) }
     });
     for causal in [true, false] {
-        let file = BatchFile { causal, block_tokens: Some(64), requests: requests.clone().collect(), ..BatchFile::builtin() };
+        let file = BatchFile { causal, block_tokens: Some(160), requests: requests.clone().collect(), ..BatchFile::builtin() };
         let batch = file.to_batch(3).expect("a good batch");
         let explanation = shared(&batch).explain(&DeviceModel::H100);
         assert!(explanation.shared_tiles > 4, "{} shared tiles", explanation.shared_tiles);

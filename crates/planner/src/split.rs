@@ -69,13 +69,14 @@ impl Splitter {
         }
         let ideal = total as f64 / f64::from(num_lanes);
         let unsplit = self.lanes.max() as f64;
-        self.whole(tiles);
-        let unsplit_merge = self.merge_ns(tiles, plan, model);
-        if unsplit > ideal * (1.0 + BALANCED) && unsplit > ideal + model.merge_ns {
+        let merge_ns = if tiles.iter().any(|tile| tile.partial) { 0.0 } else { model.merge_ns };
+        if unsplit > ideal * (1.0 + BALANCED) && unsplit > ideal + merge_ns {
+            self.whole(tiles);
+            let unsplit = unsplit + self.merge_ns(tiles, plan, model);
             // The first pass shows how much more work the parts are, the second divides that too.
             let with_splits = self.fill_lanes(tiles, plan, cost, num_lanes, total);
             self.fill_lanes(tiles, plan, cost, num_lanes, with_splits.max(total));
-            if self.lanes.max() as f64 + self.merge_ns(tiles, plan, model) < unsplit + unsplit_merge {
+            if self.lanes.max() as f64 + self.merge_ns(tiles, plan, model) < unsplit {
                 return &self.parts;
             }
         }
