@@ -154,7 +154,7 @@ fn long_requests_are_split_and_merged() {
 /// Many levels, and some requests that end where others go on.
 #[test]
 fn shared_prefixes_are_read_once_and_merged() {
-    let blocks = |i: u32| (0..i % 5).map(|level| u64::from(level > 0 && i % 2 == 0)).collect::<Vec<_>>();
+    let blocks = |i: u32| (0..i % 5).map(|level| u64::from(level > 0 && i.is_multiple_of(2))).collect::<Vec<_>>();
     let requests = (0..24).map(|i| {
         let query_len = [1, 1, 2, 5][i as usize % 4];
         RequestLengths { query_len, kv_len: blocks(i).len() as u32 * 160 + query_len + i % 3, blocks: blocks(i) }

@@ -147,10 +147,7 @@ impl CostModel {
             tokens => tile(kind_for(tokens, self.heads), tokens),
         };
         let full_tiles = f64::from(division.full_tiles);
-        Line {
-            fixed_ns: full_tiles * full.fixed_ns + last.fixed_ns,
-            column_ns: full_tiles * full.column_ns + last.column_ns,
-        }
+        Line { fixed_ns: full_tiles * full.fixed_ns + last.fixed_ns, column_ns: full_tiles * full.column_ns + last.column_ns }
     }
 
     /// What an item takes.

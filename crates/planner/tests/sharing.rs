@@ -19,11 +19,8 @@ fn shape() -> AttentionShape {
 /// A batch of that shape from (query_len, kv_len, blocks).
 fn batch(requests: impl IntoIterator<Item = (u32, u32, Vec<u64>)>) -> Batch {
     let request = |(query_len, kv_len, blocks)| RequestLengths { query_len, kv_len, blocks };
-    let file = BatchFile {
-        block_tokens: Some(BLOCK),
-        requests: requests.into_iter().map(request).collect(),
-        ..BatchFile::builtin()
-    };
+    let file =
+        BatchFile { block_tokens: Some(BLOCK), requests: requests.into_iter().map(request).collect(), ..BatchFile::builtin() };
     file.to_batch(1).expect("a good batch")
 }
 
