@@ -135,9 +135,20 @@ fn shared_kv_counts_once_for_the_kernels() {
 /// Nested prefixes, each request one block longer than the one before.
 #[test]
 fn deep_trees_are_planned() {
-    let batch = batch((0..300).map(|i| (1, i as u32 * BLOCK + 1, (0..i).collect())));
-    let [shared, unshared] = explain(&batch);
-    assert!(shared.predicted_us < unshared.predicted_us);
+    for (requests, step) in [(300, 512), (4000, 16)] {
+        let mut batch = Batch::new(shape(), Mask::Causal);
+        for i in 0..requests {
+            batch.push_contiguous(1, 1 + step * i, 0).expect("a good request");
+        }
+        let [shared, unshared] = explain(&batch);
+        assert!(shared.predicted_us < 0.5 * unshared.predicted_us);
+        // Not every request is in a group at each of up to 4000 levels.
+        assert!(
+            shared.merge_tokens <= requests && shared.partial_rows < 50 * 4 * requests,
+            "{} partial rows",
+            shared.partial_rows
+        );
+    }
 }
 
 /// Any tree: blocks of few ids, so that requests have paths of many lengths in common.
