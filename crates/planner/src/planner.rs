@@ -139,7 +139,7 @@ impl Planner {
     /// Makes the plan with what is to be shared; or with nothing shared, if that is not slower.
     fn lay_out_sharing(&mut self, batch: &Batch, plan: &mut Plan, heads: HeadGroups, cost: &CostModel) -> Result<(), PlanError> {
         /// More than what predictions are rounded by.
-        const ROUNDING: f64 = 0.01;
+        const ROUNDING: f64 = 0.001;
         let planned = self.lay_out(batch, plan, heads, cost);
         let shared_ns = plan.predicted_ns(&plan.model, &mut self.lanes);
         if planned.is_ok() && shared_ns < plan.model.least_ns(batch, 0) * (1.0 - ROUNDING) {

@@ -154,27 +154,30 @@ fn deep_trees_are_planned() {
 /// Any tree: blocks of few ids, so that requests have paths of many lengths in common.
 fn any_tree() -> impl Strategy<Value = Batch> {
     let heads = (1..=3u32, prop::sample::select(vec![1, 4, 7, 32]));
-    let pages = (prop::sample::select(vec![1, 16, 50]), prop::sample::select(vec![1, 2, 9]));
-    let query_len = prop_oneof![1 => Just(0), 5 => Just(1), 3 => 2..20u32, 1 => 20..300u32];
-    let blocks = prop::collection::vec(0..3u64, 0..7);
-    let requests = prop::collection::vec((query_len, blocks, 0..200u32), 0..80);
-    (heads, pages, any::<bool>(), requests, any::<u64>()).prop_map(|(heads, (page_size, pages), causal, requests, seed)| {
-        let block_tokens = page_size * pages;
-        let requests = requests.into_iter().map(|(query_len, blocks, own)| {
-            let kv_len = (blocks.len() as u32 * block_tokens + own).max(query_len);
-            RequestLengths { query_len, kv_len, blocks }
-        });
-        let file = BatchFile {
-            num_qo_heads: heads.0 * heads.1,
-            num_kv_heads: heads.0,
-            page_size,
-            causal,
-            block_tokens: Some(block_tokens),
-            requests: requests.collect(),
-            ..BatchFile::builtin()
-        };
-        file.to_batch(seed).expect("a good batch")
-    })
+    let pages = prop::sample::select(vec![(1, 7), (1, 100), (16, 4), (16, 20), (50, 10)]);
+    let most_query_tokens = prop::sample::select(vec![1, 9, 200u32]);
+    let blocks = prop::collection::vec(0..2u64, 0..7);
+    let requests = prop::collection::vec((any::<prop::sample::Index>(), blocks, 0..200u32), 0..80);
+    (heads, pages, any::<bool>(), most_query_tokens, requests, any::<u64>()).prop_map(
+        |(heads, (page_size, pages), causal, most, requests, seed)| {
+            let block_tokens = page_size * pages;
+            let requests = requests.into_iter().map(|(query_len, blocks, own)| {
+                let query_len = query_len.index(most as usize + 1) as u32;
+                let kv_len = (blocks.len() as u32 * block_tokens + own).max(query_len);
+                RequestLengths { query_len, kv_len, blocks }
+            });
+            let file = BatchFile {
+                num_qo_heads: heads.0 * heads.1,
+                num_kv_heads: heads.0,
+                page_size,
+                causal,
+                block_tokens: Some(block_tokens),
+                requests: requests.collect(),
+                ..BatchFile::builtin()
+            };
+            file.to_batch(seed).expect("a good batch")
+        },
+    )
 }
 
 /// Devices with few multiprocessors, or next to no memory bandwidth: sharing pays early.
