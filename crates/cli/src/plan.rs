@@ -63,6 +63,7 @@ fn table_of(explained: &[Explained]) -> comfy_table::Table {
     row("tiles: wide", &|e| e.plan.wide_tiles.to_string());
     row("tiles: narrow", &|e| e.plan.narrow_tiles.to_string());
     row("tiles: of several requests", &|e| e.plan.packed_tiles.to_string());
+    row("tiles: of shared KV", &|e| e.plan.shared_tiles.to_string());
     row("tiles: split", &|e| e.plan.split_tiles.to_string());
     row("work items: wide", &|e| e.plan.wide_items.to_string());
     row("work items: narrow", &|e| e.plan.narrow_items.to_string());
@@ -70,6 +71,7 @@ fn table_of(explained: &[Explained]) -> comfy_table::Table {
     row("predicted µs", &|e| significant(e.plan.predicted_us));
     row("balance", &|e| significant(e.plan.balance));
     row("KV read, MB", &|e| megabytes(e.plan.kv_bytes));
+    row("KV read from memory, MB", &|e| megabytes(e.plan.kv_memory_bytes));
     row("KV distinct, MB", &|e| megabytes(e.plan.distinct_kv_bytes));
     row("Q and O, MB", &|e| megabytes(e.plan.qo_bytes));
     row("partials, MB", &|e| megabytes(e.plan.partial_bytes));

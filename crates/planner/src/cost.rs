@@ -6,6 +6,7 @@ use packinfer_abi::{COLUMN_STEP, DIRECT, HeadGroups, RowSegment, TileKind, WIDE_
 use packinfer_batch::AttentionShape;
 
 use crate::DeviceModel;
+use crate::tile::{Division, kind_for};
 
 /// Nanoseconds of one thread block.
 pub(crate) type Ns = u64;
@@ -74,6 +75,22 @@ pub(crate) struct CostModel {
     row_ns: f64,
     /// A row of Q and one of a partial.
     partial_row_ns: f64,
+    /// A row of a partial that is read to be merged.
+    merged_row_ns: f64,
+}
+
+/// What rows take together, by the number of columns that they all see.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Line {
+    pub fixed_ns: f64,
+    pub column_ns: f64,
+}
+
+impl Line {
+    /// What so many columns take.
+    pub fn at(self, columns: u32) -> f64 {
+        self.fixed_ns + f64::from(columns) * self.column_ns
+    }
 }
 
 impl CostModel {
@@ -90,6 +107,7 @@ impl CostModel {
             pair_ns: 4.0 * f64::from(shape.head_dim()) * 1e9 * lanes / model.flops_per_s,
             row_ns: 2.0 * row_bytes * byte_ns,
             partial_row_ns: (row_bytes + partial_row_bytes(shape) as f64) * byte_ns,
+            merged_row_ns: partial_row_bytes(shape) as f64 * byte_ns,
         }
     }
 
@@ -101,12 +119,35 @@ impl CostModel {
     /// What an item takes for its columns, of which a part of `fresh` is read by no other item of its head group before.
     pub fn columns_ns(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32) -> f64 {
         let num_columns = columns.end - columns.start;
-        // The head groups of a KV head share its columns too.
-        let fresh = f64::from(fresh) / f64::from(self.heads.groups_per_kv_head().max(1));
-        let read_ns = f64::from(num_columns) * (fresh * self.column_ns + (1.0 - fresh) * self.cached_column_ns);
+        let read_ns = f64::from(num_columns) * self.read_ns(fresh);
         let compute_ns = f64::from(num_columns.div_ceil(COLUMN_STEP)) * self.step_ns
             + issued_pairs(self.heads, kind, segments, columns) as f64 * self.pair_ns;
         read_ns.max(compute_ns)
+    }
+
+    /// What it takes to read a column.
+    fn read_ns(&self, fresh: f32) -> f64 {
+        // The head groups of a KV head share its columns too.
+        let fresh = f64::from(fresh) / f64::from(self.heads.groups_per_kv_head().max(1));
+        fresh * self.column_ns + (1.0 - fresh) * self.cached_column_ns
+    }
+
+    /// What query tokens take that are put into tiles by themselves, all see every column, and are merged with what they see elsewhere.
+    pub fn shared(&self, division: Division) -> Line {
+        let tile = |kind: TileKind, tokens: u32| {
+            let rows = tokens * self.heads.heads_per_group;
+            let issued_rows = f64::from(rows.next_multiple_of(warp_rows(kind)));
+            let compute_ns = self.step_ns / f64::from(COLUMN_STEP) + issued_rows * self.pair_ns;
+            let fixed_ns = self.fixed_ns(rows, true) + f64::from(rows) * self.merged_row_ns;
+            Line { fixed_ns, column_ns: self.read_ns(division.fresh()).max(compute_ns) }
+        };
+        let full = tile(TileKind::Wide, division.tile_tokens);
+        let last = match division.remainder {
+            0 => Line::default(),
+            tokens => tile(kind_for(tokens, self.heads), tokens),
+        };
+        let full_tiles = f64::from(division.full_tiles);
+        Line { fixed_ns: full_tiles * full.fixed_ns + last.fixed_ns, column_ns: full_tiles * full.column_ns + last.column_ns }
     }
 
     /// What an item takes.

@@ -1,7 +1,7 @@
 //! How fast a device is: what the cost model knows of it.
 
 use packinfer_abi::ATTENTION_BLOCKS_PER_SM;
-use packinfer_batch::Batch;
+use packinfer_batch::{Batch, Request};
 use serde::Serialize;
 
 use crate::KernelFamily;
@@ -138,12 +138,14 @@ impl DeviceModel {
         }
     }
 
-    /// Nanoseconds that a batch takes at least, KV read once by each request: its bytes or its products, whichever takes longer.
-    pub fn least_ns(&self, batch: &Batch) -> f64 {
+    /// Nanoseconds that a batch takes at least: its bytes or its products, whichever takes longer. Each request reads all KV that all of its
+    /// query tokens see, but for `repeated_tokens` KV tokens that need not be read again.
+    pub fn least_ns(&self, batch: &Batch, repeated_tokens: u64) -> f64 {
         let shape = batch.shape();
-        let kv_tokens: u64 = batch.requests().iter().filter(|r| r.query_len > 0).map(|r| u64::from(r.kv_len)).sum();
+        let sees = |request: &Request| u64::from(request.first_token_sees(batch.mask()));
+        let kv_tokens: u64 = batch.requests().iter().filter(|request| request.query_len > 0).map(sees).sum();
         let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
-        let bytes = kv_tokens as f64 * shape.kv_bytes_per_slot() as f64 + qo_bytes as f64;
+        let bytes = kv_tokens.saturating_sub(repeated_tokens) as f64 * shape.kv_bytes_per_slot() as f64 + qo_bytes as f64;
         1e9 * (bytes / self.bytes_per_s).max(batch.flops() / self.flops_per_s)
     }
 

@@ -1,10 +1,11 @@
 //! What a plan will do, in numbers.
 
-use packinfer_abi::{DIRECT, KvRun, RowSegment, TileKind};
+use packinfer_abi::{KvRun, RowSegment, TileKind};
 use serde::Serialize;
 
 use crate::cost::{CostModel, Ns, issued_pairs, merge_ns, num_rows, partial_row_bytes};
 use crate::lanes::Lanes;
+use crate::tile::last_column_end;
 use crate::{DeviceModel, Plan};
 
 /// What a plan will do, in numbers: work, traffic, and the time that the cost model of a device expects.
@@ -20,8 +21,10 @@ pub struct Explanation {
     pub wide_tiles: u32,
     /// Tiles of few rows.
     pub narrow_tiles: u32,
-    /// Tiles that hold rows of several requests.
+    /// Tiles that hold rows of several requests, each with columns of its own.
     pub packed_tiles: u32,
+    /// Tiles whose columns are KV that several requests begin with.
+    pub shared_tiles: u32,
     /// Tiles whose columns are split among several work items.
     pub split_tiles: u32,
     /// Work items of wide tiles.
@@ -38,6 +41,8 @@ pub struct Explanation {
     pub balance: f64,
     /// Bytes of K and V that the kernel reads, from memory or cache.
     pub kv_bytes: u64,
+    /// Those of them that come from memory, because no other tile of the same requests has read them before.
+    pub kv_memory_bytes: u64,
     /// Bytes of K and V that the batch has, those that several requests share counted once.
     pub distinct_kv_bytes: u64,
     /// Bytes of Q read and of O written.
@@ -65,6 +70,19 @@ impl Plan {
         self.items.iter().zip(&self.fresh).map(move |(item, &fresh)| cost.work_item(item, self.segments_of(item), fresh))
     }
 
+    /// Nanoseconds that `model` expects of the attention call, merging included. Leaves the loads of the device's blocks in `lanes`.
+    pub(crate) fn predicted_ns(&self, model: &DeviceModel, lanes: &mut Lanes) -> f64 {
+        lanes.reset(model.lanes());
+        for item_ns in self.item_ns(model) {
+            for _ in 0..self.heads.num_groups {
+                lanes.add(item_ns);
+            }
+        }
+        let launch_ns = if self.items.is_empty() { 0.0 } else { model.launch_ns };
+        let (num_tokens, num_rows) = (self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
+        launch_ns + lanes.max() as f64 + merge_ns(model, self.shape, self.heads, num_tokens, num_rows)
+    }
+
     /// Work, traffic, and the time that `model` expects.
     pub fn explain(&self, model: &DeviceModel) -> Explanation {
         let (shape, heads) = (self.shape, self.heads);
@@ -79,33 +97,31 @@ impl Plan {
             + size_of_val(self.merge_sources());
 
         let mut lanes = Lanes::default();
-        lanes.reset(model.lanes());
+        let predicted_ns = self.predicted_ns(model, &mut lanes);
         let (mut tiles, mut items) = ([0; 2], [0; 2]);
-        let (mut packed_tiles, mut split_tiles) = (0, 0);
+        let (mut packed_tiles, mut shared_tiles, mut split_tiles) = (0, 0, 0);
         let (mut columns, mut q_rows, mut needed, mut issued) = (0, 0, 0, 0);
-        let mut work = 0.0;
-        for (item, item_ns) in self.items.iter().zip(self.item_ns(model)) {
+        let (mut fresh_columns, mut work) = (0.0, 0.0);
+        let how = self.fresh.iter().zip(&self.shared);
+        for ((item, item_ns), (&fresh, &shared)) in self.items.iter().zip(self.item_ns(model)).zip(how) {
             let segments = self.segments_of(item);
             let range = item.column_begin..item.column_end;
             items[item.tile as usize] += 1;
             columns += u64::from(item.column_end - item.column_begin);
+            fresh_columns += f64::from(fresh) * f64::from(item.column_end - item.column_begin);
             q_rows += u64::from(num_rows(heads, segments));
             issued += issued_pairs(heads, item.tile, segments, range);
             // Each tile has one item with its first column.
             if item.column_begin == 0 {
                 tiles[item.tile as usize] += 1;
-                packed_tiles += u32::from(segments.len() > 1);
-                split_tiles += u32::from(item.partial_row != DIRECT);
+                packed_tiles += u32::from(!shared && segments.len() > 1);
+                shared_tiles += u32::from(shared);
+                split_tiles += u32::from(segments.iter().any(|segment| last_column_end(segment) > item.column_end));
                 needed += segments.iter().map(visible_pairs).sum::<u64>() * u64::from(heads.heads_per_group);
             }
             work += item_ns as f64 * groups as f64;
-            for _ in 0..groups {
-                lanes.add(item_ns);
-            }
         }
         let mean_load = work / f64::from(model.lanes());
-        let launch_ns = if self.items.is_empty() { 0.0 } else { model.launch_ns };
-        let merge_ns = merge_ns(model, shape, heads, self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
         Explanation {
             query_tokens: self.num_query_tokens,
             head_groups: heads.num_groups,
@@ -113,14 +129,16 @@ impl Plan {
             wide_tiles: tiles[TileKind::Wide as usize],
             narrow_tiles: tiles[TileKind::Narrow as usize],
             packed_tiles,
+            shared_tiles,
             split_tiles,
             wide_items: items[TileKind::Wide as usize],
             narrow_items: items[TileKind::Narrow as usize],
             merge_tokens: self.merge_tokens.len() as u32,
             partial_rows: self.num_partial_rows,
-            predicted_us: (launch_ns + lanes.max() as f64 + merge_ns) * 1e-3,
+            predicted_us: predicted_ns * 1e-3,
             balance: if lanes.max() == 0 { 1.0 } else { mean_load / lanes.max() as f64 },
             kv_bytes: columns * groups * 2 * row_bytes,
+            kv_memory_bytes: (fresh_columns * shape.kv_bytes_per_slot() as f64) as u64,
             distinct_kv_bytes: distinct_slots(&self.runs) * shape.kv_bytes_per_slot(),
             qo_bytes: q_rows * groups * row_bytes + u64::from(self.num_query_tokens) * shape.qo_bytes_per_token() / 2,
             partial_bytes,

@@ -8,7 +8,8 @@ use packinfer_abi::{HeadGroups, RowSegment, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::Batch;
 
 use crate::cost::{CostModel, Ns};
-use crate::tile::{Content, Division, last_column_end, segment, tokens_per_tile};
+use crate::share::Sharing;
+use crate::tile::{Content, kind_for, last_column_end, tokens_per_tile};
 
 /// A tile of several requests takes at most this part of what a lane has to do.
 const LONGEST_PACK: f64 = 1.0 / 16.0;
@@ -82,33 +83,29 @@ impl Remainders {
     }
 }
 
-/// The tile that so many query tokens need, less than fill a wide one.
-fn kind_for(tokens: u32, heads: HeadGroups) -> TileKind {
-    if tokens <= tokens_per_tile(TileKind::Narrow, heads) { TileKind::Narrow } else { TileKind::Wide }
-}
-
 impl Packer {
-    /// Divides all requests that have query tokens into packs, for `lanes` lanes that share the work of a head group.
-    pub fn pack(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel, lanes: f64) {
+    /// Divides all requests that have query tokens and KV of their own into packs, for `lanes` lanes that share the work of a head group.
+    pub fn pack(&mut self, batch: &Batch, sharing: &Sharing, heads: HeadGroups, cost: &CostModel, lanes: f64) {
         self.members.clear();
         self.packs.clear();
         self.remainders.reset(batch.requests().len());
-        let total = self.estimate(batch, heads, cost);
+        let total = self.estimate(batch, sharing, heads, cost);
         let longest_pack = (total as f64 / lanes * LONGEST_PACK) as Ns;
 
         // Lists give back last what they were given first, so in reverse: neighbours stay neighbours.
-        for (index, request) in batch.requests().iter().enumerate().rev() {
-            let tokens = Division::of(request, heads).remainder;
+        for index in (0..batch.requests().len()).rev() {
+            let division = sharing.own(batch, index as u32).division(heads);
+            let tokens = division.remainder;
             if tokens > 0 && self.alone[index] < longest_pack {
                 self.remainders.push(tokens, index as u32);
-            } else if request.query_len > 0 {
+            } else if tokens > 0 || division.full_tiles > 0 {
                 self.members.push(index as u32);
                 self.packs.push(Pack { end: self.members.len() as u32, kind: kind_for(tokens, heads) });
             }
         }
         while let Some(first) = self.remainders.longest(Remainders::MOST_TOKENS) {
             self.remainders.pop(first.0);
-            self.fill(batch, heads, cost, first, longest_pack);
+            self.fill(batch, sharing, heads, cost, first, longest_pack);
         }
     }
 
@@ -123,14 +120,15 @@ impl Packer {
     }
 
     /// About what all tiles take, if no requests share one; notes what each remainder takes.
-    fn estimate(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel) -> Ns {
+    fn estimate(&mut self, batch: &Batch, sharing: &Sharing, heads: HeadGroups, cost: &CostModel) -> Ns {
         self.alone.clear();
-        let mut total: Ns = 0;
-        for request in batch.requests() {
-            let division = Division::of(request, heads);
+        let mut total = sharing.groups_ns() as Ns;
+        for request in 0..batch.requests().len() as u32 {
+            let own = sharing.own(batch, request);
+            let division = own.division(heads);
             let item = |kind, tokens| {
-                let segment = segment(request, batch.mask(), tokens, 0);
-                cost.item(kind, &[segment], 0..last_column_end(&segment), division.fresh(), false)
+                let segment = own.segment(batch.mask(), tokens, 0);
+                cost.item(kind, &[segment], 0..last_column_end(&segment), division.fresh(), own.is_partial())
             };
             let alone = match division.remainder {
                 0 => 0,
@@ -147,22 +145,30 @@ impl Packer {
     }
 
     /// Makes a pack of the remainder of `first` and of others, the longest first that fit.
-    fn fill(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel, first: (u32, u32), longest_pack: Ns) {
+    fn fill(
+        &mut self,
+        batch: &Batch,
+        sharing: &Sharing,
+        heads: HeadGroups,
+        cost: &CostModel,
+        first: (u32, u32),
+        longest_pack: Ns,
+    ) {
         let (tokens, first) = first;
         let kind = kind_for(tokens, heads);
         let mut free = tokens_per_tile(kind, heads) - tokens;
         self.segments.clear();
         let mut content = Content::default();
-        content.add(&batch.requests()[first as usize], batch.mask(), heads, &mut self.segments);
+        content.add(sharing.own(batch, first), batch.mask(), heads, &mut self.segments);
         let mut pack_cost = self.alone[first as usize];
         self.members.push(first);
         while let Some((tokens, next)) = self.remainders.longest(free) {
-            let request = &batch.requests()[next as usize];
-            if content.columns.saturating_add(request.kv_len) > Batch::MAX_SLOTS {
+            let own = sharing.own(batch, next);
+            if content.columns.saturating_add(own.kv_len()) > Batch::MAX_SLOTS {
                 break;
             }
-            content.add(request, batch.mask(), heads, &mut self.segments);
-            let joined = cost.item(kind, &self.segments, 0..content.columns, content.fresh(), false);
+            content.add(own, batch.mask(), heads, &mut self.segments);
+            let joined = cost.item(kind, &self.segments, 0..content.columns, content.fresh(), content.partial);
             if joined > longest_pack || joined >= self.alone[next as usize].saturating_add(pack_cost) {
                 break;
             }

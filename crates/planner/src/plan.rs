@@ -18,8 +18,10 @@ pub struct Plan {
     pub(crate) items: Vec<WorkItem>,
     pub(crate) segments: Vec<RowSegment>,
     pub(crate) runs: Vec<KvRun>,
-    /// For each item the part of its columns that no other item of the request reads, on average: the others find it in the cache.
+    /// For each item the part of its columns that no other item of the same requests reads, on average: the others find it in the cache.
     pub(crate) fresh: Vec<f32>,
+    /// For each item whether it reads its columns for all requests that begin with them.
+    pub(crate) shared: Vec<bool>,
     pub(crate) merge_tokens: Vec<MergeToken>,
     pub(crate) merge_sources: Vec<u32>,
     pub(crate) num_partial_rows: u32,
@@ -38,6 +40,7 @@ impl Plan {
             segments: Vec::new(),
             runs: Vec::new(),
             fresh: Vec::new(),
+            shared: Vec::new(),
             merge_tokens: Vec::new(),
             merge_sources: Vec::new(),
             num_partial_rows: 0,
@@ -48,12 +51,13 @@ impl Plan {
 
     /// Empties the plan, for a batch.
     pub(crate) fn reset(&mut self, batch: &Batch, heads: HeadGroups) {
-        let Self { shape, heads: of_heads, items, segments, runs, fresh, merge_tokens, merge_sources, .. } = self;
+        let Self { shape, heads: of_heads, items, segments, runs, fresh, shared, merge_tokens, merge_sources, .. } = self;
         (*shape, *of_heads) = (batch.shape(), heads);
         items.clear();
         segments.clear();
         runs.clear();
         fresh.clear();
+        shared.clear();
         merge_tokens.clear();
         merge_sources.clear();
         self.num_partial_rows = 0;

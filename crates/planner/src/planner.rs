@@ -1,22 +1,28 @@
 //! From a batch to a plan.
 
-use std::cmp::Reverse;
+use std::cmp::{Ordering, Reverse};
 
-use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, TileKind, WorkItem};
+use packinfer_abi::{HeadGroups, TileKind};
 use packinfer_batch::Batch;
 
-use crate::cost::{CostModel, Ns, num_rows};
+use crate::cost::{CostModel, Ns};
+use crate::items::{Item, Merger, make_items};
+use crate::lanes::Lanes;
 use crate::pack::Packer;
-use crate::split::{Part, Splitter};
+use crate::share::Sharing;
+use crate::split::Splitter;
 use crate::tile::{self, Tile};
 use crate::{DeviceModel, Plan, PlanError};
 
 /// How requests are put into tiles.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Packing {
-    /// Query heads of a KV head together, short requests together, long tiles split, the longest items first.
+    /// KV that several requests begin with is read once for all of them where that is faster; query heads of a KV head together, short
+    /// requests together, long tiles split, the longest items first.
     #[default]
     Packed,
+    /// The same, but every request reads all of its KV by itself. It is there to be compared with.
+    Unshared,
     /// A grid of tiles for each request and query head, one request after the other: how kernels without packing work. It is
     /// there to be compared with.
     PerRequest,
@@ -24,33 +30,29 @@ pub enum Packing {
 
 /// Makes plans. It keeps its memory from plan to plan.
 ///
-/// Planning goes through three steps: the requests' query tokens are put into tiles, the tiles' columns are divided among work
-/// items, and these are put in order.
+/// Planning goes through four steps: it is chosen what requests read together, their query tokens are put into tiles, the tiles' columns
+/// are divided among work items, and these are put in order.
 #[derive(Clone, Debug)]
 pub struct Planner {
     /// At least one.
     models: Vec<DeviceModel>,
     packing: Packing,
+    sharing: Sharing,
     packer: Packer,
     tiles: Vec<Tile>,
     splitter: Splitter,
     items: Vec<Item>,
+    merger: Merger,
+    /// For predictions.
+    lanes: Lanes,
     /// What the longest item of each pack takes.
     longest: Vec<Ns>,
     order: Vec<Place>,
 }
 
-/// What an item's place in the plan is decided by, in this order: what the longest of its pack takes, its pack, what it takes itself,
-/// its index.
+/// What an item's place in the plan is decided by, in this order: what the longest of its pack takes, its pack, what it takes itself
+/// (or, if it is shared, how few columns come before it), its index.
 type Place = (Reverse<Ns>, u32, Reverse<Ns>, u32);
-
-/// A work item that is not in its place yet.
-#[derive(Clone, Copy, Debug)]
-struct Item {
-    item: WorkItem,
-    pack: u32,
-    fresh: f32,
-}
 
 impl Default for Planner {
     /// For an H100.
@@ -74,10 +76,13 @@ impl Planner {
         Self {
             models,
             packing: Packing::default(),
+            sharing: Sharing::default(),
             packer: Packer::default(),
             tiles: Vec::new(),
             splitter: Splitter::default(),
             items: Vec::new(),
+            merger: Merger::default(),
+            lanes: Lanes::default(),
             longest: Vec::new(),
             order: Vec::new(),
         }
@@ -107,36 +112,77 @@ impl Planner {
     pub fn plan_into(&mut self, batch: &Batch, plan: &mut Plan) -> Result<(), PlanError> {
         let shape = batch.shape();
         let heads = match self.packing {
-            Packing::Packed => shape.packed_head_groups(),
+            Packing::Packed | Packing::Unshared => shape.packed_head_groups(),
             Packing::PerRequest => shape.single_head_groups(),
         };
-        plan.reset(batch, heads);
-        plan.model = self.choose(batch);
-        let cost = CostModel::new(&plan.model, shape, heads);
-        self.make_tiles(batch, plan, heads, &cost);
-        let parts = match self.packing {
-            Packing::Packed => self.splitter.split(&self.tiles, plan, &cost),
-            Packing::PerRequest => self.splitter.whole(&self.tiles),
+        let repeated_tokens = match self.packing {
+            Packing::Packed => self.sharing.find(batch),
+            Packing::Unshared | Packing::PerRequest => self.sharing.find_nothing(),
         };
-        let partial_rows = make_items(&self.tiles, parts, plan, &mut self.items);
-        self.put_in_order(plan, &cost);
-        plan.num_partial_rows = partial_rows as u32;
-        plan.check(partial_rows).inspect_err(|_| *plan = Plan::empty(shape))
+        plan.model = self.choose(batch, repeated_tokens);
+        let cost = CostModel::new(&plan.model, shape, heads);
+        let planned = if self.sharing.choose(batch, heads, &cost) {
+            self.lay_out_sharing(batch, plan, heads, &cost)
+        } else {
+            self.lay_out(batch, plan, heads, &cost)
+        };
+        planned.inspect_err(|_| *plan = Plan::empty(shape))
     }
 
-    /// The model that a batch is planned for.
-    fn choose(&self, batch: &Batch) -> DeviceModel {
-        let faster = |a: DeviceModel, b: &DeviceModel| if b.least_ns(batch) < a.least_ns(batch) { *b } else { a };
+    /// The model that a batch is planned for, of whose KV tokens so many need not be read.
+    fn choose(&self, batch: &Batch, repeated_tokens: u64) -> DeviceModel {
+        let least_ns = |model: &DeviceModel| model.least_ns(batch, repeated_tokens);
+        let faster = |a: DeviceModel, b: &DeviceModel| if least_ns(b) < least_ns(&a) { *b } else { a };
         self.models[1..].iter().fold(self.models[0], faster)
     }
 
+    /// Makes the plan with what is to be shared; or with nothing shared, if that is not slower.
+    fn lay_out_sharing(&mut self, batch: &Batch, plan: &mut Plan, heads: HeadGroups, cost: &CostModel) -> Result<(), PlanError> {
+        /// More than what predictions are rounded by.
+        const ROUNDING: f64 = 0.001;
+        let planned = self.lay_out(batch, plan, heads, cost);
+        let shared_ns = plan.predicted_ns(&plan.model, &mut self.lanes);
+        if planned.is_ok() && shared_ns < plan.model.least_ns(batch, 0) * (1.0 - ROUNDING) {
+            return planned;
+        }
+        self.sharing.share_nothing();
+        let planned_apart = self.lay_out(batch, plan, heads, cost);
+        let apart_ns = plan.predicted_ns(&plan.model, &mut self.lanes);
+        if planned.is_err() || (planned_apart.is_ok() && shared_ns.partial_cmp(&apart_ns) != Some(Ordering::Less)) {
+            return planned_apart;
+        }
+        self.sharing.choose(batch, heads, cost);
+        self.lay_out(batch, plan, heads, cost)
+    }
+
+    /// Makes the plan with what is shared now.
+    fn lay_out(&mut self, batch: &Batch, plan: &mut Plan, heads: HeadGroups, cost: &CostModel) -> Result<(), PlanError> {
+        plan.reset(batch, heads);
+        self.make_tiles(batch, plan, heads, cost);
+        let parts = match self.packing {
+            Packing::Packed | Packing::Unshared => self.splitter.split(&self.tiles, plan, cost),
+            Packing::PerRequest => self.splitter.whole(&self.tiles),
+        };
+        let partial_rows = make_items(&self.tiles, parts, plan, &mut self.items);
+        plan.check(partial_rows)?;
+        plan.num_partial_rows = partial_rows as u32;
+        self.merger.push_merges(&self.items, plan);
+        self.put_in_order(plan, cost);
+        plan.check(partial_rows)
+    }
+
     fn make_tiles(&mut self, batch: &Batch, plan: &mut Plan, heads: HeadGroups, cost: &CostModel) {
+        let sharing = &self.sharing;
         self.tiles.clear();
         match self.packing {
-            Packing::Packed => {
+            Packing::Packed | Packing::Unshared => {
+                for ((group, members), pack) in sharing.groups().zip(0..) {
+                    tile::push_group(&mut self.tiles, plan, batch, pack, members, group);
+                }
                 let lanes = f64::from(plan.model.lanes()) / f64::from(heads.num_groups);
-                self.packer.pack(batch, heads, cost, lanes);
-                for ((members, kind), pack) in self.packer.packs().zip(0..) {
+                self.packer.pack(batch, sharing, heads, cost, lanes);
+                for ((members, kind), pack) in self.packer.packs().zip(sharing.groups().count() as u32..) {
+                    let members = members.iter().map(|&request| sharing.own(batch, request));
                     tile::push_tiles(&mut self.tiles, plan, batch, pack, members, kind);
                 }
             }
@@ -144,7 +190,8 @@ impl Planner {
                 for (request, index) in batch.requests().iter().zip(0..) {
                     let kind = if request.query_len <= TileKind::Narrow.rows() { TileKind::Narrow } else { TileKind::Wide };
                     if request.query_len > 0 {
-                        tile::push_tiles(&mut self.tiles, plan, batch, index, &[index], kind);
+                        let own = sharing.own(batch, index);
+                        tile::push_tiles(&mut self.tiles, plan, batch, index, std::iter::once(own), kind);
                     }
                 }
             }
@@ -152,88 +199,30 @@ impl Planner {
     }
 
     /// Puts the items into the plan: pack after pack, so that tiles that read the same KV run at the same time and find it in the L2
-    /// cache; the packs with the longest items first, and of each pack the longest first, so that the device ends with short ones.
+    /// cache; the packs with the longest items first. Of each pack the longest come first, so that the device ends with short ones; but
+    /// items of shared columns go by these.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
-        if self.packing == Packing::PerRequest {
-            plan.items.extend(self.items.iter().map(|item| item.item));
-            plan.fresh.extend(self.items.iter().map(|item| item.fresh));
-            return;
-        }
-        let takes = |Item { item, fresh, .. }: &Item| cost.work_item(item, plan.segments_of(item), *fresh);
-        self.longest.clear();
-        self.longest.resize(self.tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
         self.order.clear();
-        for (item, index) in self.items.iter().zip(0..) {
-            let (takes, longest) = (takes(item), &mut self.longest[item.pack as usize]);
-            *longest = takes.max(*longest);
-            self.order.push((Reverse(0), item.pack, Reverse(takes), index));
+        if self.packing == Packing::PerRequest {
+            self.order.extend((0..self.items.len() as u32).map(|index| (Reverse(0), 0, Reverse(0), index)));
+        } else {
+            self.longest.clear();
+            self.longest.resize(self.tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
+            for (&Item { item, pack, fresh, shared }, index) in self.items.iter().zip(0..) {
+                let takes = cost.work_item(&item, plan.segments_of(&item), fresh);
+                let longest = &mut self.longest[pack as usize];
+                *longest = takes.max(*longest);
+                let first = if shared { Ns::MAX - Ns::from(item.column_begin) } else { takes };
+                self.order.push((Reverse(0), pack, Reverse(first), index));
+            }
+            for place in &mut self.order {
+                place.0 = Reverse(self.longest[place.1 as usize]);
+            }
+            self.order.sort_unstable();
         }
-        for place in &mut self.order {
-            place.0 = Reverse(self.longest[place.1 as usize]);
-        }
-        self.order.sort_unstable();
         let in_order = || self.order.iter().map(|place| &self.items[place.3 as usize]);
         plan.items.extend(in_order().map(|item| item.item));
         plan.fresh.extend(in_order().map(|item| item.fresh));
-    }
-}
-
-/// Makes the work items of all parts, and the merges of tiles that have several. Returns the number of partial rows.
-fn make_items(tiles: &[Tile], parts: &[Part], plan: &mut Plan, items: &mut Vec<Item>) -> u64 {
-    let mut partial_rows = 0;
-    items.clear();
-    for parts in parts.chunk_by(|a, b| a.tile == b.tile) {
-        let tile = &tiles[parts[0].tile as usize];
-        let rows = u64::from(num_rows(plan.heads, tile.segments(&plan.segments)));
-        let is_split = parts.len() > 1;
-        if is_split {
-            push_merges(tile, parts.len() as u64, partial_rows, rows, plan);
-        }
-        let mut cursor = RunCursor { run: tile.run_begin, run_column: 0 };
-        for Part { columns, .. } in parts {
-            cursor.advance(&plan.runs, columns.start);
-            let item = WorkItem {
-                segment_begin: tile.segment_begin,
-                num_segments: tile.num_segments,
-                run_begin: cursor.run,
-                run_skip: columns.start - cursor.run_column,
-                column_begin: columns.start,
-                column_end: columns.end,
-                partial_row: if is_split { partial_rows as u32 } else { DIRECT },
-                tile: tile.kind,
-            };
-            items.push(Item { item, pack: tile.pack, fresh: tile.fresh });
-            partial_rows += if is_split { rows } else { 0 };
-        }
-    }
-    partial_rows
-}
-
-/// Merges every query token of a tile from all of its parts, which have `rows` partial rows each from `first_row` on.
-fn push_merges(tile: &Tile, num_parts: u64, first_row: u64, rows: u64, plan: &mut Plan) {
-    let mut row = first_row;
-    for segment in &plan.segments[tile.segment_begin as usize..][..tile.num_segments as usize] {
-        for token in segment.first_token..segment.first_token + segment.num_tokens {
-            let source_begin = plan.merge_sources.len() as u32;
-            plan.merge_tokens.push(MergeToken { token, source_begin, num_sources: num_parts as u32 });
-            plan.merge_sources.extend((0..num_parts).map(|part| (row + part * rows) as u32));
-            row += u64::from(plan.heads.heads_per_group);
-        }
-    }
-}
-
-/// Finds the run of a column, always forward.
-struct RunCursor {
-    run: u32,
-    /// First column of the run.
-    run_column: u32,
-}
-
-impl RunCursor {
-    fn advance(&mut self, runs: &[KvRun], column: u32) {
-        while column - self.run_column >= runs[self.run as usize].num_slots {
-            self.run_column += runs[self.run as usize].num_slots;
-            self.run += 1;
-        }
+        plan.shared.extend(in_order().map(|item| item.shared));
     }
 }

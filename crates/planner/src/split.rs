@@ -12,21 +12,24 @@ use packinfer_batch::Batch;
 
 use crate::cost::{self, CostModel, Ns, num_rows};
 use crate::lanes::Lanes;
-use crate::tile::Tile;
+use crate::tile::{Tile, siblings};
 use crate::{DeviceModel, Plan};
 
 /// Splits are at multiples of so many columns: whole steps of every kernel.
 const SPLIT_STEP: u32 = 2 * COLUMN_STEP;
 /// The columns of a part take at least so many times what it takes besides.
 const LEAST_PART: f64 = 1.0;
-/// A part takes at most this share of what a lane has to do, so that lanes that fall behind can be helped out.
+/// A part takes at most this share of what a lane has to do, so that lanes that fall behind can be helped out …
 const LONGEST_PART: f64 = 0.5;
+/// … or so many times what it takes besides its columns, so that tiles of many rows do not leave too many partials.
+const WORTHWHILE_PART: f64 = 6.0;
 /// Lanes that end this close together, as a share of the whole, are not worth a split.
 const BALANCED: f64 = 0.02;
 
-/// A range of a tile's columns: a work item to be.
+/// A range of columns of a tile and of its siblings, if it has some: work items to be.
 #[derive(Clone, Debug)]
 pub(crate) struct Part {
+    /// The tile, the first of its siblings.
     pub tile: u32,
     pub columns: Range<u32>,
 }
@@ -44,7 +47,8 @@ impl Splitter {
     /// Tiles with no split at all, in their order.
     pub fn whole(&mut self, tiles: &[Tile]) -> &[Part] {
         self.parts.clear();
-        self.parts.extend(tiles.iter().zip(0..).map(|(tile, index)| Part { tile: index, columns: 0..tile.columns }));
+        let first_siblings = tiles.iter().zip(0..).filter(|(tile, _)| tile.siblings > 0);
+        self.parts.extend(first_siblings.map(|(tile, index)| Part { tile: index, columns: 0..tile.columns }));
         &self.parts
     }
 
@@ -56,7 +60,7 @@ impl Splitter {
         self.order.clear();
         self.order.extend(tiles.iter().zip(0..).map(|(tile, index)| {
             let segments = tile.segments(&plan.segments);
-            (Reverse(cost.item(tile.kind, segments, 0..tile.columns, tile.fresh, false)), index)
+            (Reverse(cost.item(tile.kind, segments, 0..tile.columns, tile.fresh, tile.partial)), index)
         }));
         self.order.sort_unstable();
         self.lanes.reset(num_lanes);
@@ -67,7 +71,10 @@ impl Splitter {
         }
         let ideal = total as f64 / f64::from(num_lanes);
         let unsplit = self.lanes.max() as f64;
-        if unsplit > ideal * (1.0 + BALANCED) && unsplit > ideal + model.merge_ns {
+        let merge_ns = if tiles.iter().any(|tile| tile.partial) { 0.0 } else { model.merge_ns };
+        if unsplit > ideal * (1.0 + BALANCED) && unsplit > ideal + merge_ns {
+            self.whole(tiles);
+            let unsplit = unsplit + self.merge_ns(tiles, plan, model);
             // The first pass shows how much more work the parts are, the second divides that too.
             let with_splits = self.fill_lanes(tiles, plan, cost, num_lanes, total);
             self.fill_lanes(tiles, plan, cost, num_lanes, with_splits.max(total));
@@ -88,8 +95,11 @@ impl Splitter {
         let mut end = share(work);
         for &(Reverse(whole), index) in &self.order {
             let tile = &tiles[index as usize];
-            let tile_cost = TileCost::of(tile, plan, cost, whole);
             unplaced = unplaced.saturating_sub(whole);
+            if tile.siblings == 0 {
+                continue; // It was cut where the first of its siblings was.
+            }
+            let tile_cost = TileCost::of(tile, plan, cost, whole);
             let mut begin = 0;
             while begin < tile.columns {
                 let left = tile.columns - begin;
@@ -103,32 +113,36 @@ impl Splitter {
                 let room = end - free_from;
                 let mut columns = left;
                 if rest > room {
-                    let longest = (end as f64 * LONGEST_PART) as Ns;
+                    let longest = (end as f64 * LONGEST_PART).max(tile_cost.fixed_partial_ns * WORTHWHILE_PART) as Ns;
                     let part = tile_cost.columns_within(room.min(longest)).max(tile_cost.least_columns);
                     if left.saturating_sub(part) >= tile_cost.least_columns {
                         columns = part;
                     }
                 }
                 let part = tile_cost.part(columns, columns < tile.columns);
-                self.lanes.add(part);
+                for _ in 0..tile.siblings {
+                    self.lanes.add(part);
+                    placed = part.saturating_add(placed);
+                }
                 self.parts.push(Part { tile: index, columns: begin..begin + columns });
-                placed = part.saturating_add(placed);
                 begin += columns;
             }
         }
         placed
     }
 
-    /// What merging the split tiles takes.
+    /// About what merging the partials takes.
     fn merge_ns(&self, tiles: &[Tile], plan: &Plan, model: &DeviceModel) -> f64 {
         let (mut tokens, mut rows) = (0, 0);
         for part in &self.parts {
-            let tile = &tiles[part.tile as usize];
-            if part.columns.end - part.columns.start < tile.columns {
-                let tile_rows = num_rows(plan.heads, tile.segments(&plan.segments));
-                rows += u64::from(tile_rows);
-                if part.columns.start == 0 {
-                    tokens += u64::from(tile_rows / plan.heads.heads_per_group);
+            for tile in siblings(tiles, part.tile) {
+                if tile.partial || part.columns.len() < tile.columns as usize {
+                    let tile_rows = num_rows(plan.heads, tile.segments(&plan.segments));
+                    rows += u64::from(tile_rows);
+                    // Tokens of shared columns have columns of their own, too.
+                    if part.columns.start == 0 && !tile.shared {
+                        tokens += u64::from(tile_rows / plan.heads.heads_per_group);
+                    }
                 }
             }
         }
@@ -149,7 +163,7 @@ struct TileCost {
 impl TileCost {
     fn of(tile: &Tile, plan: &Plan, cost: &CostModel, whole: Ns) -> Self {
         let rows = num_rows(plan.heads, tile.segments(&plan.segments));
-        let fixed_ns = cost.fixed_ns(rows, false);
+        let fixed_ns = cost.fixed_ns(rows, tile.partial);
         let fixed_partial_ns = cost.fixed_ns(rows, true);
         let column_ns = ((whole as f64 - fixed_ns) / f64::from(tile.columns)).max(f64::MIN_POSITIVE);
         let least_columns = (LEAST_PART * fixed_partial_ns / column_ns) as u32; // saturates

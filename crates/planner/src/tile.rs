@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
-use packinfer_abi::{HeadGroups, RowSegment, TileKind};
+use packinfer_abi::{HeadGroups, KvRun, RowSegment, TileKind};
 use packinfer_batch::{Batch, Mask, Request};
 
 use crate::Plan;
+use crate::prefix::Place;
+use crate::share::Group;
 
-/// Rows of one or more requests over all columns that they see: from column 0 on.
+/// Rows of one or more requests over columns that they see: from column 0 of the tile on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile {
     pub kind: TileKind,
@@ -19,6 +21,12 @@ pub(crate) struct Tile {
     pub pack: u32,
     /// See [`CostModel::columns_ns`](crate::cost::CostModel::columns_ns).
     pub fresh: f32,
+    /// Whether its rows see columns of other tiles, so that it writes partials even if it is not split.
+    pub partial: bool,
+    /// Whether its columns are those of a [`Group`], which all of its rows see.
+    pub shared: bool,
+    /// Tiles from this one on that have the same columns and are split alike; 0 for those that follow the first.
+    pub siblings: u32,
 }
 
 impl Tile {
@@ -28,12 +36,23 @@ impl Tile {
     }
 }
 
+/// A tile with those of the same columns that follow it.
+pub(crate) fn siblings(tiles: &[Tile], first: u32) -> &[Tile] {
+    let first = first as usize;
+    &tiles[first..first + tiles[first].siblings as usize]
+}
+
 /// Query tokens that a tile holds.
 pub(crate) fn tokens_per_tile(kind: TileKind, heads: HeadGroups) -> u32 {
     kind.rows() / heads.heads_per_group
 }
 
-/// How the query tokens of a request fall into tiles: full wide tiles, and a remainder that may be zero.
+/// The tile that so many query tokens need, less than fill a wide one.
+pub(crate) fn kind_for(tokens: u32, heads: HeadGroups) -> TileKind {
+    if tokens <= tokens_per_tile(TileKind::Narrow, heads) { TileKind::Narrow } else { TileKind::Wide }
+}
+
+/// How query tokens fall into tiles: full wide tiles, and a remainder that may be zero.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Division {
     pub full_tiles: u32,
@@ -44,37 +63,62 @@ pub(crate) struct Division {
 }
 
 impl Division {
-    pub fn of(request: &Request, heads: HeadGroups) -> Self {
+    pub fn of(tokens: u32, heads: HeadGroups) -> Self {
         let tile_tokens = tokens_per_tile(TileKind::Wide, heads);
-        Self { full_tiles: request.query_len / tile_tokens, tile_tokens, remainder: request.query_len % tile_tokens }
+        Self { full_tiles: tokens / tile_tokens, tile_tokens, remainder: tokens % tile_tokens }
     }
 
-    /// The request's tokens in full tile `tile`.
+    /// The tokens of full tile `tile`.
     pub fn full_tile(&self, tile: u32) -> Range<u32> {
         tile * self.tile_tokens..(tile + 1) * self.tile_tokens
     }
 
-    /// The request's tokens behind its full tiles.
+    /// The tokens behind the full tiles.
     pub fn remainder_tokens(&self) -> Range<u32> {
         let begin = self.full_tiles * self.tile_tokens;
         begin..begin + self.remainder
     }
 
-    /// The part of a tile's columns that no other tile of the request reads before, on average.
+    /// The part of a tile's columns that no other tile of these tokens reads before, on average.
     pub fn fresh(&self) -> f32 {
         1.0 / (self.full_tiles + u32::from(self.remainder > 0)).max(1) as f32
     }
 }
 
-/// The segment of some of a request's query tokens, in a tile whose column `column_begin` is the request's first KV token.
-pub(crate) fn segment(request: &Request, mask: Mask, tokens: Range<u32>, column_begin: u32) -> RowSegment {
-    let column_end_step = u32::from(mask == Mask::Causal);
-    RowSegment {
-        first_token: request.first_token + tokens.start,
-        num_tokens: tokens.end - tokens.start,
-        column_begin,
-        column_end: column_begin + request.first_token_sees(mask) + tokens.start * column_end_step,
-        column_end_step,
+/// What a request reads by itself: its columns from a place on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Own<'a> {
+    pub request: &'a Request,
+    pub begin: Place,
+}
+
+impl Own<'_> {
+    /// KV tokens that are its own.
+    pub fn kv_len(&self) -> u32 {
+        self.request.kv_len - self.begin.column
+    }
+
+    /// Whether it shares the KV tokens before.
+    pub fn is_partial(&self) -> bool {
+        self.begin.column > 0
+    }
+
+    /// How its query tokens fall into tiles, of which there are none where everything is shared.
+    pub fn division(&self, heads: HeadGroups) -> Division {
+        Division::of(if self.kv_len() > 0 { self.request.query_len } else { 0 }, heads)
+    }
+
+    /// The segment of some of its query tokens, in a tile whose column `column_begin` is its first own KV token.
+    pub fn segment(&self, mask: Mask, tokens: Range<u32>, column_begin: u32) -> RowSegment {
+        let column_end_step = u32::from(mask == Mask::Causal);
+        let first_token_sees = self.request.first_token_sees(mask) - self.begin.column;
+        RowSegment {
+            first_token: self.request.first_token + tokens.start,
+            num_tokens: tokens.end - tokens.start,
+            column_begin,
+            column_end: column_begin + first_token_sees + tokens.start * column_end_step,
+            column_end_step,
+        }
     }
 }
 
@@ -87,17 +131,20 @@ pub(crate) fn last_column_end(segment: &RowSegment) -> u32 {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Content {
     pub columns: u32,
+    /// Whether some of its requests have other columns elsewhere.
+    pub partial: bool,
     fresh_columns: f32,
 }
 
 impl Content {
     /// Adds a request's remainder, if there is one.
-    pub fn add(&mut self, request: &Request, mask: Mask, heads: HeadGroups, segments: &mut Vec<RowSegment>) {
-        let division = Division::of(request, heads);
+    pub fn add(&mut self, own: Own<'_>, mask: Mask, heads: HeadGroups, segments: &mut Vec<RowSegment>) {
+        let division = own.division(heads);
         if division.remainder > 0 {
-            segments.push(segment(request, mask, division.remainder_tokens(), self.columns));
-            self.columns += request.kv_len;
-            self.fresh_columns += division.fresh() * request.kv_len as f32;
+            segments.push(own.segment(mask, division.remainder_tokens(), self.columns));
+            self.columns += own.kv_len();
+            self.partial |= own.is_partial();
+            self.fresh_columns += division.fresh() * own.kv_len() as f32;
         }
     }
 
@@ -107,41 +154,128 @@ impl Content {
     }
 }
 
-/// Appends a tile of segments that are in the plan from `segment_begin` on.
-fn push_tile(tiles: &mut Vec<Tile>, plan: &Plan, pack: u32, kind: TileKind, segment_begin: usize, run_begin: usize, fresh: f32) {
-    let segments = &plan.segments[segment_begin..];
-    tiles.push(Tile {
-        kind,
-        segment_begin: segment_begin as u32,
-        num_segments: segments.len() as u32,
-        run_begin: run_begin as u32,
-        columns: segments.iter().map(last_column_end).max().unwrap_or(0),
-        pack,
-        fresh,
-    });
+/// Appends the runs of a request's columns from `begin` to `end`, or to its last.
+fn push_runs(plan: &mut Plan, runs: &[KvRun], begin: Place, end: Option<Place>) {
+    let (mut first, mut skip) = (begin.run as usize, begin.skip());
+    if skip == runs[first].num_slots {
+        (first, skip) = (first + 1, 0);
+    }
+    let new = plan.runs.len();
+    plan.runs.extend_from_slice(&runs[first..end.map_or(runs.len(), |end| end.run as usize + 1)]);
+    if let (Some(end), Some(last)) = (end, plan.runs[new..].last_mut()) {
+        last.num_slots = end.skip();
+    }
+    if let Some(first) = plan.runs[new..].first_mut() {
+        first.first_slot += skip;
+        first.num_slots -= skip;
+    }
 }
 
 /// Appends all tiles of pack `pack`: of its `members`, requests whose remainders share a tile of the given kind; with their segments and runs.
-pub(crate) fn push_tiles(tiles: &mut Vec<Tile>, plan: &mut Plan, batch: &Batch, pack: u32, members: &[u32], kind: TileKind) {
-    let requests = || members.iter().map(|&request| &batch.requests()[request as usize]);
+pub(crate) fn push_tiles<'a>(
+    tiles: &mut Vec<Tile>,
+    plan: &mut Plan,
+    batch: &Batch,
+    pack: u32,
+    members: impl Iterator<Item = Own<'a>> + Clone,
+    kind: TileKind,
+) {
     let first_run = plan.runs.len();
-    for request in requests() {
-        let division = Division::of(request, plan.heads);
+    for own in members.clone() {
+        let division = own.division(plan.heads);
         let run_begin = plan.runs.len();
-        plan.runs.extend_from_slice(batch.runs_of(request));
+        push_runs(plan, batch.runs_of(own.request), own.begin, None);
         for tile in 0..division.full_tiles {
-            let segment_begin = plan.segments.len();
-            plan.segments.push(segment(request, batch.mask(), division.full_tile(tile), 0));
-            push_tile(tiles, plan, pack, TileKind::Wide, segment_begin, run_begin, division.fresh());
+            let segment = own.segment(batch.mask(), division.full_tile(tile), 0);
+            tiles.push(Tile {
+                kind: TileKind::Wide,
+                segment_begin: plan.segments.len() as u32,
+                num_segments: 1,
+                run_begin: run_begin as u32,
+                columns: last_column_end(&segment),
+                pack,
+                fresh: division.fresh(),
+                partial: own.is_partial(),
+                shared: false,
+                siblings: 1,
+            });
+            plan.segments.push(segment);
         }
     }
 
     let segment_begin = plan.segments.len();
     let mut content = Content::default();
-    for request in requests() {
-        content.add(request, batch.mask(), plan.heads, &mut plan.segments);
+    for own in members {
+        content.add(own, batch.mask(), plan.heads, &mut plan.segments);
     }
     if content.columns > 0 {
-        push_tile(tiles, plan, pack, kind, segment_begin, first_run, content.fresh());
+        tiles.push(Tile {
+            kind,
+            segment_begin: segment_begin as u32,
+            num_segments: (plan.segments.len() - segment_begin) as u32,
+            run_begin: first_run as u32,
+            columns: content.columns,
+            pack,
+            fresh: content.fresh(),
+            partial: content.partial,
+            shared: false,
+            siblings: 1,
+        });
+    }
+}
+
+/// Appends the tiles of a group, as pack `pack`: the query tokens of `members`, over the columns that these share.
+pub(crate) fn push_group(tiles: &mut Vec<Tile>, plan: &mut Plan, batch: &Batch, pack: u32, members: &[u32], group: &Group) {
+    let requests = || members.iter().map(|&request| &batch.requests()[request as usize]);
+    let division = Division::of(requests().map(|request| request.query_len).sum(), plan.heads);
+    let new_tile = Tile {
+        kind: TileKind::Wide,
+        segment_begin: 0,
+        num_segments: 0,
+        run_begin: plan.runs.len() as u32,
+        columns: group.end.column - group.begin.column,
+        pack,
+        fresh: division.fresh(),
+        partial: true,
+        shared: true,
+        siblings: 0,
+    };
+    if let Some(request) = requests().next() {
+        push_runs(plan, batch.runs_of(request), group.begin, Some(group.end));
+    }
+
+    let first = tiles.len();
+    let mut free = 0;
+    for request in requests() {
+        let (mut token, end) = (request.first_token, request.first_token + request.query_len);
+        while token < end {
+            if free == 0 {
+                let is_full = tiles.len() - first < division.full_tiles as usize;
+                free = if is_full { division.tile_tokens } else { division.remainder };
+                let kind = if is_full { TileKind::Wide } else { kind_for(free, plan.heads) };
+                tiles.push(Tile { kind, segment_begin: plan.segments.len() as u32, ..new_tile });
+            }
+            let num_tokens = free.min(end - token);
+            if let Some(tile) = tiles.last_mut() {
+                push_tokens(tile, &mut plan.segments, token, num_tokens);
+            }
+            free -= num_tokens;
+            token += num_tokens;
+        }
+    }
+    let siblings = (tiles.len() - first) as u32;
+    if let Some(first) = tiles.get_mut(first) {
+        first.siblings = siblings;
+    }
+}
+
+/// Adds query tokens, which see all columns, to the last tile: to its last segment if they follow that one's.
+fn push_tokens(tile: &mut Tile, segments: &mut Vec<RowSegment>, first_token: u32, num_tokens: u32) {
+    match segments[tile.segment_begin as usize..].last_mut() {
+        Some(last) if last.first_token + last.num_tokens == first_token => last.num_tokens += num_tokens,
+        _ => {
+            segments.push(RowSegment { first_token, num_tokens, column_begin: 0, column_end: tile.columns, column_end_step: 0 });
+            tile.num_segments += 1;
+        }
     }
 }

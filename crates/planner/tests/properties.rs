@@ -17,7 +17,7 @@ fn checked(batch: &Batch, model: DeviceModel) -> Plan {
     let mut planner = Planner::new(model);
     let plan = planner.plan(batch).expect("a batch that can be planned");
     assert_valid(batch, &plan);
-    assert_in_order(batch, &plan, &model);
+    assert_in_order(&plan, &model);
 
     let mut planner = planner.with_packing(Packing::PerRequest);
     let per_request = planner.plan(batch).expect("a batch that can be planned");
@@ -29,11 +29,12 @@ fn checked(batch: &Batch, model: DeviceModel) -> Plan {
     plan
 }
 
-/// A batch of (query_len, kv_len) in contiguous KV.
+/// A batch of (query_len, kv_len) in contiguous KV, of which no two requests begin at the same slot if there is room for that.
 fn contiguous(shape: AttentionShape, mask: Mask, lengths: impl IntoIterator<Item = (u32, u32)>) -> Batch {
     let mut batch = Batch::new(shape, mask);
     for (query_len, kv_len) in lengths {
-        batch.push_contiguous(query_len, kv_len, 0).expect("a good request");
+        let first_slot = batch.requests().len() as u32;
+        batch.push_contiguous(query_len, kv_len, first_slot.min(Batch::MAX_SLOTS - kv_len)).expect("a good request");
     }
     batch
 }

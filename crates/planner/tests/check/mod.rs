@@ -3,15 +3,17 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use packinfer_abi::{DIRECT, KvRun, RowSegment, WorkItem};
+use packinfer_abi::{DIRECT, KvRun, WorkItem};
 use packinfer_batch::{Batch, Mask, Request};
 use packinfer_planner::{DeviceModel, Plan};
 
 /// What a plan does for one query token.
 #[derive(Clone, Default)]
 struct Token {
-    /// KV tokens of the request that its work items show it.
-    seen: Vec<Range<u32>>,
+    /// Columns that its work items show it.
+    seen: u32,
+    /// Where these lie, if anyone has to know.
+    slots: Option<Vec<Range<u32>>>,
     /// Work items that write its result.
     writers: u32,
     /// Partial rows of its first head.
@@ -27,22 +29,26 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
     assert_eq!(plan.num_slots(), batch.num_slots());
 
     let mut tokens = vec![Token::default(); batch.num_query_tokens() as usize];
+    // What the tokens between the first and the last of a segment see lies between what these see.
+    for segment in plan.segments() {
+        assert!(segment.num_tokens > 0);
+        for token in [segment.first_token, segment.first_token + segment.num_tokens - 1] {
+            tokens[token as usize].slots = Some(Vec::new());
+        }
+    }
     let mut partial_rows = Vec::new();
     for item in plan.items() {
         assert!(item.column_begin < item.column_end, "{item:?} is empty");
         let extents = extents(plan, item);
         let mut row = 0;
         for segment in plan.segments_of(item) {
-            let request = owner(batch, segment);
-            assert_slots(batch, request, segment, &extents);
             for index in 0..segment.num_tokens {
-                let columns = segment.column_begin..segment.column_end + index * segment.column_end_step;
-                let number = segment.first_token + index;
-                assert_eq!(columns.len() as u32, visible(batch, request, number), "what token {number} sees");
-                let token = &mut tokens[number as usize];
-                let seen = columns.start.max(item.column_begin)..columns.end.min(item.column_end);
-                if !seen.is_empty() {
-                    token.seen.push(seen.start - columns.start..seen.end - columns.start);
+                let token = &mut tokens[(segment.first_token + index) as usize];
+                let end = segment.column_end + index * segment.column_end_step;
+                let columns = segment.column_begin.max(item.column_begin)..end.min(item.column_end);
+                token.seen += columns.len() as u32;
+                if let Some(slots) = &mut token.slots {
+                    slots.extend(extents.iter().filter_map(|extent| extent.slots(&columns)));
                 }
                 match item.partial_row {
                     DIRECT => token.writers += 1,
@@ -63,41 +69,80 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
         let mut sources = plan.merge_sources()[merge.source_begin as usize..][..merge.num_sources as usize].to_vec();
         sources.sort_unstable();
         token.partials.sort_unstable();
-        assert!(sources.len() >= 2);
+        assert!(!sources.is_empty());
         assert_eq!(token.partials, sources, "merge of token {}", merge.token);
         token.partials.clear();
         token.writers += 1;
     }
-    for (mut token, number) in tokens.into_iter().zip(0..) {
+    for (token, number) in tokens.into_iter().zip(0..) {
         assert_eq!((token.writers, token.partials.len()), (1, 0), "writers and unread partials of token {number}");
-        assert_tiling(&mut token.seen, visible(batch, request_of(batch, number), number));
+        let request = request_of(batch, number);
+        let visible = visible(batch, request, number);
+        assert_eq!(token.seen, visible, "what token {number} sees");
+        if let Some(slots) = token.slots {
+            assert_eq!(counted(slots), counted(first_slots(batch, request, visible)), "where the KV of token {number} lies");
+        }
     }
 }
 
-/// Panics unless items of requests that share tiles stand together, the longest first, and of these packs the one with the longest first.
-pub fn assert_in_order(batch: &Batch, plan: &Plan, model: &DeviceModel) {
-    let packs = packs(batch, plan);
+/// The first `visible` slots of a request.
+fn first_slots(batch: &Batch, request: &Request, visible: u32) -> Vec<Range<u32>> {
+    let mut left = visible;
+    let slots_of = |&KvRun { first_slot, num_slots }: &KvRun| {
+        let slots = first_slot..first_slot + num_slots.min(left);
+        left -= slots.len() as u32;
+        slots
+    };
+    batch.runs_of(request).iter().map(slots_of).collect()
+}
+
+/// How often slots are in ranges: where that changes, and by how much.
+fn counted(ranges: Vec<Range<u32>>) -> Vec<(u32, i32)> {
+    let ends = |range: Range<u32>| [(range.start, 1), (range.end, -1)];
+    let mut changes: Vec<_> = ranges.into_iter().flat_map(ends).collect();
+    changes.sort_unstable();
+    let same_slot = changes.chunk_by(|a, b| a.0 == b.0);
+    let summed = same_slot.map(|changes| (changes[0].0, changes.iter().map(|change| change.1).sum()));
+    summed.filter(|&(_, change)| change != 0).collect()
+}
+
+/// Panics unless the items of a pack stand together, the longest first or by columns, and of the packs the one with the longest item
+/// first.
+pub fn assert_in_order(plan: &Plan, model: &DeviceModel) {
+    let packs = packs(plan);
     let times: Vec<f64> = plan.item_times(model).collect();
     let mut seen = HashSet::new();
-    let mut longest = f64::INFINITY;
-    for items in packs.iter().zip(&times).collect::<Vec<_>>().chunk_by(|a, b| a.0 == b.0) {
-        assert!(seen.insert(items[0].0), "items of a pack stand apart: {packs:?}");
-        assert!(*items[0].1 <= longest, "packs are not in order: {times:?}");
-        longest = *items[0].1;
-        assert!(items.is_sorted_by(|a, b| a.1 >= b.1), "items of a pack are not in order: {items:?}");
+    let mut longest_before = f64::INFINITY;
+    for items in (0..packs.len()).collect::<Vec<_>>().chunk_by(|&a, &b| packs[a] == packs[b]) {
+        assert!(seen.insert(packs[items[0]]), "items of a pack stand apart: {packs:?}");
+        let longest = items.iter().map(|&item| times[item]).fold(0.0, f64::max);
+        assert!(longest <= longest_before, "packs are not in order: {times:?}");
+        longest_before = longest;
+        let by_time = items.is_sorted_by(|&a, &b| times[a] >= times[b]);
+        let by_columns = items.is_sorted_by_key(|&item| plan.items()[item].column_begin);
+        assert!(by_time || by_columns, "items of a pack are not in order: {items:?}");
     }
 }
 
-/// For each item, a request that stands for all that share tiles with the item's requests, directly or by way of others.
-fn packs(batch: &Batch, plan: &Plan) -> Vec<u32> {
-    let owners = |item| plan.segments_of(item).iter().map(|segment| owner(batch, segment).first_token);
-    let mut stands_for: HashMap<u32, u32> = batch.requests().iter().map(|r| (r.first_token, r.first_token)).collect();
-    for item in plan.items().iter().filter(|item| item.num_segments > 1) {
-        let least = owners(item).map(|request| stands_for[&request]).min().expect("a tile has segments");
-        let joined: Vec<u32> = owners(item).map(|request| stands_for[&request]).collect();
-        stands_for.values_mut().filter(|pack| joined.contains(pack)).for_each(|pack| *pack = least);
+/// For each item, the first KV run of its pack: of tiles that have runs in common, directly or by way of others.
+fn packs(plan: &Plan) -> Vec<u32> {
+    let mut tiles: HashMap<u32, Range<u32>> = HashMap::new();
+    for item in plan.items() {
+        let runs = item.run_begin..item.run_begin + extents(plan, item).len() as u32;
+        let tile = tiles.entry(item.segment_begin).or_insert(runs.clone());
+        *tile = tile.start.min(runs.start)..tile.end.max(runs.end);
     }
-    plan.items().iter().map(|item| stands_for[&owner(batch, &plan.segments_of(item)[0]).first_token]).collect()
+    let mut runs: Vec<Range<u32>> = tiles.values().cloned().collect();
+    runs.sort_unstable_by_key(|runs| runs.start);
+    let mut packs: Vec<Range<u32>> = Vec::new();
+    for runs in runs {
+        match packs.last_mut().filter(|pack| runs.start < pack.end) {
+            Some(pack) => pack.end = pack.end.max(runs.end),
+            None => packs.push(runs),
+        }
+    }
+    let pack_of = |item: &WorkItem| packs[packs.partition_point(|pack| pack.start <= item.run_begin) - 1].start;
+    plan.items().iter().map(pack_of).collect()
 }
 
 /// Panics unless the ranges are `0..end`, each number in exactly one.
@@ -108,14 +153,6 @@ fn assert_tiling(ranges: &mut [Range<u32>], end: u32) {
         range.end
     });
     assert_eq!(reached, end);
-}
-
-/// The request of a segment's tokens.
-fn owner<'a>(batch: &'a Batch, segment: &RowSegment) -> &'a Request {
-    let request = request_of(batch, segment.first_token);
-    assert!(segment.num_tokens > 0);
-    assert!(segment.first_token + segment.num_tokens <= request.first_token + request.query_len, "{segment:?} in {request:?}");
-    request
 }
 
 /// The request of a query token: the last that begins with it or before; those without queries begin where the next one does.
@@ -139,6 +176,15 @@ struct Extent {
     first_slot: u32,
 }
 
+impl Extent {
+    /// The slots of those of its columns that are among `columns`.
+    fn slots(&self, columns: &Range<u32>) -> Option<Range<u32>> {
+        let both = self.columns.start.max(columns.start)..self.columns.end.min(columns.end);
+        let slot = |column| self.first_slot + (column - self.columns.start);
+        (!both.is_empty()).then(|| slot(both.start)..slot(both.end))
+    }
+}
+
 /// Where the columns of an item lie.
 fn extents(plan: &Plan, item: &WorkItem) -> Vec<Extent> {
     let mut extents = Vec::new();
@@ -155,19 +201,4 @@ fn extents(plan: &Plan, item: &WorkItem) -> Vec<Extent> {
     }
     assert_eq!(column, item.column_end, "the runs of {item:?} are too short");
     extents
-}
-
-/// Panics unless those columns that belong to the segment's request lie where the request's KV lies.
-fn assert_slots(batch: &Batch, request: &Request, segment: &RowSegment, extents: &[Extent]) {
-    let mut run_begin = segment.column_begin;
-    for &KvRun { first_slot, num_slots } in batch.runs_of(request) {
-        let run = run_begin..run_begin + num_slots;
-        for Extent { columns, first_slot: extent_slot } in extents {
-            let both = columns.start.max(run.start)..columns.end.min(run.end);
-            if !both.is_empty() {
-                assert_eq!(extent_slot + (both.start - columns.start), first_slot + (both.start - run.start));
-            }
-        }
-        run_begin = run.end;
-    }
 }
