@@ -14,7 +14,8 @@
 //!
 //! * The **rows** of a tile are the query tokens of its [`RowSegment`]s in order, each token `heads_per_group` rows tall: row
 //!   `t * heads_per_group + h` is head `h` of the group for the tile's token `t`.
-//! * The **columns** of a tile are the slots of consecutive [`KvRun`]s. Row segments say which interval of columns each row sees.
+//! * The **columns** of a tile are the slots of consecutive [`KvRun`]s. Row segments say which interval of columns each row sees,
+//!   under a causal mask and within a sliding window.
 //! * A work item whose rows see columns outside its range writes *partials*: normalised O in float32 with its log-sum-exp,
 //!   which a [`MergeToken`] names to be merged.
 //! * Every work item is done once for every *head group*: `heads_per_group` consecutive query heads of one KV head. A plan
@@ -22,6 +23,8 @@
 //!
 //! Counts and indices are `u32`: the planner rejects what does not fit.
 #![no_std]
+
+use core::ops::Range;
 
 /// Rows of a [`TileKind::Wide`] tile.
 pub const WIDE_TILE_ROWS: u32 = 128;
@@ -82,7 +85,7 @@ pub struct KvRun {
 
 /// Consecutive query tokens of one request within a tile, and the columns of the tile that they see.
 ///
-/// Token `i` of the segment sees columns `column_begin .. column_end + i * column_end_step`.
+/// See [`Self::columns`] for what each of the tokens sees.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RowSegment {
@@ -90,12 +93,25 @@ pub struct RowSegment {
     pub first_token: u32,
     /// Number of tokens, at least 1.
     pub num_tokens: u32,
-    /// First column that the segment's tokens see.
+    /// First column that the segment's first token sees.
     pub column_begin: u32,
+    /// How many further tokens see that column too; each one after them sees one column less. [`NO_WINDOW`] if all of them do.
+    pub begin_hold: u32,
     /// One past the last column that the segment's first token sees.
     pub column_end: u32,
     /// How many more columns each further token sees: 1 under a causal mask, else 0.
     pub column_end_step: u32,
+}
+
+/// [`RowSegment::begin_hold`] of tokens that see back to the first column, however many they are.
+pub const NO_WINDOW: u32 = u32::MAX;
+
+impl RowSegment {
+    /// The columns that token `token` of the segment sees.
+    #[inline(always)]
+    pub const fn columns(&self, token: u32) -> Range<u32> {
+        self.column_begin + token.saturating_sub(self.begin_hold)..self.column_end + token * self.column_end_step
+    }
 }
 
 /// Which of the kernel's two ways of working suits a tile.

@@ -19,6 +19,7 @@ impl BatchFile {
             dtype: DType::Bf16,
             page_size: 16,
             causal: true,
+            window: None,
             block_tokens: None,
             requests: chunks.into_iter().chain(decodes).chain(prompts).collect(),
         }

@@ -54,6 +54,7 @@ fn small() -> BatchFile {
         dtype: DType::F16,
         page_size: 16,
         causal: true,
+        window: None,
         block_tokens: Some(32),
         requests: vec![
             request(40, 40, &[]),

@@ -2,8 +2,10 @@
 //!
 //! It works from the batch, so it knows nothing of plans, tiles or merges.
 
+use std::ops::Range;
+
 use multiversion::multiversion;
-use packinfer_batch::{AttentionShape, Batch, Mask, Request};
+use packinfer_batch::{AttentionShape, Batch, Request};
 use rayon::prelude::*;
 
 use crate::{CpuError, Element, Inputs};
@@ -104,10 +106,10 @@ fn attend_head<E: Element, const D: usize>(
     let slots = || batch.runs_of(part.request).iter().flat_map(|run| run.first_slot..run.first_slot + run.num_slots);
     let index = |slot: u32| slot as usize * shape.num_kv_heads() as usize + kv_head;
 
-    let mut rows = rows::<E, D>(part.request, batch.mask(), shape, part.tokens, kv_head, inputs.q);
+    let mut rows = rows::<E, D>(part, batch, kv_head, inputs.q);
     for (column, slot) in slots().enumerate() {
         let k = row::<E, D>(inputs.k, index(slot));
-        for row in rows.iter_mut().filter(|row| column < row.sees) {
+        for row in rows.iter_mut().filter(|row| row.sees.contains(&column)) {
             row.scores.push(scale * dot(&row.q, &k));
         }
     }
@@ -121,8 +123,8 @@ fn attend_head<E: Element, const D: usize>(
     let (o_rows, _) = part.o.as_chunks_mut::<D>();
     for (column, slot) in slots().enumerate() {
         let v = row::<E, D>(inputs.v, index(slot));
-        for row in rows.iter().filter(|row| column < row.sees) {
-            let p = row.scores[column];
+        for row in rows.iter().filter(|row| row.sees.contains(&column)) {
+            let p = row.scores[column - row.sees.start];
             for (o, v) in o_rows[row.output].iter_mut().zip(&v) {
                 *o += p * v;
             }
@@ -133,34 +135,26 @@ fn attend_head<E: Element, const D: usize>(
 /// One query head of one query token.
 struct Row<const D: usize> {
     q: [f64; D],
-    /// KV tokens that it sees: the first so many of its request.
-    sees: usize,
+    /// KV tokens of its request that it sees.
+    sees: Range<usize>,
     /// Scores of those tokens; later their probabilities.
     scores: Vec<f64>,
     /// Where its result goes, in rows of `[tokens, num_qo_heads]`.
     output: usize,
 }
 
-/// The rows of `tokens` for the query heads of a KV head.
-fn rows<E: Element, const D: usize>(
-    request: &Request,
-    mask: Mask,
-    shape: AttentionShape,
-    tokens: &[u32],
-    kv_head: usize,
-    q: &[E],
-) -> Vec<Row<D>> {
+/// The rows of a part for the query heads of a KV head.
+fn rows<E: Element, const D: usize>(part: &Part<'_>, batch: &Batch, kv_head: usize, q: &[E]) -> Vec<Row<D>> {
+    let shape = batch.shape();
     let (num_qo_heads, ratio) = (shape.num_qo_heads() as usize, shape.gqa_ratio() as usize);
     let heads = kv_head * ratio..(kv_head + 1) * ratio;
-    let rows = tokens.iter().enumerate().flat_map(|(index, &token)| {
-        let sees = match mask {
-            Mask::Causal => request.kv_len - request.query_len + (token - request.first_token) + 1,
-            Mask::None => request.kv_len,
-        } as usize;
+    let rows = part.tokens.iter().enumerate().flat_map(|(index, &token)| {
+        let sees = part.request.sees(token - part.request.first_token, batch.mask());
+        let sees = sees.start as usize..sees.end as usize;
         heads.clone().map(move |head| Row {
             q: row(q, token as usize * num_qo_heads + head),
-            sees,
-            scores: Vec::with_capacity(sees),
+            scores: Vec::with_capacity(sees.len()),
+            sees: sees.clone(),
             output: index * num_qo_heads + head,
         })
     });

@@ -88,14 +88,14 @@ impl<const D: usize> Tile<D> {
         self.q.clear();
         for segment in plan.segments_of(item) {
             for index in 0..segment.num_tokens {
-                let column_end = segment.column_end + index * segment.column_end_step;
+                let columns = segment.columns(index);
                 for head in group * heads_per_group..(group + 1) * heads_per_group {
                     let token = segment.first_token + index;
                     self.rows.push(Row {
                         token,
                         head,
-                        column_begin: segment.column_begin.max(item.column_begin),
-                        column_end: column_end.min(item.column_end),
+                        column_begin: columns.start.max(item.column_begin),
+                        column_end: columns.end.min(item.column_end),
                         max: f32::NEG_INFINITY,
                         sum: 0.0,
                     });

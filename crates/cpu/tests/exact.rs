@@ -1,5 +1,7 @@
 //! Plans on the CPU give what exact attention gives.
 
+use std::num::NonZeroU32;
+
 use half::{bf16, f16};
 use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, Mask, RequestLengths};
 use packinfer_cpu::{
@@ -90,12 +92,13 @@ fn batch(shape: AttentionShape, mask: Mask, lengths: &[(u32, u32)]) -> Batch {
 fn any_batch() -> impl Strategy<Value = Batch> {
     const BLOCK_PAGES: u32 = 2;
     let heads = (1..=3u32, prop::sample::select(vec![1u32, 2, 3, 4, 7, 8, 16, 20]));
-    let format = (prop::sample::select(vec![64u32, 128]), prop_oneof![Just(DType::Bf16), Just(DType::F16)], any::<bool>());
+    let format = (prop::sample::select(vec![64u32, 128]), prop_oneof![Just(DType::Bf16), Just(DType::F16)]);
+    let mask = (any::<bool>(), prop::option::of(prop_oneof![1..20u32, 20..700u32].prop_filter_map("not zero", NonZeroU32::new)));
     let query_len = prop_oneof![1 => Just(0), 4 => Just(1u32), 2 => 2..20u32, 1 => 20..150u32];
     let request = (query_len, prop_oneof![Just(0u32), 1..100u32, 100..1500u32], prop::collection::vec(0..2u64, 0..3));
     let requests = prop::collection::vec(request, 0..10);
-    (heads, format, prop::sample::select(vec![1u32, 7, 16]), requests, any::<u64>()).prop_map(
-        |((num_kv_heads, ratio), (head_dim, dtype, causal), page_size, requests, seed)| {
+    (heads, format, mask, prop::sample::select(vec![1u32, 7, 16]), requests, any::<u64>()).prop_map(
+        |((num_kv_heads, ratio), (head_dim, dtype), (causal, window), page_size, requests, seed)| {
             let block_tokens = BLOCK_PAGES * page_size;
             let requests = requests.into_iter().map(|(query_len, cached, mut blocks)| {
                 let kv_len = query_len + cached;
@@ -110,7 +113,8 @@ fn any_batch() -> impl Strategy<Value = Batch> {
                 head_dim,
                 dtype,
                 page_size,
-                causal,
+                causal: causal || window.is_some(),
+                window,
                 block_tokens: Some(block_tokens),
                 requests: requests.collect(),
             };
@@ -164,6 +168,22 @@ fn head_layouts() {
 #[test]
 fn without_a_mask() {
     assert_plans_exact(&batch(shape(4, 2, 128, DType::Bf16), Mask::None, &[(50, 7), (1, 500), (16, 16)]));
+}
+
+#[test]
+fn sliding_windows() {
+    let lengths = [(1, 3000), (200, 200), (70, 500), (3, 3), (1, 10)];
+    for window in [1, 5, 64, 100, 5000].map(|tokens| Mask::Window(NonZeroU32::new(tokens).expect("not zero"))) {
+        assert_plans_exact(&batch(shape(4, 2, 64, DType::F16), window, &lengths));
+    }
+    // A window of one token: every token sees itself alone.
+    let batch = batch(shape(2, 1, 64, DType::F16), Mask::Window(NonZeroU32::MIN), &[(5, 9)]);
+    let tensors = Tensors::<f16>::random(&batch);
+    let (o, _) = run(&packed(&batch), tensors.inputs());
+    for (token, o) in o.chunks(2 * 64).enumerate() {
+        let own = &tensors.v[(4 + token) * 64..][..64];
+        assert_eq!(o, [own, own].concat());
+    }
 }
 
 #[test]

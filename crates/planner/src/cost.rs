@@ -34,11 +34,11 @@ pub(crate) fn issued_pairs(heads: HeadGroups, kind: TileKind, segments: &[RowSeg
     for segment in segments {
         let row_end = row + segment.num_tokens * heads.heads_per_group;
         for warp in row / warp_rows..row_end.div_ceil(warp_rows) {
-            let last_row = row_end.min((warp + 1) * warp_rows) - 1;
-            let last_token = (last_row - row) / heads.heads_per_group;
+            let (first_row, last_row) = (row.max(warp * warp_rows), row_end.min((warp + 1) * warp_rows) - 1);
+            let token = |row_of_token| (row_of_token - row) / heads.heads_per_group;
             let (begin, end) = &mut views[warp as usize];
-            *begin = segment.column_begin.min(*begin);
-            *end = (segment.column_end + last_token * segment.column_end_step).max(*end);
+            *begin = segment.columns(token(first_row)).start.min(*begin);
+            *end = segment.columns(token(last_row)).end.max(*end);
         }
         row = row_end;
     }
@@ -144,6 +144,7 @@ pub(crate) fn merge_ns(
 
 #[cfg(test)]
 mod tests {
+    use packinfer_abi::NO_WINDOW;
     use packinfer_batch::DType;
 
     use super::*;
@@ -154,7 +155,7 @@ mod tests {
 
     /// Tokens that see the columns from `column_begin`, the first of them to before `column_end`, causal.
     fn segment(num_tokens: u32, column_begin: u32, column_end: u32) -> RowSegment {
-        RowSegment { first_token: 0, num_tokens, column_begin, column_end, column_end_step: 1 }
+        RowSegment { first_token: 0, num_tokens, column_begin, begin_hold: NO_WINDOW, column_end, column_end_step: 1 }
     }
 
     #[test]
@@ -173,6 +174,9 @@ mod tests {
         assert_eq!(pairs(TileKind::Wide, &shared, 0..200), 4 * warp_step);
         assert_eq!(pairs(TileKind::Narrow, &[segment(1, 0, 65)], 0..65), 2 * narrow_step);
         assert_eq!(pairs(TileKind::Narrow, &[segment(1, 0, 65)], 128..192), 0);
+        // A window of 64 columns: the first of four warps sees columns 50 to 121, the last 74 to 145.
+        let window = RowSegment { begin_hold: 0, ..segment(32, 50, 114) };
+        assert_eq!(pairs(TileKind::Wide, &[window], 0..145), (2 + 3 + 2 + 2) * warp_step);
     }
 
     #[test]

@@ -141,7 +141,7 @@ impl DeviceModel {
     /// Nanoseconds that a batch takes at least, KV read once by each request: its bytes or its products, whichever takes longer.
     pub fn least_ns(&self, batch: &Batch) -> f64 {
         let shape = batch.shape();
-        let kv_tokens: u64 = batch.requests().iter().filter(|r| r.query_len > 0).map(|r| u64::from(r.kv_len)).sum();
+        let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();
         let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
         let bytes = kv_tokens as f64 * shape.kv_bytes_per_slot() as f64 + qo_bytes as f64;
         1e9 * (bytes / self.bytes_per_s).max(batch.flops() / self.flops_per_s)

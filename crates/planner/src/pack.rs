@@ -5,7 +5,7 @@
 //! end of a launch are what evens out the lanes.
 
 use packinfer_abi::{HeadGroups, RowSegment, TileKind, WIDE_TILE_ROWS};
-use packinfer_batch::Batch;
+use packinfer_batch::{Batch, Mask};
 
 use crate::cost::{CostModel, Ns};
 use crate::tile::{Content, Division, last_column_end, segment, tokens_per_tile};
@@ -98,8 +98,10 @@ impl Packer {
 
         // Lists give back last what they were given first, so in reverse: neighbours stay neighbours.
         for (index, request) in batch.requests().iter().enumerate().rev() {
-            let tokens = Division::of(request, heads).remainder;
-            if tokens > 0 && self.alone[index] < longest_pack {
+            let Division { full_tiles, remainder: tokens, .. } = Division::of(request, heads);
+            // Of a request with a sliding window, the remainder does not see all of the columns that come before it.
+            let sees_all = full_tiles == 0 || !matches!(batch.mask(), Mask::Window(_));
+            if tokens > 0 && sees_all && self.alone[index] < longest_pack {
                 self.remainders.push(tokens, index as u32);
             } else if request.query_len > 0 {
                 self.members.push(index as u32);

@@ -50,10 +50,19 @@ fn any_lengths() -> impl Strategy<Value = (u32, u32)> {
     ]
 }
 
+fn window(tokens: u32) -> Mask {
+    Mask::Window(tokens.try_into().expect("not zero"))
+}
+
+/// Windows of a token, shorter than a step of columns, longer than most requests, and as long as can be.
+fn any_window() -> impl Strategy<Value = Mask> {
+    prop_oneof![Just(1), 2..64u32, 64..2000u32, Just(u32::MAX)].prop_map(window)
+}
+
 /// Batches of every kind in scattered pages of a few sizes, 0 for contiguous KV; pages may be shared.
 fn any_batch() -> impl Strategy<Value = Batch> {
     let shape = (1..=3u32, prop::sample::select(vec![1, 2, 4, 7, 8, 16, 32])).prop_map(|(kv, ratio)| shape(kv, ratio));
-    let mask = prop_oneof![Just(Mask::Causal), Just(Mask::None)];
+    let mask = prop_oneof![2 => Just(Mask::Causal), 1 => Just(Mask::None), 2 => any_window()];
     let page_size = prop::sample::select(vec![0, 1, 16, 50]);
     (shape, mask, page_size, prop::collection::vec(any_lengths(), 0..60), any::<u32>()).prop_map(
         |(shape, mask, page_size, lengths, seed)| {
@@ -114,8 +123,10 @@ proptest! {
         lengths in prop::collection::vec((0..=40u32, prop_oneof![Just(1u32 << 31), (1u32 << 20)..1 << 31, 40..100u32]), 1..8),
         ratio in prop::sample::select(vec![1, 4, 7]),
     ) {
-        let plan = checked(&contiguous(shape(8, ratio), Mask::Causal, lengths), DeviceModel::H100);
-        prop_assert!(plan.items().len() < 4096, "{} items", plan.items().len());
+        for mask in [Mask::Causal, window(1 << 20)] {
+            let plan = checked(&contiguous(shape(8, ratio), mask, lengths.iter().copied()), DeviceModel::H100);
+            prop_assert!(plan.items().len() < 4096, "{} items", plan.items().len());
+        }
     }
 }
 
@@ -196,6 +207,17 @@ fn short_requests_share_tiles() {
 fn few_requests_do_not_wait_for_each_other() {
     let plan = checked(&contiguous(shape(8, 4), Mask::Causal, (0..8).map(|_| (8, 8))), DeviceModel::H100);
     assert_eq!(plan.items().len(), 8);
+}
+
+/// What is before the windows takes nothing: it is as if it were not there.
+#[test]
+fn windows_bound_the_work() {
+    let within = |kv_len| checked(&contiguous(shape(8, 4), window(1024), (0..64).map(|_| (1, kv_len))), DeviceModel::H100);
+    let [short, long] = [1024, 1_000_000].map(|kv_len| within(kv_len).explain(&DeviceModel::H100));
+    assert_eq!(short, long);
+    let prompt = checked(&contiguous(shape(8, 4), window(100), [(5000, 5000)]), DeviceModel::H100);
+    // 32 tokens of a tile see 131 columns together.
+    assert!(prompt.items().iter().all(|item| item.column_end <= 131), "{:?}", prompt.items());
 }
 
 #[test]

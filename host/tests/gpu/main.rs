@@ -1,6 +1,7 @@
 //! The engine against float64 attention. Skipped, with the reason on standard error, where there is no device.
 
 mod case;
+mod options;
 
 use half::{bf16, f16};
 use packinfer::{Batch, DType, DeviceSlice, DeviceSliceMut, EngineError, Mask, Packing, RunOptions, Tensors};

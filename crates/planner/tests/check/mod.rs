@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use packinfer_abi::{DIRECT, KvRun, RowSegment, WorkItem};
-use packinfer_batch::{Batch, Mask, Request};
+use packinfer_batch::{Batch, Request};
 use packinfer_planner::{DeviceModel, Plan};
 
 /// What a plan does for one query token.
@@ -32,13 +32,21 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
         assert!(item.column_begin < item.column_end, "{item:?} is empty");
         let extents = extents(plan, item);
         let mut row = 0;
+        let mut of_rows = Vec::new();
         for segment in plan.segments_of(item) {
             let request = owner(batch, segment);
             assert_slots(batch, request, segment, &extents);
             for index in 0..segment.num_tokens {
-                let columns = segment.column_begin..segment.column_end + index * segment.column_end_step;
+                let columns = segment.columns(index);
                 let number = segment.first_token + index;
-                assert_eq!(columns.len() as u32, visible(batch, request, number), "what token {number} sees");
+                let visible = visible(batch, request, number);
+                let of_kv = |column| i64::from(column) - origin(batch, request, segment);
+                assert_eq!(
+                    of_kv(columns.start)..of_kv(columns.end),
+                    visible.start.into()..visible.end.into(),
+                    "what token {number} sees"
+                );
+                of_rows.push(columns.clone());
                 let token = &mut tokens[number as usize];
                 let seen = columns.start.max(item.column_begin)..columns.end.min(item.column_end);
                 if !seen.is_empty() {
@@ -52,6 +60,7 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
             }
         }
         assert!(row <= item.tile.rows(), "{row} rows in {item:?}");
+        assert_seen(item, of_rows);
         if item.partial_row != DIRECT {
             partial_rows.push(item.partial_row..item.partial_row + row);
         }
@@ -70,7 +79,7 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
     }
     for (mut token, number) in tokens.into_iter().zip(0..) {
         assert_eq!((token.writers, token.partials.len()), (1, 0), "writers and unread partials of token {number}");
-        assert_tiling(&mut token.seen, visible(batch, request_of(batch, number), number));
+        assert_tiling(&mut token.seen, visible(batch, request_of(batch, number), number).len() as u32);
     }
 }
 
@@ -125,12 +134,23 @@ fn request_of(batch: &Batch, token: u32) -> &Request {
 }
 
 /// KV tokens that a query token sees.
-fn visible(batch: &Batch, request: &Request, token: u32) -> u32 {
-    request.first_token_sees(batch.mask())
-        + match batch.mask() {
-            Mask::Causal => token - request.first_token,
-            Mask::None => 0,
-        }
+fn visible(batch: &Batch, request: &Request, token: u32) -> Range<u32> {
+    request.sees(token - request.first_token, batch.mask())
+}
+
+/// The column that the request's first KV token would be: with a window, it may lie before the tile.
+fn origin(batch: &Batch, request: &Request, segment: &RowSegment) -> i64 {
+    i64::from(segment.column_begin) - i64::from(visible(batch, request, segment.first_token).start)
+}
+
+/// Panics if no row of the item sees some of its columns.
+fn assert_seen(item: &WorkItem, mut columns_of_rows: Vec<Range<u32>>) {
+    columns_of_rows.sort_unstable_by_key(|columns| columns.start);
+    let seen_to = columns_of_rows.iter().fold(item.column_begin, |seen_to, columns| {
+        assert!(columns.start <= seen_to || seen_to >= item.column_end, "nobody sees column {seen_to} of {item:?}");
+        seen_to.max(columns.end)
+    });
+    assert!(seen_to >= item.column_end, "nobody sees column {seen_to} of {item:?}");
 }
 
 /// Columns that lie in consecutive slots, and the first of these.
@@ -159,13 +179,16 @@ fn extents(plan: &Plan, item: &WorkItem) -> Vec<Extent> {
 
 /// Panics unless those columns that belong to the segment's request lie where the request's KV lies.
 fn assert_slots(batch: &Batch, request: &Request, segment: &RowSegment, extents: &[Extent]) {
-    let mut run_begin = segment.column_begin;
+    let mut run_begin = origin(batch, request, segment);
     for &KvRun { first_slot, num_slots } in batch.runs_of(request) {
-        let run = run_begin..run_begin + num_slots;
+        let run = run_begin..run_begin + i64::from(num_slots);
         for Extent { columns, first_slot: extent_slot } in extents {
+            let columns = i64::from(columns.start)..i64::from(columns.end);
             let both = columns.start.max(run.start)..columns.end.min(run.end);
             if !both.is_empty() {
-                assert_eq!(extent_slot + (both.start - columns.start), first_slot + (both.start - run.start));
+                let slots =
+                    [(extent_slot, &columns), (&first_slot, &run)].map(|(&slot, at)| i64::from(slot) + both.start - at.start);
+                assert_eq!(slots[0], slots[1], "slot of column {}", both.start);
             }
         }
         run_begin = run.end;
