@@ -53,9 +53,7 @@ unsafe fn load_run(params: &AttentionParams, index: u32) -> KvRun {
 pub struct ColumnLoader<'a, const DIM_BLOCKS: usize, const COLUMNS: u32> {
     params: &'a AttentionParams,
     cursor: ColumnCursor,
-    /// The column that this lane looks up next: lane `l` looks up column `l % COLUMNS` of the warp's.
-    column: u32,
-    last_column: u32,
+    column_end: u32,
     /// Byte of a slot at which this lane's chunk begins.
     chunk_offset: u32,
     lane: u32,
@@ -70,34 +68,31 @@ pub struct Columns {
 }
 
 impl<'a, const DIM_BLOCKS: usize, const COLUMNS: u32> ColumnLoader<'a, DIM_BLOCKS, COLUMNS> {
-    /// A loader of the columns `first`, `first + 1`, … of each step, counted from the item's first column.
+    /// A loader of an item's columns.
     ///
     /// # Safety
     ///
     /// `params` and `item` are valid.
     #[inline(always)]
-    pub unsafe fn new(params: &'a AttentionParams, item: &WorkItem, kv_head: u32, first: u32, lane: u32) -> Self {
+    pub unsafe fn new(params: &'a AttentionParams, item: &WorkItem, kv_head: u32, lane: u32) -> Self {
         Self {
             params,
             cursor: ColumnCursor::new(params, item),
-            column: item.column_begin + first + lane % COLUMNS,
-            last_column: item.column_end - 1,
+            column_end: item.column_end,
             chunk_offset: kv_head * SharedTile::<DIM_BLOCKS>::ROW_BYTES + SharedTile::<DIM_BLOCKS>::byte_of_lane(lane),
             lane,
         }
     }
 
-    /// The warp's next columns; moves on by `step` columns.
+    /// Looks up the warp's columns from `first` on, which must not lie before those of the last call: lane `l` column `l % COLUMNS` of them.
     ///
     /// # Safety
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn next(&mut self, step: u32) -> Columns {
-        let slot = self.cursor.slot(self.params, core::cmp::min(self.column, self.last_column));
-        let first_column = self.column - self.lane % COLUMNS;
-        self.column += step;
-        Columns { slot, present: (self.last_column + 1).saturating_sub(first_column) }
+    pub unsafe fn look_up(&mut self, first: u32) -> Columns {
+        let column = core::cmp::min(first + self.lane % COLUMNS, self.column_end - 1);
+        Columns { slot: self.cursor.slot(self.params, column), present: self.column_end.saturating_sub(first) }
     }
 
     /// Starts copies of these columns of K or V to rows of a tile; zeros for columns out of the item's range.
@@ -108,23 +103,24 @@ impl<'a, const DIM_BLOCKS: usize, const COLUMNS: u32> ColumnLoader<'a, DIM_BLOCK
     #[inline(always)]
     pub unsafe fn copy(&self, columns: &Columns, tensor: DeviceAddress, destination: LaneChunk) {
         let slot_bytes = self.params.heads.num_kv_heads * SharedTile::<DIM_BLOCKS>::ROW_BYTES;
+        let chunk = tensor + u64::from(self.chunk_offset);
         let lane_row = SharedTile::<DIM_BLOCKS>::row_of_lane(self.lane);
         for i in 0..COLUMNS / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
             let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
             let slot = warp::shuffle_from(columns.slot, rows + lane_row);
-            let source = tensor + u64::from(slot) * u64::from(slot_bytes) + u64::from(self.chunk_offset);
+            let source = chunk + u64::from(slot) * u64::from(slot_bytes);
             copy_chunk(destination.rows_on(rows), source, rows + lane_row < columns.present);
         }
     }
 
-    /// As [`Self::next`] and [`Self::copy`] of both K and V.
+    /// As [`Self::look_up`] and [`Self::copy`] of both K and V.
     ///
     /// # Safety
     ///
     /// As [`Self::copy`].
     #[inline(always)]
-    pub unsafe fn load(&mut self, k_tile: SharedTile<DIM_BLOCKS>, v_tile: SharedTile<DIM_BLOCKS>, step: u32) {
-        let columns = self.next(step);
+    pub unsafe fn load(&mut self, first: u32, k_tile: SharedTile<DIM_BLOCKS>, v_tile: SharedTile<DIM_BLOCKS>) {
+        let columns = self.look_up(first);
         self.copy(&columns, self.params.k, k_tile.chunk_of_lane(self.lane));
         self.copy(&columns, self.params.v, v_tile.chunk_of_lane(self.lane));
     }

@@ -1,7 +1,7 @@
 //! Merges the partial results of query tokens whose columns were split among work items.
 //!
 //! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ wᵢ.
-//! Four warps take every fourth partial each, and are merged the same way.
+//! Four warps take every fourth partial each, and are merged the same way. A sink is one more partial, whose O is zero.
 
 use packinfer_abi::{MERGE_SHARED_BYTES, MERGE_THREADS, MergeParams, MergeToken};
 
@@ -92,6 +92,10 @@ unsafe fn merge<E: Element, const PAIRS: usize>(params: MergeParams) {
         for warp in 1..WARPS {
             let other = shared::<PAIRS>(warp, lane);
             merged.add(other.max, other.total, &other.sum);
+        }
+        if params.sinks != 0 {
+            let sink = f32::from_bits(load_global(params.sinks + 4 * u64::from(head)));
+            merged.add(sink / LN_2, 1.0, &[[0.0; 2]; PAIRS]);
         }
         let inverse = if merged.total == 0.0 { 0.0 } else { math::reciprocal(merged.total) };
         let row = u64::from(token) * u64::from(heads.num_qo_heads) + u64::from(head);

@@ -2,6 +2,7 @@
 
 use crate::element::ELEMENT_BYTES;
 use crate::ptx::cp_async::CHUNK_BYTES;
+use crate::ptx::math::opaque;
 use crate::ptx::mma::{OperandA, OperandB, load_matrices, load_matrices_transposed};
 
 /// Rows of `8 * DIM_BLOCKS` elements. A row is `DIM_BLOCKS` chunks of 16 bytes; chunk `c` of row `r` lies where chunk `c ^ (r % 8)` would.
@@ -18,13 +19,10 @@ pub struct LaneRow {
 }
 
 impl LaneRow {
-    /// The same, but unknown to the compiler: addresses are then worked out where they are used, rather than all of them kept in
-    /// registers across a loop that needs those for its accumulators.
+    /// The same, but addresses that depend on it are worked out where they are used; see [`opaque`].
     #[inline(always)]
-    pub fn opaque(mut self) -> Self {
-        // SAFETY: a move.
-        unsafe { core::arch::asm!("mov.b32 {0}, {0};", inout(reg32) self.swizzle, options(nomem, nostack)) };
-        self
+    pub fn opaque(self) -> Self {
+        Self { swizzle: opaque(self.swizzle), ..self }
     }
 
     /// Address of the lane's chunk, `blocks` 8-element blocks on; `blocks` is even.

@@ -263,8 +263,13 @@ pub struct AttentionParams {
     pub num_runs: u32,
     /// A [`Scheduler`], zero between launches; each launch that may run beside another has its own.
     pub scheduler: DeviceAddress,
-    /// Softmax scale times log2(e): the kernels exponentiate to base 2.
+    /// What the exponent to base 2 of a score is: softmax scale times log2(e); with a soft-cap, the cap times log2(e).
     pub scale_log2: f32,
+    /// With a soft-cap, the scores become hyperbolic tangents: of half this times ln 2, so it is 2 log2(e) times the softmax scale over the
+    /// cap. Without, zero.
+    pub soft_cap_log2: f32,
+    /// Sinks, natural logarithm, `[num_qo_heads]` float32: a further logit of each row. Or zero.
+    pub sinks: DeviceAddress,
     /// A [`TaskStamp`] for each task, `[num_items, num_groups]`; or zero.
     pub stamps: DeviceAddress,
 }
@@ -285,6 +290,8 @@ pub struct MergeParams {
     pub tokens: DeviceAddress,
     /// Merge sources, `u32`.
     pub sources: DeviceAddress,
+    /// As [`AttentionParams::sinks`].
+    pub sinks: DeviceAddress,
     /// Heads.
     pub heads: HeadGroups,
     /// Rows of the partial buffers.

@@ -25,7 +25,7 @@ use crate::{AttentionShape, Batch, BatchError, DType, Mask};
 ///
 /// The KV lies in pages of `page_size` slots. Requests whose `blocks` begin with the same ids hold the same tokens there, and
 /// share those pages.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BatchFile {
     /// What to call it.
@@ -50,6 +50,12 @@ pub struct BatchFile {
     /// KV tokens that a query token sees at the most, itself and those just before it: a sliding window, of causal attention.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<NonZeroU32>,
+    /// Bound of the scores: each score `s` becomes `cap · tanh(s / cap)` before the softmax.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logit_soft_cap: Option<f32>,
+    /// Whether each query head has a sink: a further logit in its softmax, to which no V belongs.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub sinks: bool,
     /// Tokens of a block, a multiple of `page_size`. Needed where a request names blocks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_tokens: Option<u32>,
@@ -72,6 +78,10 @@ pub struct RequestLengths {
 
 fn causal_by_default() -> bool {
     true
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl BatchFile {
@@ -136,12 +146,16 @@ impl BatchFile {
     ///
     /// # Errors
     ///
-    /// Everything that [`AttentionShape`] and [`Batch`] reject; a sliding window that is not causal; a page size of 0; blocks that are longer than their request,
+    /// Everything that [`AttentionShape`] and [`Batch`] reject; a sliding window that is not causal; a soft-cap that is no
+    /// positive number; a page size of 0; blocks that are longer than their request,
     /// of unknown length, or not made of whole pages; more than [`Self::MAX_PAGES`].
     pub fn check(&self) -> Result<(), BatchFileError> {
         let page_size = self.page_size;
         if let Some(window) = self.window.filter(|_| !self.causal) {
             return Err(BatchFileError::WindowNotCausal { window });
+        }
+        if let Some(cap) = self.logit_soft_cap.filter(|cap| !cap.is_finite() || *cap <= 0.0) {
+            return Err(BatchFileError::SoftCap { cap });
         }
         if page_size == 0 {
             return Err(BatchFileError::EmptyPage);
@@ -209,6 +223,12 @@ pub enum BatchFileError {
     WindowNotCausal {
         /// Tokens of the window.
         window: NonZeroU32,
+    },
+    /// A soft-cap that is no positive number.
+    #[error("logit_soft_cap is {cap}: it must be finite and greater than 0")]
+    SoftCap {
+        /// The soft-cap.
+        cap: f32,
     },
     /// A page size of zero.
     #[error("page_size is 0: a page holds at least one slot")]

@@ -60,6 +60,7 @@ fn numbers_that_do_not_fit_together_are_named() {
         ("\"head_dim\": 64", "\"head_dim\": 96", "head dimension 96"),
         ("\"page_size\": 16", "\"page_size\": 0", "page_size is 0"),
         ("\"causal\": true", "\"causal\": false, \"window\": 9", "window is 9, but causal is false"),
+        ("\"causal\": true", "\"logit_soft_cap\": -3.5", "logit_soft_cap is -3.5: it must be finite and greater than 0"),
         ("\"causal\": true", "\"window\": 0", "expected a nonzero u32"),
         ("\"query_len\": 1", "\"query_len\": 101", "request 0 has 101 query tokens but only 100 KV tokens"),
         ("\"kv_len\": 100", "\"kv_len\": 63", "request 0 names 2 blocks of 32 tokens, which is more than its 63 KV tokens"),

@@ -55,6 +55,8 @@ fn small() -> BatchFile {
         page_size: 16,
         causal: true,
         window: None,
+        logit_soft_cap: None,
+        sinks: false,
         block_tokens: Some(32),
         requests: vec![
             request(40, 40, &[]),

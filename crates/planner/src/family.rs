@@ -31,6 +31,13 @@ impl KernelFamily {
     }
 }
 
+impl KernelFamily {
+    /// Whether they can bound logits by a soft-cap. Plans for those that cannot run with others if it comes to that.
+    pub fn has_soft_cap(self) -> bool {
+        self != Self::Sm90a
+    }
+}
+
 impl FromStr for KernelFamily {
     type Err = String;
 

@@ -239,7 +239,9 @@ fn wrong_tensors_are_errors() {
     assert!(is_pool(error_of(&|device| device.v = short()), "V"));
     for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
         let error = error_of(&|device| device.options.softmax_scale = Some(scale));
-        assert!(matches!(error, EngineError::Scale { .. }), "{error}");
+        assert!(matches!(error, EngineError::NotPositive { what: "softmax scale", .. }), "{error}");
+        let error = error_of(&|device| device.options.logit_soft_cap = Some(scale));
+        assert!(matches!(error, EngineError::NotPositive { what: "logit soft-cap", .. }), "{error}");
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::task::{Task, row_chunk};
 use crate::element::Element;
-use crate::ptx::memory::{load_shared_x4, store_global_f32, store_global_f32x2, store_global_x4, store_shared};
+use crate::ptx::math::divide;
+use crate::ptx::memory::{load_global, load_shared_x4, store_global_f32, store_global_f32x2, store_global_x4, store_shared};
 use crate::ptx::mma::Fragment;
 use crate::ptx::warp;
 use crate::rows::{NO_ROW, Row};
@@ -24,6 +25,20 @@ pub unsafe fn lse(task: &Task, row: u32, index: u32, lse_log2: f32) {
     }
 }
 
+/// Logarithm to base 2 of the sink of row `index` of the output, if the item is the only one of its rows: else they get it when they are
+/// merged. −∞ for none.
+///
+/// # Safety
+///
+/// The row exists.
+#[inline(always)]
+pub unsafe fn sink_log2(task: &Task, index: u32) -> f32 {
+    let sinks = task.params.sinks;
+    let num_qo_heads = task.params.heads.num_qo_heads;
+    let head = index - divide(index, num_qo_heads) * num_qo_heads;
+    f32::from_bits(load_global(sinks + 4 * u64::from(head))) / LN_2
+}
+
 /// Finishes the rows of a warp, the tile's from `first_row` on, and stores them. `staging` holds as many rows.
 ///
 /// # Safety
@@ -42,11 +57,17 @@ pub unsafe fn rows<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>
     let mut factors = [[0f32; ROWS_PER_LANE]; ROW_BLOCKS];
     for block in 0..ROW_BLOCKS {
         for half in 0..ROWS_PER_LANE {
-            let sum = softmax.finish(block, half);
-            factors[block][half] = sum.inverse;
-            if lane % 4 == 0 && lane_rows[block][half].exists() {
-                lse(task, first_row + row_of_lane(block, half, lane), lane_rows[block][half].index, sum.lse_log2);
+            let mut sum = softmax.finish(block, half);
+            let index = lane_rows[block][half].index;
+            if index != NO_ROW {
+                if task.has_sinks() {
+                    sum = sum.with_sink(sink_log2(task, index));
+                }
+                if lane % 4 == 0 {
+                    lse(task, first_row + row_of_lane(block, half, lane), index, sum.lse_log2);
+                }
             }
+            factors[block][half] = sum.inverse;
         }
     }
     scale_rows(output, &factors);

@@ -79,13 +79,14 @@ impl<const WARPS: usize, const BLOCKS: usize> WarpResults<WARPS, BLOCKS> {
                 continue;
             }
             let mut lse = [0f32; WARPS];
-            let mut max = f32::NEG_INFINITY;
+            let sink = if task.has_sinks() { store::sink_log2(task, found.index) } else { f32::NEG_INFINITY };
+            let mut max = sink;
             for (warp, lse) in lse.iter_mut().enumerate() {
                 *lse = load_shared_f32(self.lse(warp as u32, row));
                 max = math::max(max, *lse);
             }
             let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
-            let (mut total, mut sum) = (0f32, [0f32; 2]);
+            let (mut total, mut sum) = (math::exp2(sink - origin), [0f32; 2]);
             for (warp, lse) in lse.iter().enumerate() {
                 let weight = math::exp2(lse - origin);
                 let address = self.output(warp as u32, row, column);

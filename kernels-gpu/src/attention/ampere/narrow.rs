@@ -16,7 +16,7 @@ use crate::ptx::mma::{Fragment, OperandA};
 use crate::ptx::warp;
 use crate::rows::{Row, WarpView};
 use crate::shared_tile::SharedTile;
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_rows};
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_rows, soft_cap};
 
 /// Warps of a block.
 const WARPS: u32 = ATTENTION_THREADS / 32;
@@ -62,11 +62,11 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
     let ring = Ring::<DIM_BLOCKS>::of_warp(*tiles, *warp);
     let warp_column = warp * WARP_COLUMNS;
 
-    let mut loader = ColumnLoader::<DIM_BLOCKS, WARP_COLUMNS>::new(params, item, task.kv_head, warp_column, lane);
+    let mut loader = ColumnLoader::<DIM_BLOCKS, WARP_COLUMNS>::new(params, item, task.kv_head, lane);
     let mut ahead = item.column_begin + warp_column; // first column of the step that is copied next
     for stage in 0..Ring::<DIM_BLOCKS>::STAGES {
         if ahead < item.column_end {
-            loader.load(ring.k(stage), ring.v(stage), COLUMN_STEP);
+            loader.load(ahead, ring.k(stage), ring.v(stage));
         }
         commit_group();
         ahead = ahead.saturating_add(COLUMN_STEP);
@@ -89,6 +89,7 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
         warp::sync();
         if view.sees_any(column, WARP_COLUMNS) {
             let mut scores = [score::<E, DIM_BLOCKS>(&queries, ring.k(stage), lane)];
+            soft_cap(params, &mut scores[0]);
             if !view.sees_all(column, WARP_COLUMNS) {
                 mask(&mut scores[0], &lane_rows, column, lane);
             }
@@ -98,7 +99,7 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
         }
         warp::sync(); // all lanes have read the stage
         if ahead < item.column_end {
-            loader.load(ring.k(stage), ring.v(stage), COLUMN_STEP);
+            loader.load(ahead, ring.k(stage), ring.v(stage));
         }
         commit_group();
         ahead = ahead.saturating_add(COLUMN_STEP);

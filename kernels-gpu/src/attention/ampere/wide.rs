@@ -18,7 +18,7 @@ use crate::ptx::cp_async::{commit_group, copy_chunk, wait_group};
 use crate::ptx::mma::Fragment;
 use crate::rows::WarpView;
 use crate::shared_tile::{LaneRow, SharedTile};
-use crate::softmax::{OnlineSoftmax, mask, probabilities, scale_rows};
+use crate::softmax::{OnlineSoftmax, mask, probabilities, scale_rows, soft_cap};
 
 /// Blocks of 16 rows that a warp holds.
 const ROW_BLOCKS: usize = 2;
@@ -63,8 +63,8 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
     let first_row = warp * WARP_ROWS;
     let warp_column = warp * WARP_COLUMNS;
 
-    let mut loader = ColumnLoader::<DIM_BLOCKS, WARP_COLUMNS>::new(params, item, task.kv_head, warp_column, lane);
-    loader.load(tiles.k(0).skip_rows(warp_column), tiles.v(0).skip_rows(warp_column), COLUMN_STEP);
+    let mut loader = ColumnLoader::<DIM_BLOCKS, WARP_COLUMNS>::new(params, item, task.kv_head, lane);
+    loader.load(item.column_begin + warp_column, tiles.k(0).skip_rows(warp_column), tiles.v(0).skip_rows(warp_column));
     task.rows.write(params, item, task.head_group, block.thread);
     sync_block();
     load_queries(task, lane, tiles.q.skip_rows(first_row), first_row);
@@ -82,11 +82,14 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
         sync_block(); // this stage has arrived for all warps, and all have done with the other
         if column + COLUMN_STEP < item.column_end {
             let (k, v) = (tiles.k(1 - stage), tiles.v(1 - stage));
-            loader.load(k.skip_rows(warp_column), v.skip_rows(warp_column), COLUMN_STEP);
+            loader.load(column + COLUMN_STEP + warp_column, k.skip_rows(warp_column), v.skip_rows(warp_column));
             commit_group();
         }
         if view.sees_any(column, COLUMN_STEP) {
             let mut scores = score::<E, DIM_BLOCKS>(q.opaque(), tiles.k(stage), lane);
+            for scores in &mut scores {
+                soft_cap(params, scores);
+            }
             if !view.sees_all(column, COLUMN_STEP) {
                 for (scores, rows) in scores.iter_mut().zip(&task.rows.of_lane::<ROW_BLOCKS>(first_row, lane)) {
                     mask(scores, rows, column, lane);
@@ -126,7 +129,7 @@ unsafe fn score<E: Element, const DIM_BLOCKS: usize>(
     lane: u32,
 ) -> [[Fragment; SCORE_FRAGMENTS]; ROW_BLOCKS] {
     let mut scores = [[[0f32; 4]; SCORE_FRAGMENTS]; ROW_BLOCKS];
-    let k = k.columns_by_lane(lane);
+    let k = k.columns_by_lane(lane).opaque();
     for dim in 0..DIM_BLOCKS / 2 {
         let mut a = [[0u32; 4]; ROW_BLOCKS];
         for (block, a) in a.iter_mut().enumerate() {
