@@ -26,7 +26,7 @@
 
 use core::ops::Range;
 
-/// Rows of a [`TileKind::Wide`] tile.
+/// The most rows of a [`TileKind::Wide`] tile; see [`wide_tile_rows`].
 pub const WIDE_TILE_ROWS: u32 = 128;
 /// Rows of a [`TileKind::Narrow`] tile: the least that the tensor cores' `m16n8k16` takes.
 pub const NARROW_TILE_ROWS: u32 = 16;
@@ -56,8 +56,8 @@ pub const KV_BOX_ELEMENTS: u32 = 64;
 pub const TENSOR_MAP_BYTES: u32 = 128;
 /// Threads of a block of the merge kernel: four warps, which divide the sources of one token and head.
 pub const MERGE_THREADS: u32 = 128;
-/// Dynamic shared memory of the merge kernel: six words for each thread.
-pub const MERGE_SHARED_BYTES: u32 = 6 * 4 * MERGE_THREADS;
+/// Dynamic shared memory of the merge kernel: ten words for each thread, for a head dimension of 256.
+pub const MERGE_SHARED_BYTES: u32 = 10 * 4 * MERGE_THREADS;
 /// Threads of a block of the kernel that measures the tensor cores.
 pub const MMA_RATE_THREADS: u32 = 128;
 /// Floating-point operations of a block of that kernel in one iteration: 8 `m16n8k16` for each of 4 warps.
@@ -125,13 +125,18 @@ pub enum TileKind {
 }
 
 impl TileKind {
-    /// Rows of a tile of this kind.
+    /// The most rows of a tile of this kind; see [`HeadGroups::tile_rows`].
     pub const fn rows(self) -> u32 {
         match self {
             TileKind::Wide => WIDE_TILE_ROWS,
             TileKind::Narrow => NARROW_TILE_ROWS,
         }
     }
+}
+
+/// Rows of a [`TileKind::Wide`] tile for a head dimension: half as many where O of more would not fit into the registers of four warps.
+pub const fn wide_tile_rows(head_dim: u32) -> u32 {
+    if head_dim > 128 { WIDE_TILE_ROWS / 2 } else { WIDE_TILE_ROWS }
 }
 
 /// One tile over one range of its columns: what a thread block does for one head group.
@@ -172,7 +177,7 @@ pub struct MergeToken {
 /// An address in device memory. Zero means absent where a field may be.
 pub type DeviceAddress = u64;
 
-/// How query heads are divided into head groups.
+/// How query heads are divided into head groups, and how many rows of one a tile has.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadGroups {
@@ -184,9 +189,19 @@ pub struct HeadGroups {
     pub heads_per_group: u32,
     /// Number of groups.
     pub num_groups: u32,
+    /// Rows of a wide tile.
+    pub wide_tile_rows: u32,
 }
 
 impl HeadGroups {
+    /// Rows of a tile.
+    pub const fn tile_rows(&self, kind: TileKind) -> u32 {
+        match kind {
+            TileKind::Wide => self.wide_tile_rows,
+            TileKind::Narrow => kind.rows(),
+        }
+    }
+
     /// Groups that share a KV head.
     #[inline(always)]
     pub const fn groups_per_kv_head(&self) -> u32 {

@@ -57,7 +57,7 @@ fn numbers_that_do_not_fit_together_are_named() {
         ("\"num_qo_heads\": 8", "\"num_qo_heads\": 0", "0 query heads and 2 KV heads"),
         ("\"num_kv_heads\": 2", "\"num_kv_heads\": 0", "8 query heads and 0 KV heads"),
         ("\"num_kv_heads\": 2", "\"num_kv_heads\": 3", "8 query heads cannot be shared evenly by 3 KV heads"),
-        ("\"head_dim\": 64", "\"head_dim\": 96", "head dimension 96"),
+        ("\"head_dim\": 64", "\"head_dim\": 80", "head dimension 80"),
         ("\"page_size\": 16", "\"page_size\": 0", "page_size is 0"),
         ("\"causal\": true", "\"causal\": false, \"window\": 9", "window is 9, but causal is false"),
         ("\"causal\": true", "\"logit_soft_cap\": -3.5", "logit_soft_cap is -3.5: it must be finite and greater than 0"),

@@ -47,7 +47,7 @@ pub enum CpuError {
         value: f32,
     },
     /// A head dimension that this crate is not built for.
-    #[error("head dimension {head_dim}: 64 and 128 are supported")]
+    #[error("head dimension {head_dim}: 64, 96, 128 and 256 are supported")]
     HeadDim {
         /// The head dimension.
         head_dim: u32,

@@ -23,7 +23,9 @@ pub fn execute<E: Element>(plan: &Plan, inputs: Inputs<'_, E>, outputs: Outputs<
     outputs.check(plan.shape(), plan.num_query_tokens())?;
     match plan.shape().head_dim() {
         64 => run::<E, 64>(plan, inputs, outputs, logits),
+        96 => run::<E, 96>(plan, inputs, outputs, logits),
         128 => run::<E, 128>(plan, inputs, outputs, logits),
+        256 => run::<E, 256>(plan, inputs, outputs, logits),
         head_dim => return Err(CpuError::HeadDim { head_dim }),
     }
     Ok(())

@@ -52,7 +52,9 @@ pub fn attention<E: Element>(batch: &Batch, inputs: Inputs<'_, E>, tokens: &[u32
     }
     parts.into_par_iter().with_max_len(1).for_each(|part| match shape.head_dim() {
         64 => part.attend::<E, 64>(batch, &inputs, logits),
-        _ => part.attend::<E, 128>(batch, &inputs, logits),
+        96 => part.attend::<E, 96>(batch, &inputs, logits),
+        128 => part.attend::<E, 128>(batch, &inputs, logits),
+        _ => part.attend::<E, 256>(batch, &inputs, logits),
     });
     Ok(Reference { o, lse })
 }

@@ -99,7 +99,7 @@ const MOST_QO_HEADS: usize = 60;
 fn any_batch() -> impl Strategy<Value = Batch> {
     const BLOCK_PAGES: u32 = 2;
     let heads = (1..=3u32, prop::sample::select(vec![1u32, 2, 3, 4, 7, 8, 16, 20]));
-    let format = (prop::sample::select(vec![64u32, 128]), prop_oneof![Just(DType::Bf16), Just(DType::F16)]);
+    let format = (prop::sample::select(AttentionShape::HEAD_DIMS.to_vec()), prop_oneof![Just(DType::Bf16), Just(DType::F16)]);
     let mask = (any::<bool>(), prop::option::of(prop_oneof![1..20u32, 20..700u32].prop_filter_map("not zero", NonZeroU32::new)));
     let query_len = prop_oneof![1 => Just(0), 4 => Just(1u32), 2 => 2..20u32, 1 => 20..150u32];
     let request = (query_len, prop_oneof![Just(0u32), 1..100u32, 100..1500u32], prop::collection::vec(0..2u64, 0..3));

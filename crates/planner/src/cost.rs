@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use packinfer_abi::{COLUMN_STEP, DIRECT, HeadGroups, RowSegment, TileKind, WIDE_TILE_ROWS, WorkItem};
+use packinfer_abi::{COLUMN_STEP, DIRECT, HeadGroups, NARROW_TILE_ROWS, RowSegment, TileKind, WorkItem};
 use packinfer_batch::AttentionShape;
 
 use crate::DeviceModel;
@@ -10,26 +10,24 @@ use crate::DeviceModel;
 /// Nanoseconds of one thread block.
 pub(crate) type Ns = u64;
 
-/// Rows of a wide tile that a warp computes together.
-const WIDE_WARP_ROWS: u32 = 32;
-/// The most warps that divide a tile's rows.
-const MAX_WARPS: usize = (WIDE_TILE_ROWS / WIDE_WARP_ROWS) as usize;
+/// Warps that divide the rows of a wide tile.
+const WIDE_WARPS: u32 = 4;
 /// Bytes of an element of a partial, or of its log-sum-exp.
 const PARTIAL_ELEMENT_BYTES: u64 = 4;
 
 /// Rows of a tile that skip a step of columns together, because none of them sees any of it.
-fn warp_rows(kind: TileKind) -> u32 {
+fn warp_rows(heads: HeadGroups, kind: TileKind) -> u32 {
     match kind {
-        TileKind::Wide => WIDE_WARP_ROWS,
+        TileKind::Wide => heads.wide_tile_rows / WIDE_WARPS,
         // The warps of a block share the rows.
-        TileKind::Narrow => kind.rows(),
+        TileKind::Narrow => NARROW_TILE_ROWS,
     }
 }
 
 /// (row, column) pairs that a head group computes of a tile's `columns`: whole steps of whole warps.
 pub(crate) fn issued_pairs(heads: HeadGroups, kind: TileKind, segments: &[RowSegment], columns: Range<u32>) -> u64 {
-    let warp_rows = warp_rows(kind);
-    let mut views = [(u32::MAX, 0); MAX_WARPS];
+    let warp_rows = warp_rows(heads, kind);
+    let mut views = [(u32::MAX, 0); WIDE_WARPS as usize];
     let mut row = 0;
     for segment in segments {
         let row_end = row + segment.num_tokens * heads.heads_per_group;
@@ -150,7 +148,7 @@ mod tests {
     use super::*;
 
     fn heads() -> HeadGroups {
-        HeadGroups { num_qo_heads: 8, num_kv_heads: 2, heads_per_group: 4, num_groups: 2 }
+        HeadGroups { num_qo_heads: 8, num_kv_heads: 2, heads_per_group: 4, num_groups: 2, wide_tile_rows: 128 }
     }
 
     /// Tokens that see the columns from `column_begin`, the first of them to before `column_end`, causal.

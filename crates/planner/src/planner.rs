@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 
-use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, TileKind, WorkItem};
+use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, NARROW_TILE_ROWS, TileKind, WorkItem};
 use packinfer_batch::Batch;
 
 use crate::cost::{CostModel, Ns, num_rows};
@@ -103,7 +103,7 @@ impl Planner {
     ///
     /// # Errors
     ///
-    /// A batch whose plan has more of something than can be numbered. The plan is empty then.
+    /// A batch whose plan has more of something than can be numbered, or that none of the families of kernels supports. The plan is empty then.
     pub fn plan_into(&mut self, batch: &Batch, plan: &mut Plan) -> Result<(), PlanError> {
         let shape = batch.shape();
         let heads = match self.packing {
@@ -111,7 +111,7 @@ impl Planner {
             Packing::PerRequest => shape.single_head_groups(),
         };
         plan.reset(batch, heads);
-        plan.model = self.choose(batch);
+        plan.model = self.choose(batch)?;
         let cost = CostModel::new(&plan.model, shape, heads);
         self.make_tiles(batch, plan, heads, &cost);
         let parts = match self.packing {
@@ -125,9 +125,12 @@ impl Planner {
     }
 
     /// The model that a batch is planned for.
-    fn choose(&self, batch: &Batch) -> DeviceModel {
-        let faster = |a: DeviceModel, b: &DeviceModel| if b.least_ns(batch) < a.least_ns(batch) { *b } else { a };
-        self.models[1..].iter().fold(self.models[0], faster)
+    fn choose(&self, batch: &Batch) -> Result<DeviceModel, PlanError> {
+        let shape = batch.shape();
+        let faster = |a: &DeviceModel, b: &DeviceModel| if b.least_ns(batch) < a.least_ns(batch) { *b } else { *a };
+        let able = self.models.iter().filter(|model| model.kernel_family.supports(shape)).copied();
+        let chosen = able.reduce(|a, b| faster(&a, &b));
+        chosen.ok_or(PlanError::NotSupported { family: self.models[0].kernel_family, head_dim: shape.head_dim() })
     }
 
     fn make_tiles(&mut self, batch: &Batch, plan: &mut Plan, heads: HeadGroups, cost: &CostModel) {
@@ -142,7 +145,7 @@ impl Planner {
             }
             Packing::PerRequest => {
                 for (request, index) in batch.requests().iter().zip(0..) {
-                    let kind = if request.query_len <= TileKind::Narrow.rows() { TileKind::Narrow } else { TileKind::Wide };
+                    let kind = if request.query_len <= NARROW_TILE_ROWS { TileKind::Narrow } else { TileKind::Wide };
                     if request.query_len > 0 {
                         tile::push_tiles(&mut self.tiles, plan, batch, index, &[index], kind);
                     }

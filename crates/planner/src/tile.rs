@@ -32,7 +32,7 @@ impl Tile {
 
 /// Query tokens that a tile holds.
 pub(crate) fn tokens_per_tile(kind: TileKind, heads: HeadGroups) -> u32 {
-    kind.rows() / heads.heads_per_group
+    heads.tile_rows(kind) / heads.heads_per_group
 }
 
 /// How the query tokens of a request fall into tiles: full wide tiles, and a remainder that may be zero.

@@ -2,14 +2,18 @@
 
 use packinfer_abi::TileKind;
 use packinfer_batch::{AttentionShape, Batch, DType, Mask};
-use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, Planner};
+use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, PlanError, Planner};
 use proptest::prelude::*;
 
 mod check;
 use check::{assert_in_order, assert_valid};
 
 fn shape(num_kv_heads: u32, gqa_ratio: u32) -> AttentionShape {
-    AttentionShape::new(num_kv_heads * gqa_ratio, num_kv_heads, 128, DType::Bf16).expect("a good shape")
+    shape_of(num_kv_heads, gqa_ratio, 128)
+}
+
+fn shape_of(num_kv_heads: u32, gqa_ratio: u32, head_dim: u32) -> AttentionShape {
+    AttentionShape::new(num_kv_heads * gqa_ratio, num_kv_heads, head_dim, DType::Bf16).expect("a good shape")
 }
 
 /// A packed plan, checked; so is the one without packing.
@@ -61,7 +65,8 @@ fn any_window() -> impl Strategy<Value = Mask> {
 
 /// Batches of every kind in scattered pages of a few sizes, 0 for contiguous KV; pages may be shared.
 fn any_batch() -> impl Strategy<Value = Batch> {
-    let shape = (1..=3u32, prop::sample::select(vec![1, 2, 4, 7, 8, 16, 32])).prop_map(|(kv, ratio)| shape(kv, ratio));
+    let shape = (1..=3u32, prop::sample::select(vec![1, 2, 4, 7, 8, 16, 32]), prop::sample::select(vec![128, 256]));
+    let shape = shape.prop_map(|(kv, ratio, head_dim)| shape_of(kv, ratio, head_dim));
     let mask = prop_oneof![2 => Just(Mask::Causal), 1 => Just(Mask::None), 2 => any_window()];
     let page_size = prop::sample::select(vec![0, 1, 16, 50]);
     (shape, mask, page_size, prop::collection::vec(any_lengths(), 0..60), any::<u32>()).prop_map(
@@ -174,7 +179,7 @@ fn longest_prompt() {
     let tokens = Batch::MAX_QUERY_TOKENS;
     let batch = contiguous(shape(1, 1), Mask::Causal, [(tokens, tokens)]);
     let plan = Planner::new(DeviceModel::H100).plan(&batch).expect("a batch that can be planned");
-    assert_eq!(plan.items().len() as u32, tokens / TileKind::Wide.rows());
+    assert_eq!(plan.items().len() as u32, tokens / plan.heads().tile_rows(TileKind::Wide));
 }
 
 #[test]
@@ -241,4 +246,16 @@ fn products_decide_the_kernels() {
     assert_eq!(kernels(1, 8192), KernelFamily::Sm80);
     assert_eq!(kernels(8192, 8192), KernelFamily::Sm90a);
     assert_eq!(kernels(64, 64), KernelFamily::Sm80);
+}
+
+/// Kernels that do not have a head dimension are not chosen, and not having any others is an error.
+#[test]
+fn kernels_that_cannot_are_not_chosen() {
+    let models = DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132);
+    let hopper = *models.iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("an H100 runs them");
+    let batch = contiguous(shape_of(8, 4, 256), Mask::Causal, [(8192, 8192)]);
+    let plan = Planner::choosing(models).plan(&batch).expect("a batch that can be planned");
+    assert_eq!(plan.model().kernel_family, KernelFamily::Sm80);
+    let error = Planner::new(hopper).plan(&batch).expect_err("no such kernels");
+    assert_eq!(error, PlanError::NotSupported { family: KernelFamily::Sm90a, head_dim: 256 });
 }

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use packinfer::{EngineError, Mask, Packing};
 
 use crate::case::{Case, Element, contiguous, engine, paged, shape};
-use crate::{DECODE, MIXED, PREFILL};
+use crate::{DECODE, MIXED, PREFILL, head_dims};
 
 #[test]
 fn sliding_windows() {
@@ -31,6 +31,11 @@ fn with_logits<E: Element>(head_dim: u32, lengths: &[(u32, u32)], soft_cap: Opti
     case
 }
 
+/// All pairs.
+fn iproduct<A: Copy, B: Copy>(a: &[A], b: &[B]) -> Vec<(A, B)> {
+    a.iter().flat_map(|&a| b.iter().map(move |&b| (a, b))).collect()
+}
+
 /// Whether the engine has kernels for a soft-cap.
 fn has_soft_cap(engine: &packinfer::Engine) -> bool {
     engine.kernel_families().iter().any(|family| family.has_soft_cap())
@@ -44,10 +49,10 @@ fn soft_caps_and_sinks() {
             continue;
         }
         for packing in [Packing::Packed, Packing::PerRequest] {
-            for lengths in [&MIXED[..], &PREFILL, &DECODE] {
-                let case = with_logits::<bf16>(128, lengths, soft_cap, sinks);
+            for (lengths, head_dim) in iproduct(&[&MIXED[..], &PREFILL, &DECODE], &head_dims(engine)) {
+                let case = with_logits::<bf16>(head_dim, lengths, soft_cap, sinks);
                 case.check(&case.run(engine, packing));
-                let case = with_logits::<f16>(64, lengths, soft_cap, sinks);
+                let case = with_logits::<f16>(head_dim, lengths, soft_cap, sinks);
                 case.check(&case.run(engine, packing));
             }
         }

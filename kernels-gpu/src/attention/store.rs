@@ -106,7 +106,11 @@ unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
         let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
         let index = task.rows.index(first_row + rows + SharedTile::<DIM_BLOCKS>::row_of_lane(lane));
         if index != NO_ROW {
-            store_global_x4(row_chunk::<DIM_BLOCKS>(task.params.o, index, lane), load_shared_x4(chunk.rows_on(rows)));
+            for part in 0..SharedTile::<DIM_BLOCKS>::PARTS {
+                let byte = part * SharedTile::<DIM_BLOCKS>::PART_BYTES;
+                let to = row_chunk::<DIM_BLOCKS>(task.params.o, index, lane) + u64::from(byte);
+                store_global_x4(to, load_shared_x4(chunk.rows_on(rows) + byte));
+            }
         }
     }
 }

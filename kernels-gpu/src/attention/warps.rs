@@ -69,13 +69,14 @@ impl<const WARPS: usize, const BLOCKS: usize> WarpResults<WARPS, BLOCKS> {
     /// Reached by all these threads, after a barrier that followed the writing.
     #[inline(always)]
     pub unsafe fn merge<E: Element>(&self, task: &Task, first_column: u32, dim: u32, thread: u32, threads: u32) {
-        let threads_per_row = Self::COLUMNS / 2;
+        // A power of two, so that rows divide the threads. Columns of 96 leave some idle.
+        let threads_per_row = const { (Self::COLUMNS / 2).next_power_of_two() };
         let rows_at_once = threads / threads_per_row;
         let column = thread % threads_per_row * 2;
         for i in 0..NARROW_TILE_ROWS / rows_at_once {
             let row = i * rows_at_once + thread / threads_per_row;
             let found = task.rows.read(row);
-            if !found.exists() {
+            if !found.exists() || column >= Self::COLUMNS {
                 continue;
             }
             let mut lse = [0f32; WARPS];

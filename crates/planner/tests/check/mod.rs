@@ -59,7 +59,7 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
                 row += heads.heads_per_group;
             }
         }
-        assert!(row <= item.tile.rows(), "{row} rows in {item:?}");
+        assert!(row <= heads.tile_rows(item.tile), "{row} rows in {item:?}");
         assert_seen(item, of_rows);
         if item.partial_row != DIRECT {
             partial_rows.push(item.partial_row..item.partial_row + row);
