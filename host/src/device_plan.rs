@@ -26,7 +26,7 @@ const LEAST_BYTES: usize = 64 << 10;
 /// Its memory is used again by [`crate::Engine::upload_into`]. Dropping it waits for the device, so keep one from step to step.
 pub struct DevicePlan {
     pub(crate) layout: Layout,
-    pub(crate) attention: Kernel,
+    attention: Kernel,
     pub(crate) merge: Kernel,
     arrays: DeviceBuffer<u8>,
     staging: PinnedBuffer,
@@ -129,12 +129,25 @@ impl DevicePlan {
         self.layout.family
     }
 
-    /// Thread blocks of the attention kernel: one for each task, or one for each multiprocessor, which take tasks in turn.
-    pub(crate) fn attention_blocks(&self) -> u32 {
-        match self.kernel_family() {
-            KernelFamily::Sm90a => self.layout.attention_tasks.min(self.shared.info.multiprocessors),
-            _ => self.layout.attention_tasks,
+    /// The kernels for a run with a logit soft-cap or without: others than the plan was made for, if those have none.
+    pub(crate) fn family_for(&self, soft_cap: bool) -> Result<KernelFamily, EngineError> {
+        let own = self.kernel_family();
+        if !soft_cap || own.has_soft_cap() {
+            return Ok(own);
         }
+        let other = self.shared.families.iter().find(|family| family.has_soft_cap());
+        other.copied().ok_or(EngineError::NoSoftCap { family: own })
+    }
+
+    /// The attention kernel of a family, and its thread blocks: one for each task, or one for each multiprocessor, which take tasks in turn.
+    pub(crate) fn attention_in(&self, family: KernelFamily) -> Result<(Kernel, u32), EngineError> {
+        let kernel = match family == self.kernel_family() {
+            true => self.attention,
+            false => self.shared.kernels.get(KernelSource::attention(family, self.layout.shape))?,
+        };
+        let tasks = self.layout.attention_tasks;
+        let blocks = if family == KernelFamily::Sm90a { tasks.min(self.shared.info.multiprocessors) } else { tasks };
+        Ok((kernel, blocks))
     }
 
     /// Heads, head dimension, element type.

@@ -154,14 +154,14 @@ impl Engine {
     /// # Errors
     ///
     /// Tensors of another type or of other lengths than the plan's, or at addresses that are not multiples of 16; a softmax scale
-    /// that is no positive number; objects of another device; or what the driver reports.
+    /// or a soft-cap that is no positive number; objects of another device; or what the driver reports.
     pub fn run<E: Element>(
         &self,
         plan: &DevicePlan,
         workspace: &mut Workspace,
         stream: &Stream,
         tensors: Tensors<'_, E>,
-        options: RunOptions,
+        options: RunOptions<'_>,
     ) -> Result<(), EngineError> {
         self.check("the stream", stream.shared())?;
         self.check("the plan", &plan.shared)?;

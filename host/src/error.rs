@@ -106,11 +106,13 @@ pub enum EngineError {
         /// Type of the plan.
         needed: DType,
     },
-    /// A softmax scale that is no positive number.
-    #[error("softmax scale {scale}: it must be finite and greater than 0")]
-    Scale {
-        /// The scale.
-        scale: f32,
+    /// A softmax scale or a soft-cap that is no positive number.
+    #[error("{what} {value}: it must be finite and greater than 0")]
+    NotPositive {
+        /// Which of them.
+        what: &'static str,
+        /// What it is.
+        value: f32,
     },
     /// A copy between a slice and a buffer of different lengths.
     #[error("a buffer of {buffer} elements cannot be copied from {slice} elements: the lengths must be equal")]
@@ -148,6 +150,12 @@ pub enum EngineError {
         /// The device's name.
         device: String,
         /// The family asked for.
+        family: KernelFamily,
+    },
+    /// A soft-cap, but only kernels that have none.
+    #[error("the {family} kernels have no logit soft-cap: let the engine use others too (EngineOptions::kernel_family)")]
+    NoSoftCap {
+        /// The kernels that the engine uses.
         family: KernelFamily,
     },
     /// The driver refuses a kernel.

@@ -44,31 +44,50 @@ macro_rules! kernel {
 }
 
 impl KernelSource {
-    /// The kernel that does a plan's work items.
+    /// The kernel of a family that does a plan's work items.
     pub fn attention(family: KernelFamily, shape: AttentionShape) -> Self {
+        macro_rules! sm_80 {
+            ($name:literal) => {
+                kernel!("sm_80", $name, ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
+            };
+        }
+        macro_rules! sm_90a {
+            ($name:literal) => {
+                kernel!("sm_90a", $name, HOPPER_THREADS, HOPPER_SHARED_BYTES)
+            };
+        }
         match (family, shape.dtype(), shape.head_dim()) {
-            (KernelFamily::Sm90a, DType::Bf16, 64) => {
-                kernel!("sm_90a", "attention_bf16_d64", HOPPER_THREADS, HOPPER_SHARED_BYTES)
-            }
-            (KernelFamily::Sm90a, DType::Bf16, _) => {
-                kernel!("sm_90a", "attention_bf16_d128", HOPPER_THREADS, HOPPER_SHARED_BYTES)
-            }
-            (KernelFamily::Sm90a, DType::F16, 64) => kernel!("sm_90a", "attention_f16_d64", HOPPER_THREADS, HOPPER_SHARED_BYTES),
-            (KernelFamily::Sm90a, DType::F16, _) => kernel!("sm_90a", "attention_f16_d128", HOPPER_THREADS, HOPPER_SHARED_BYTES),
-            (_, DType::Bf16, 64) => kernel!("sm_80", "attention_bf16_d64", ATTENTION_THREADS, ATTENTION_SHARED_BYTES),
-            (_, DType::Bf16, _) => kernel!("sm_80", "attention_bf16_d128", ATTENTION_THREADS, ATTENTION_SHARED_BYTES),
-            (_, DType::F16, 64) => kernel!("sm_80", "attention_f16_d64", ATTENTION_THREADS, ATTENTION_SHARED_BYTES),
-            (_, DType::F16, _) => kernel!("sm_80", "attention_f16_d128", ATTENTION_THREADS, ATTENTION_SHARED_BYTES),
+            (KernelFamily::Sm90a, DType::Bf16, 64) => sm_90a!("attention_bf16_d64"),
+            (KernelFamily::Sm90a, DType::Bf16, _) => sm_90a!("attention_bf16_d128"),
+            (KernelFamily::Sm90a, DType::F16, 64) => sm_90a!("attention_f16_d64"),
+            (KernelFamily::Sm90a, DType::F16, _) => sm_90a!("attention_f16_d128"),
+            (_, DType::Bf16, 64) => sm_80!("attention_bf16_d64"),
+            (_, DType::Bf16, 96) => sm_80!("attention_bf16_d96"),
+            (_, DType::Bf16, 128) => sm_80!("attention_bf16_d128"),
+            (_, DType::Bf16, _) => sm_80!("attention_bf16_d256"),
+            (_, DType::F16, 64) => sm_80!("attention_f16_d64"),
+            (_, DType::F16, 96) => sm_80!("attention_f16_d96"),
+            (_, DType::F16, 128) => sm_80!("attention_f16_d128"),
+            (_, DType::F16, _) => sm_80!("attention_f16_d256"),
         }
     }
 
     /// The kernel that merges a plan's partials.
     pub fn merge(shape: AttentionShape) -> Self {
+        macro_rules! merge {
+            ($name:literal) => {
+                kernel!("sm_80", $name, MERGE_THREADS, MERGE_SHARED_BYTES)
+            };
+        }
         match (shape.dtype(), shape.head_dim()) {
-            (DType::Bf16, 64) => kernel!("sm_80", "merge_bf16_d64", MERGE_THREADS, MERGE_SHARED_BYTES),
-            (DType::Bf16, _) => kernel!("sm_80", "merge_bf16_d128", MERGE_THREADS, MERGE_SHARED_BYTES),
-            (DType::F16, 64) => kernel!("sm_80", "merge_f16_d64", MERGE_THREADS, MERGE_SHARED_BYTES),
-            (DType::F16, _) => kernel!("sm_80", "merge_f16_d128", MERGE_THREADS, MERGE_SHARED_BYTES),
+            (DType::Bf16, 64) => merge!("merge_bf16_d64"),
+            (DType::Bf16, 96) => merge!("merge_bf16_d96"),
+            (DType::Bf16, 128) => merge!("merge_bf16_d128"),
+            (DType::Bf16, _) => merge!("merge_bf16_d256"),
+            (DType::F16, 64) => merge!("merge_f16_d64"),
+            (DType::F16, 96) => merge!("merge_f16_d96"),
+            (DType::F16, 128) => merge!("merge_f16_d128"),
+            (DType::F16, _) => merge!("merge_f16_d256"),
         }
     }
 
@@ -182,7 +201,8 @@ mod tests {
         for dtype in [DType::Bf16, DType::F16] {
             for head_dim in AttentionShape::HEAD_DIMS {
                 let shape = AttentionShape::new(8, 8, head_dim, dtype).expect("a good shape");
-                sources.extend(KernelFamily::ALL.map(|family| KernelSource::attention(family, shape)));
+                let families = KernelFamily::ALL.into_iter().filter(|family| family.supports(shape));
+                sources.extend(families.map(|family| KernelSource::attention(family, shape)));
                 sources.push(KernelSource::merge(shape));
             }
         }

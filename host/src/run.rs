@@ -4,7 +4,7 @@ use std::f32::consts::LOG2_E;
 use std::ffi::c_void;
 use std::ptr;
 
-use packinfer_abi::{AttentionParams, MergeParams};
+use packinfer_abi::{AttentionParams, DeviceAddress, MergeParams};
 
 use crate::device_plan::{DevicePlan, Layout};
 use crate::kv_maps::KvTensors;
@@ -27,15 +27,19 @@ pub struct Tensors<'a, E> {
     pub v: DeviceSlice<'a, E>,
     /// O, like Q.
     pub o: DeviceSliceMut<'a, E>,
-    /// Log-sum-exp of the scaled scores, natural logarithm, `[tokens, num_qo_heads]`; or not wanted.
+    /// Log-sum-exp of the logits, those of sinks included, natural logarithm, `[tokens, num_qo_heads]`; or not wanted.
     pub lse: Option<DeviceSliceMut<'a, f32>>,
 }
 
-/// How attention is computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct RunOptions {
+/// How attention is computed, besides what the batch says.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunOptions<'a> {
     /// Factor of the scores before softmax; 1/√head_dim if `None`.
     pub softmax_scale: Option<f32>,
+    /// Bound of the scaled scores: each score `s` becomes `cap · tanh(s / cap)`.
+    pub logit_soft_cap: Option<f32>,
+    /// A further logit of each query head, `[num_qo_heads]`, in its softmax, to which no V belongs.
+    pub sinks: Option<DeviceSlice<'a, f32>>,
 }
 
 /// Gives the launches of a checked run to the stream, whose context is current.
@@ -44,16 +48,18 @@ pub(crate) fn run<E: Element>(
     workspace: &mut Workspace,
     stream: &Stream,
     tensors: &Tensors<'_, E>,
-    options: RunOptions,
+    options: RunOptions<'_>,
 ) -> Result<(), EngineError> {
     let layout = &plan.layout;
     tensors.check(layout)?;
-    let scale_log2 = options.scale(layout)? * LOG2_E;
+    let Logits { scale_log2, soft_cap_log2, sinks } = options.logits(layout)?;
+    let family = plan.family_for(options.logit_soft_cap.is_some())?;
     if layout.attention_tasks == 0 {
         return Ok(());
     }
     let parts = workspace.parts(plan, stream)?;
-    let kv_maps = match layout.family {
+    let (attention_kernel, attention_blocks) = plan.attention_in(family)?;
+    let kv_maps = match family {
         KernelFamily::Sm90a => workspace.kv_maps(stream, tensors.kv(layout))?,
         // Other kernels copy K and V without tensor maps.
         _ => 0,
@@ -78,12 +84,14 @@ pub(crate) fn run<E: Element>(
         num_runs: layout.num_runs,
         scheduler: parts.scheduler,
         scale_log2,
+        soft_cap_log2,
+        sinks,
         stamps: 0,
     };
     // SAFETY: the kernel has this one parameter. The plan is on the device when the stream gets there, its indices are within
     // tensors of the checked lengths, and within the workspace, which no other run uses at that time. Freeing any of this
     // memory waits for the device.
-    unsafe { plan.attention.launch(plan.attention_blocks(), &mut [parameter(&attention)], stream) }?;
+    unsafe { attention_kernel.launch(attention_blocks, &mut [parameter(&attention)], stream) }?;
     if layout.merge_blocks == 0 {
         return Ok(());
     }
@@ -94,6 +102,7 @@ pub(crate) fn run<E: Element>(
         lse,
         tokens: plan.address(layout.merge_tokens),
         sources: plan.address(layout.merge_sources),
+        sinks,
         heads: layout.heads,
         num_partial_rows: layout.num_partial_rows,
     };
@@ -106,10 +115,30 @@ fn parameter<T>(value: &T) -> *mut c_void {
     ptr::from_ref(value).cast_mut().cast()
 }
 
-impl RunOptions {
-    fn scale(&self, layout: &Layout) -> Result<f32, EngineError> {
+/// Options as the kernels take them.
+struct Logits {
+    scale_log2: f32,
+    soft_cap_log2: f32,
+    sinks: DeviceAddress,
+}
+
+impl RunOptions<'_> {
+    fn logits(&self, layout: &Layout) -> Result<Logits, EngineError> {
         let scale = self.softmax_scale.unwrap_or((layout.shape.head_dim() as f32).sqrt().recip());
-        if scale.is_finite() && scale > 0.0 { Ok(scale) } else { Err(EngineError::Scale { scale }) }
+        for (what, value) in [("softmax scale", scale), ("logit soft-cap", self.logit_soft_cap.unwrap_or(1.0))] {
+            if !value.is_finite() || value <= 0.0 {
+                return Err(EngineError::NotPositive { what, value });
+            }
+        }
+        if let Some(sinks) = &self.sinks {
+            check_length("sinks", "[num_qo_heads]", sinks.len, layout.shape.num_qo_heads().into())?;
+            check_alignment("sinks", sinks.address)?;
+        }
+        let (scale_log2, soft_cap_log2) = match self.logit_soft_cap {
+            Some(cap) => (cap * LOG2_E, 2.0 * LOG2_E * (scale / cap)),
+            None => (scale * LOG2_E, 0.0),
+        };
+        Ok(Logits { scale_log2, soft_cap_log2, sinks: self.sinks.map_or(0, |sinks| sinks.address) })
     }
 }
 
@@ -145,11 +174,17 @@ impl<E: Element> Tensors<'_, E> {
         for (tensor, address) in
             [("Q", self.q.address), ("K", self.k.address), ("V", self.v.address), ("O", self.o.address), ("LSE", lse)]
         {
-            if !address.is_multiple_of(ALIGNMENT) {
-                return Err(EngineError::Misaligned { tensor, address, alignment: ALIGNMENT });
-            }
+            check_alignment(tensor, address)?;
         }
         Ok(())
+    }
+}
+
+fn check_alignment(tensor: &'static str, address: DeviceAddress) -> Result<(), EngineError> {
+    if address.is_multiple_of(ALIGNMENT) {
+        Ok(())
+    } else {
+        Err(EngineError::Misaligned { tensor, address, alignment: ALIGNMENT })
     }
 }
 

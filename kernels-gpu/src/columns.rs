@@ -4,8 +4,9 @@ use packinfer_abi::{AttentionParams, DeviceAddress, KvRun, WorkItem};
 
 use crate::ptx::cp_async::copy_chunk;
 use crate::ptx::memory::load_global_x2;
+use crate::ptx::special::thread_index;
 use crate::ptx::warp;
-use crate::shared_tile::{LaneChunk, SharedTile};
+use crate::shared_tile::SharedTile;
 
 /// Walks one column after another, always forward, through the KV runs of a work item.
 struct ColumnCursor {
@@ -47,18 +48,17 @@ unsafe fn load_run(params: &AttentionParams, index: u32) -> KvRun {
     KvRun { first_slot, num_slots }
 }
 
-/// Loads a warp's share of a work item's K and V: `COLUMNS` columns at a time, a power of two up to 32.
+/// Loads a warp's share of a work item's K and V: some columns at a time, a power of two up to 32.
 ///
-/// Registers are scarce in the attention loop, so it keeps only what cannot be had again from the kernel's parameters.
-pub struct ColumnLoader<'a, const DIM_BLOCKS: usize, const COLUMNS: u32> {
+/// Registers are scarce in the attention loop, so it keeps only what cannot be had again from the kernel's parameters and the thread index.
+pub struct ColumnLoader<'a, const DIM_BLOCKS: usize> {
     params: &'a AttentionParams,
+    /// Columns at a time: a constant wherever this is inlined.
+    columns: u32,
     cursor: ColumnCursor,
-    /// The column that this lane looks up next: lane `l` looks up column `l % COLUMNS` of the warp's.
-    column: u32,
-    last_column: u32,
-    /// Byte of a slot at which this lane's chunk begins.
-    chunk_offset: u32,
-    lane: u32,
+    column_end: u32,
+    /// Byte of a slot at which the head's elements begin.
+    head_offset: u32,
 }
 
 /// The warp's columns of one step.
@@ -69,35 +69,32 @@ pub struct Columns {
     present: u32,
 }
 
-impl<'a, const DIM_BLOCKS: usize, const COLUMNS: u32> ColumnLoader<'a, DIM_BLOCKS, COLUMNS> {
-    /// A loader of the columns `first`, `first + 1`, … of each step, counted from the item's first column.
+impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
+    /// A loader of an item's columns, `columns` at a time.
     ///
     /// # Safety
     ///
     /// `params` and `item` are valid.
     #[inline(always)]
-    pub unsafe fn new(params: &'a AttentionParams, item: &WorkItem, kv_head: u32, first: u32, lane: u32) -> Self {
+    pub unsafe fn new(params: &'a AttentionParams, item: &WorkItem, kv_head: u32, columns: u32) -> Self {
         Self {
             params,
+            columns,
             cursor: ColumnCursor::new(params, item),
-            column: item.column_begin + first + lane % COLUMNS,
-            last_column: item.column_end - 1,
-            chunk_offset: kv_head * SharedTile::<DIM_BLOCKS>::ROW_BYTES + SharedTile::<DIM_BLOCKS>::byte_of_lane(lane),
-            lane,
+            column_end: item.column_end,
+            head_offset: kv_head * SharedTile::<DIM_BLOCKS>::ROW_BYTES,
         }
     }
 
-    /// The warp's next columns; moves on by `step` columns.
+    /// Looks up the warp's columns from `first` on, which must not lie before those of the last call: lane `l` column `l % columns` of them.
     ///
     /// # Safety
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn next(&mut self, step: u32) -> Columns {
-        let slot = self.cursor.slot(self.params, core::cmp::min(self.column, self.last_column));
-        let first_column = self.column - self.lane % COLUMNS;
-        self.column += step;
-        Columns { slot, present: (self.last_column + 1).saturating_sub(first_column) }
+    pub unsafe fn look_up(&mut self, first: u32) -> Columns {
+        let column = core::cmp::min(first + thread_index() % self.columns, self.column_end - 1);
+        Columns { slot: self.cursor.slot(self.params, column), present: self.column_end.saturating_sub(first) }
     }
 
     /// Starts copies of these columns of K or V to rows of a tile; zeros for columns out of the item's range.
@@ -106,27 +103,33 @@ impl<'a, const DIM_BLOCKS: usize, const COLUMNS: u32> ColumnLoader<'a, DIM_BLOCK
     ///
     /// Reached by all lanes of the warp; nobody reads or writes these rows until the copies are waited for.
     #[inline(always)]
-    pub unsafe fn copy(&self, columns: &Columns, tensor: DeviceAddress, destination: LaneChunk) {
+    pub unsafe fn copy(&self, columns: &Columns, tensor: DeviceAddress, destination: SharedTile<DIM_BLOCKS>) {
+        let lane = thread_index() % warp::LANES;
+        let destination = destination.chunk_of_lane(lane);
         let slot_bytes = self.params.heads.num_kv_heads * SharedTile::<DIM_BLOCKS>::ROW_BYTES;
-        let lane_row = SharedTile::<DIM_BLOCKS>::row_of_lane(self.lane);
-        for i in 0..COLUMNS / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
+        let chunk = tensor + u64::from(self.head_offset + SharedTile::<DIM_BLOCKS>::byte_of_lane(lane));
+        let lane_row = SharedTile::<DIM_BLOCKS>::row_of_lane(lane);
+        for i in 0..self.columns / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
             let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
             let slot = warp::shuffle_from(columns.slot, rows + lane_row);
-            let source = tensor + u64::from(slot) * u64::from(slot_bytes) + u64::from(self.chunk_offset);
-            copy_chunk(destination.rows_on(rows), source, rows + lane_row < columns.present);
+            let source = chunk + u64::from(slot) * u64::from(slot_bytes);
+            for part in 0..SharedTile::<DIM_BLOCKS>::PARTS {
+                let byte = part * SharedTile::<DIM_BLOCKS>::PART_BYTES;
+                copy_chunk(destination.rows_on(rows) + byte, source + u64::from(byte), rows + lane_row < columns.present);
+            }
         }
     }
 
-    /// As [`Self::next`] and [`Self::copy`] of both K and V.
+    /// As [`Self::look_up`] and [`Self::copy`] of both K and V.
     ///
     /// # Safety
     ///
     /// As [`Self::copy`].
     #[inline(always)]
-    pub unsafe fn load(&mut self, k_tile: SharedTile<DIM_BLOCKS>, v_tile: SharedTile<DIM_BLOCKS>, step: u32) {
-        let columns = self.next(step);
-        self.copy(&columns, self.params.k, k_tile.chunk_of_lane(self.lane));
-        self.copy(&columns, self.params.v, v_tile.chunk_of_lane(self.lane));
+    pub unsafe fn load(&mut self, first: u32, k_tile: SharedTile<DIM_BLOCKS>, v_tile: SharedTile<DIM_BLOCKS>) {
+        let columns = self.look_up(first);
+        self.copy(&columns, self.params.k, k_tile);
+        self.copy(&columns, self.params.v, v_tile);
     }
 }
 

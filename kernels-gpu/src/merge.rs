@@ -1,7 +1,7 @@
 //! Merges the partial results of query tokens whose columns were split among work items.
 //!
 //! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ wᵢ.
-//! Four warps take every fourth partial each, and are merged the same way.
+//! Four warps take every fourth partial each, and are merged the same way. A sink is one more partial, whose O is zero.
 
 use packinfer_abi::{MERGE_SHARED_BYTES, MERGE_THREADS, MergeParams, MergeToken};
 
@@ -45,8 +45,8 @@ impl<const PAIRS: usize> Merged<PAIRS> {
 }
 
 #[inline(always)]
-unsafe fn merge<E: Element, const PAIRS: usize>(params: MergeParams) {
-    let dim = 64 * PAIRS as u32;
+unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize>(params: MergeParams) {
+    const { assert!(PAIRS as u32 == DIM.div_ceil(64)) };
     let heads = &params.heads;
     let merge_index = math::divide(block_index(), heads.num_qo_heads);
     let head = block_index() - merge_index * heads.num_qo_heads;
@@ -73,9 +73,11 @@ unsafe fn merge<E: Element, const PAIRS: usize>(params: MergeParams) {
                 let row = first_row + u64::from(load_global(sources + 4 * u64::from(source)));
                 lse_log2[ahead] = f32::from_bits(load_global(params.partial_lse + 4 * row)) / LN_2;
                 for (pair, output) in output[ahead].iter_mut().enumerate() {
-                    let element = u64::from(element_of_lane(lane, pair));
-                    let [a, b] = load_global_x2(params.partial_o + 4 * (row * u64::from(dim) + element));
-                    *output = [f32::from_bits(a), f32::from_bits(b)];
+                    let element = element_of_lane(lane, pair);
+                    if element < DIM {
+                        let [a, b] = load_global_x2(params.partial_o + 4 * (row * u64::from(DIM) + u64::from(element)));
+                        *output = [f32::from_bits(a), f32::from_bits(b)];
+                    }
                 }
             }
         }
@@ -93,12 +95,18 @@ unsafe fn merge<E: Element, const PAIRS: usize>(params: MergeParams) {
             let other = shared::<PAIRS>(warp, lane);
             merged.add(other.max, other.total, &other.sum);
         }
+        if params.sinks != 0 {
+            let sink = f32::from_bits(load_global(params.sinks + 4 * u64::from(head)));
+            merged.add(sink / LN_2, 1.0, &[[0.0; 2]; PAIRS]);
+        }
         let inverse = if merged.total == 0.0 { 0.0 } else { math::reciprocal(merged.total) };
         let row = u64::from(token) * u64::from(heads.num_qo_heads) + u64::from(head);
         for (pair, sum) in merged.sum.iter().enumerate() {
-            let element = u64::from(element_of_lane(lane, pair));
-            let address = params.o + (row * u64::from(dim) + element) * u64::from(ELEMENT_BYTES);
-            store_global(address, E::pack(sum[0] * inverse, sum[1] * inverse));
+            let element = element_of_lane(lane, pair);
+            if element < DIM {
+                let address = params.o + (row * u64::from(DIM) + u64::from(element)) * u64::from(ELEMENT_BYTES);
+                store_global(address, E::pack(sum[0] * inverse, sum[1] * inverse));
+            }
         }
         if lane == 0 && params.lse != 0 {
             let max = if merged.max == f32::NEG_INFINITY { 0.0 } else { merged.max };
@@ -107,7 +115,7 @@ unsafe fn merge<E: Element, const PAIRS: usize>(params: MergeParams) {
     }
 }
 
-/// First of the two elements that a lane holds in its pair `pair`.
+/// First of the two elements that a lane holds in its pair `pair`; there may be no such elements.
 #[inline(always)]
 fn element_of_lane(lane: u32, pair: usize) -> u32 {
     2 * (lane + 32 * pair as u32)
@@ -147,27 +155,55 @@ kernel! {
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_bf16_d64(params: MergeParams) {
-        merge::<Bf16, 1>(params)
+        merge::<Bf16, 64, 1>(params)
+    }
+
+    /// Merges partials, O in bf16, head dimension 96.
+    #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    #[expect("bar.sync" = 1)]
+    fn merge_bf16_d96(params: MergeParams) {
+        merge::<Bf16, 96, 2>(params)
     }
 
     /// Merges partials, O in bf16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_bf16_d128(params: MergeParams) {
-        merge::<Bf16, 2>(params)
+        merge::<Bf16, 128, 2>(params)
+    }
+
+    /// Merges partials, O in bf16, head dimension 256.
+    #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    #[expect("bar.sync" = 1)]
+    fn merge_bf16_d256(params: MergeParams) {
+        merge::<Bf16, 256, 4>(params)
     }
 
     /// Merges partials, O in f16, head dimension 64.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_f16_d64(params: MergeParams) {
-        merge::<F16, 1>(params)
+        merge::<F16, 64, 1>(params)
+    }
+
+    /// Merges partials, O in f16, head dimension 96.
+    #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    #[expect("bar.sync" = 1)]
+    fn merge_f16_d96(params: MergeParams) {
+        merge::<F16, 96, 2>(params)
     }
 
     /// Merges partials, O in f16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_f16_d128(params: MergeParams) {
-        merge::<F16, 2>(params)
+        merge::<F16, 128, 2>(params)
+    }
+
+    /// Merges partials, O in f16, head dimension 256.
+    #[launch_bounds(threads = 128, blocks_per_sm = 8)]
+    #[expect("bar.sync" = 1)]
+    fn merge_f16_d256(params: MergeParams) {
+        merge::<F16, 256, 4>(params)
     }
 }

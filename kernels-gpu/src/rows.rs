@@ -65,14 +65,19 @@ impl RowTable {
         while segment < end {
             let num_tokens = load_global(segment + core::mem::offset_of!(RowSegment, num_tokens) as u64);
             if token < num_tokens {
-                let first_token = load_global(segment + core::mem::offset_of!(RowSegment, first_token) as u64);
-                let column_begin = load_global(segment + core::mem::offset_of!(RowSegment, column_begin) as u64);
-                let column_end = load_global(segment + core::mem::offset_of!(RowSegment, column_end) as u64);
-                let step = load_global(segment + core::mem::offset_of!(RowSegment, column_end_step) as u64);
+                let segment = RowSegment {
+                    first_token: load_global(segment + core::mem::offset_of!(RowSegment, first_token) as u64),
+                    num_tokens,
+                    column_begin: load_global(segment + core::mem::offset_of!(RowSegment, column_begin) as u64),
+                    begin_hold: load_global(segment + core::mem::offset_of!(RowSegment, begin_hold) as u64),
+                    column_end: load_global(segment + core::mem::offset_of!(RowSegment, column_end) as u64),
+                    column_end_step: load_global(segment + core::mem::offset_of!(RowSegment, column_end_step) as u64),
+                };
+                let columns = segment.columns(token);
                 found = Row {
-                    index: (first_token + token) * params.heads.num_qo_heads + head,
-                    begin: core::cmp::max(column_begin, item.column_begin),
-                    end: core::cmp::min(column_end + token * step, item.column_end),
+                    index: (segment.first_token + token) * params.heads.num_qo_heads + head,
+                    begin: core::cmp::max(columns.start, item.column_begin),
+                    end: core::cmp::min(columns.end, item.column_end),
                 };
                 break;
             }

@@ -2,12 +2,29 @@
 
 use crate::element::ELEMENT_BYTES;
 use crate::ptx::cp_async::CHUNK_BYTES;
+use crate::ptx::math::opaque;
 use crate::ptx::mma::{OperandA, OperandB, load_matrices, load_matrices_transposed};
+use crate::ptx::warp;
 
-/// Rows of `8 * DIM_BLOCKS` elements. A row is `DIM_BLOCKS` chunks of 16 bytes; chunk `c` of row `r` lies where chunk `c ^ (r % 8)` would.
+/// Rows of `8 * DIM_BLOCKS` elements. A row is `DIM_BLOCKS` chunks of 16 bytes; chunk `c` of row `r` lies where chunk `c ^ swizzle(r)` would.
 #[derive(Clone, Copy)]
 pub struct SharedTile<const DIM_BLOCKS: usize> {
     base: u32,
+}
+
+/// What the index of a chunk in row `row` of a tile with `chunks` chunks a row is changed by. Chunk `c` of any eight rows `8 i ..` then lies in
+/// eight different places modulo 128 bytes, which is what all banks together hold: rows of a multiple of that need eight different swizzles; of shorter
+/// or longer ones, several rows lie in different places already.
+#[inline(always)]
+const fn swizzle(chunks: u32, row: u32) -> u32 {
+    let swizzles = power_of_two_in(chunks, 8);
+    row / (8 / swizzles) % swizzles
+}
+
+/// The greatest power of two that divides `number`, and is at most `most`, one too.
+const fn power_of_two_in(number: u32, most: u32) -> u32 {
+    let power = 1 << number.trailing_zeros();
+    if power < most { power } else { most }
 }
 
 /// Where a lane reads in a tile: the address of its row, and what the swizzle does to its chunks.
@@ -18,13 +35,10 @@ pub struct LaneRow {
 }
 
 impl LaneRow {
-    /// The same, but unknown to the compiler: addresses are then worked out where they are used, rather than all of them kept in
-    /// registers across a loop that needs those for its accumulators.
+    /// The same, but addresses that depend on it are worked out where they are used; see [`opaque`].
     #[inline(always)]
-    pub fn opaque(mut self) -> Self {
-        // SAFETY: a move.
-        unsafe { core::arch::asm!("mov.b32 {0}, {0};", inout(reg32) self.swizzle, options(nomem, nostack)) };
-        self
+    pub fn opaque(self) -> Self {
+        Self { swizzle: opaque(self.swizzle), ..self }
     }
 
     /// Address of the lane's chunk, `blocks` 8-element blocks on; `blocks` is even.
@@ -46,17 +60,23 @@ impl LaneChunk {
     /// Address of the lane's chunk when the warp is `rows` rows on; a multiple of [`SharedTile::ROWS_AT_ONCE`].
     #[inline(always)]
     pub fn rows_on(self, rows: u32) -> u32 {
-        self.row + rows * self.row_bytes + (self.swizzle ^ (rows % 8 * CHUNK_BYTES))
+        self.row + rows * self.row_bytes + (self.swizzle ^ (swizzle(self.row_bytes / CHUNK_BYTES, rows) * CHUNK_BYTES))
     }
 }
 
 impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
     /// Bytes of a row.
     pub const ROW_BYTES: u32 = 8 * DIM_BLOCKS as u32 * ELEMENT_BYTES;
+    /// Chunks of a row.
+    const CHUNKS: u32 = DIM_BLOCKS as u32;
     /// Lanes that go through one row, a chunk each.
-    pub const LANES_PER_ROW: u32 = DIM_BLOCKS as u32;
+    pub const LANES_PER_ROW: u32 = power_of_two_in(Self::CHUNKS, warp::LANES);
     /// Rows that a warp goes through at once.
-    pub const ROWS_AT_ONCE: u32 = 32 / Self::LANES_PER_ROW;
+    pub const ROWS_AT_ONCE: u32 = warp::LANES / Self::LANES_PER_ROW;
+    /// Parts of a row, which the warp goes through one after the other.
+    pub const PARTS: u32 = Self::CHUNKS / Self::LANES_PER_ROW;
+    /// Bytes of a part.
+    pub const PART_BYTES: u32 = Self::LANES_PER_ROW * CHUNK_BYTES;
 
     /// Of the rows that the warp goes through at once, the lane's.
     #[inline(always)]
@@ -64,7 +84,7 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
         lane / Self::LANES_PER_ROW
     }
 
-    /// Byte of a row at which the lane's chunk begins.
+    /// Byte of a part of a row at which the lane's chunk begins.
     #[inline(always)]
     pub fn byte_of_lane(lane: u32) -> u32 {
         lane % Self::LANES_PER_ROW * CHUNK_BYTES
@@ -76,7 +96,7 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
         let row = Self::row_of_lane(lane);
         LaneChunk {
             row: self.base + row * Self::ROW_BYTES,
-            swizzle: Self::byte_of_lane(lane) ^ (row * CHUNK_BYTES),
+            swizzle: Self::byte_of_lane(lane) ^ (swizzle(Self::CHUNKS, row) * CHUNK_BYTES),
             row_bytes: Self::ROW_BYTES,
         }
     }
@@ -96,12 +116,12 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
     /// Address of a chunk.
     #[inline(always)]
     pub fn chunk(self, row: u32, chunk: u32) -> u32 {
-        self.base + row * Self::ROW_BYTES + ((chunk ^ (row % 8)) * CHUNK_BYTES)
+        self.base + row * Self::ROW_BYTES + ((chunk ^ swizzle(Self::CHUNKS, row)) * CHUNK_BYTES)
     }
 
     #[inline(always)]
     fn lane_row(self, row: u32, block: u32) -> LaneRow {
-        LaneRow { row: self.base + row * Self::ROW_BYTES, swizzle: (block ^ (row % 8)) * CHUNK_BYTES }
+        LaneRow { row: self.base + row * Self::ROW_BYTES, swizzle: (block ^ swizzle(Self::CHUNKS, row)) * CHUNK_BYTES }
     }
 
     /// How this lane reads [`Self::operand_a`].
@@ -120,6 +140,12 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
     #[inline(always)]
     pub fn columns_by_lane_transposed(self, lane: u32) -> LaneRow {
         self.rows_by_lane(lane)
+    }
+
+    /// How this lane reads [`Self::eight_columns`] and [`Self::eight_columns_transposed`].
+    #[inline(always)]
+    pub fn eight_columns_by_lane(self, lane: u32) -> LaneRow {
+        self.lane_row(lane % 8, lane / 8)
     }
 
     /// Operand A of 16 tile rows, from `row` on, and 16 of their elements, from `8 * block` on.
@@ -152,6 +178,27 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
     pub unsafe fn operands_b_transposed(lane_row: LaneRow, row: usize, block: usize) -> [OperandB; 2] {
         let [a, b, c, d] = load_matrices_transposed(lane_row.chunk(block) + row as u32 * Self::ROW_BYTES);
         [[a, b], [c, d]]
+    }
+
+    /// Two operands B of the same 8 columns, which are the tile's first rows: 32 of their elements, from `8 * block` on, are summed over, 16 by each.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, with `lane_row` from [`Self::eight_columns_by_lane`]; `block` is a multiple of 4.
+    #[inline(always)]
+    pub unsafe fn eight_columns(lane_row: LaneRow, block: usize) -> [OperandB; 2] {
+        let [a, b, c, d] = load_matrices(lane_row.chunk(block));
+        [[a, b], [c, d]]
+    }
+
+    /// Four operands B, of 8 columns each: the tile's elements from `8 * block` on are the columns, its first 8 rows and 8 of zeros are summed over.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::eight_columns`].
+    #[inline(always)]
+    pub unsafe fn eight_columns_transposed(lane_row: LaneRow, block: usize) -> [OperandB; 4] {
+        load_matrices_transposed(lane_row.chunk(block)).map(|word| [word, 0])
     }
 }
 

@@ -3,6 +3,8 @@
 //! A lane holds parts of `ROW_BLOCKS` blocks of 16 rows; of each block it holds two rows, `lane / 4` and `lane / 4 + 8`, which it shares
 //! with the other three lanes of its quad.
 
+use packinfer_abi::AttentionParams;
+
 use crate::element::Element;
 use crate::ptx::math;
 use crate::ptx::mma::{Fragment, OperandA};
@@ -57,6 +59,32 @@ pub struct RowSum {
     pub inverse: f32,
     /// log2 of the sum of the exponentials of the scaled scores; −∞ for a row that saw nothing.
     pub lse_log2: f32,
+}
+
+impl RowSum {
+    /// The same with a sink of the given logarithm to base 2, −∞ for none: one more exponential in the sum.
+    #[inline(always)]
+    pub fn with_sink(self, sink_log2: f32) -> Self {
+        if sink_log2 == f32::NEG_INFINITY {
+            return self;
+        }
+        let max = math::max(self.lse_log2, sink_log2);
+        let rest = math::exp2(self.lse_log2 - max);
+        let sum = rest + math::exp2(sink_log2 - max);
+        Self { inverse: self.inverse * rest * math::reciprocal(sum), lse_log2: max + math::log2(sum) }
+    }
+}
+
+/// Bounds scores, if the launch asks for a soft-cap: each becomes the hyperbolic tangent of its part of the cap.
+#[inline(always)]
+pub fn soft_cap<const FRAGMENTS: usize>(params: &AttentionParams, scores: &mut [Fragment; FRAGMENTS]) {
+    if params.soft_cap_log2 != 0.0 {
+        for fragment in scores {
+            for score in fragment {
+                *score = math::tanh_of_half_log2(*score * params.soft_cap_log2);
+            }
+        }
+    }
 }
 
 /// Sets the scores of columns that a row does not see to −∞.

@@ -14,7 +14,8 @@
 //!
 //! * The **rows** of a tile are the query tokens of its [`RowSegment`]s in order, each token `heads_per_group` rows tall: row
 //!   `t * heads_per_group + h` is head `h` of the group for the tile's token `t`.
-//! * The **columns** of a tile are the slots of consecutive [`KvRun`]s. Row segments say which interval of columns each row sees.
+//! * The **columns** of a tile are the slots of consecutive [`KvRun`]s. Row segments say which interval of columns each row sees,
+//!   under a causal mask and within a sliding window.
 //! * A work item whose rows see columns outside its range writes *partials*: normalised O in float32 with its log-sum-exp,
 //!   which a [`MergeToken`] names to be merged.
 //! * Every work item is done once for every *head group*: `heads_per_group` consecutive query heads of one KV head. A plan
@@ -23,7 +24,9 @@
 //! Counts and indices are `u32`: the planner rejects what does not fit.
 #![no_std]
 
-/// Rows of a [`TileKind::Wide`] tile.
+use core::ops::Range;
+
+/// The most rows of a [`TileKind::Wide`] tile; see [`wide_tile_rows`].
 pub const WIDE_TILE_ROWS: u32 = 128;
 /// Rows of a [`TileKind::Narrow`] tile: the least that the tensor cores' `m16n8k16` takes.
 pub const NARROW_TILE_ROWS: u32 = 16;
@@ -55,8 +58,8 @@ pub const KV_BOX_ELEMENTS: u32 = 64;
 pub const TENSOR_MAP_BYTES: u32 = 128;
 /// Threads of a block of the merge kernel: four warps, which divide the sources of one token and head.
 pub const MERGE_THREADS: u32 = 128;
-/// Dynamic shared memory of the merge kernel: six words for each thread.
-pub const MERGE_SHARED_BYTES: u32 = 6 * 4 * MERGE_THREADS;
+/// Dynamic shared memory of the merge kernel: ten words for each thread, for a head dimension of 256.
+pub const MERGE_SHARED_BYTES: u32 = 10 * 4 * MERGE_THREADS;
 /// Threads of a block of the kernel that measures the tensor cores.
 pub const MMA_RATE_THREADS: u32 = 128;
 /// Floating-point operations of a block of that kernel in one iteration: 8 `m16n8k16` for each of 4 warps.
@@ -84,7 +87,7 @@ pub struct KvRun {
 
 /// Consecutive query tokens within a tile, and the columns of the tile that they see.
 ///
-/// They are one request's; or those of several, where all of them see the same columns. Token `i` of the segment sees columns `column_begin .. column_end + i * column_end_step`.
+/// They are one request's; or those of several, where all of them see the same columns. See [`Self::columns`] for what each of the tokens sees.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RowSegment {
@@ -92,12 +95,25 @@ pub struct RowSegment {
     pub first_token: u32,
     /// Number of tokens, at least 1.
     pub num_tokens: u32,
-    /// First column that the segment's tokens see.
+    /// First column that the segment's first token sees.
     pub column_begin: u32,
+    /// How many further tokens see that column too; each one after them sees one column less. [`NO_WINDOW`] if all of them do.
+    pub begin_hold: u32,
     /// One past the last column that the segment's first token sees.
     pub column_end: u32,
     /// How many more columns each further token sees: 1 under a causal mask, else 0.
     pub column_end_step: u32,
+}
+
+/// [`RowSegment::begin_hold`] of tokens that see back to the first column, however many they are.
+pub const NO_WINDOW: u32 = u32::MAX;
+
+impl RowSegment {
+    /// The columns that token `token` of the segment sees.
+    #[inline(always)]
+    pub const fn columns(&self, token: u32) -> Range<u32> {
+        self.column_begin + token.saturating_sub(self.begin_hold)..self.column_end + token * self.column_end_step
+    }
 }
 
 /// Which of the kernel's two ways of working suits a tile.
@@ -111,13 +127,18 @@ pub enum TileKind {
 }
 
 impl TileKind {
-    /// Rows of a tile of this kind.
+    /// The most rows of a tile of this kind; see [`HeadGroups::tile_rows`].
     pub const fn rows(self) -> u32 {
         match self {
             TileKind::Wide => WIDE_TILE_ROWS,
             TileKind::Narrow => NARROW_TILE_ROWS,
         }
     }
+}
+
+/// Rows of a [`TileKind::Wide`] tile for a head dimension: half as many where O of more would not fit into the registers of four warps.
+pub const fn wide_tile_rows(head_dim: u32) -> u32 {
+    if head_dim > 128 { WIDE_TILE_ROWS / 2 } else { WIDE_TILE_ROWS }
 }
 
 /// One tile over one range of its columns: what a thread block does for one head group.
@@ -158,7 +179,7 @@ pub struct MergeToken {
 /// An address in device memory. Zero means absent where a field may be.
 pub type DeviceAddress = u64;
 
-/// How query heads are divided into head groups.
+/// How query heads are divided into head groups, and how many rows of one a tile has.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadGroups {
@@ -170,9 +191,19 @@ pub struct HeadGroups {
     pub heads_per_group: u32,
     /// Number of groups.
     pub num_groups: u32,
+    /// Rows of a wide tile.
+    pub wide_tile_rows: u32,
 }
 
 impl HeadGroups {
+    /// Rows of a tile.
+    pub const fn tile_rows(&self, kind: TileKind) -> u32 {
+        match kind {
+            TileKind::Wide => self.wide_tile_rows,
+            TileKind::Narrow => kind.rows(),
+        }
+    }
+
     /// Groups that share a KV head.
     #[inline(always)]
     pub const fn groups_per_kv_head(&self) -> u32 {
@@ -250,8 +281,13 @@ pub struct AttentionParams {
     pub num_runs: u32,
     /// A [`Scheduler`], zero between launches; each launch that may run beside another has its own.
     pub scheduler: DeviceAddress,
-    /// Softmax scale times log2(e): the kernels exponentiate to base 2.
+    /// What the exponent to base 2 of a score is: softmax scale times log2(e); with a soft-cap, the cap times log2(e).
     pub scale_log2: f32,
+    /// With a soft-cap, the scores become hyperbolic tangents: of half this times ln 2, so it is 2 log2(e) times the softmax scale over the
+    /// cap. Without, zero.
+    pub soft_cap_log2: f32,
+    /// Sinks, natural logarithm, `[num_qo_heads]` float32: a further logit of each row. Or zero.
+    pub sinks: DeviceAddress,
     /// A [`TaskStamp`] for each task, `[num_items, num_groups]`; or zero.
     pub stamps: DeviceAddress,
 }
@@ -272,6 +308,8 @@ pub struct MergeParams {
     pub tokens: DeviceAddress,
     /// Merge sources, `u32`.
     pub sources: DeviceAddress,
+    /// As [`AttentionParams::sinks`].
+    pub sinks: DeviceAddress,
     /// Heads.
     pub heads: HeadGroups,
     /// Rows of the partial buffers.

@@ -1,5 +1,8 @@
 //! Requests and where their KV lies.
 
+use std::num::NonZeroU32;
+use std::ops::Range;
+
 use packinfer_abi::KvRun;
 
 use crate::{AttentionShape, BatchError};
@@ -9,6 +12,8 @@ use crate::{AttentionShape, BatchError};
 pub enum Mask {
     /// Those up to and including its own: the queries are the last `query_len` of the `kv_len` tokens.
     Causal,
+    /// As [`Self::Causal`], but of those only so many, the last ones: a sliding window. Its own token is one of them.
+    Window(NonZeroU32),
     /// All of its request.
     None,
 }
@@ -28,16 +33,25 @@ pub struct Request {
 }
 
 impl Request {
-    /// KV tokens that its first query token sees.
-    pub fn first_token_sees(&self, mask: Mask) -> u32 {
-        match mask {
-            Mask::Causal => self.kv_len - self.query_len + u32::from(self.query_len > 0),
-            Mask::None => self.kv_len,
-        }
+    /// KV tokens that its query token `index` sees, of its `kv_len`.
+    pub fn sees(&self, index: u32, mask: Mask) -> Range<u32> {
+        let window = match mask {
+            Mask::Causal => u32::MAX,
+            Mask::Window(window) => window.get(),
+            Mask::None => return 0..self.kv_len,
+        };
+        let up_to_own = self.kv_len - self.query_len + index + 1;
+        up_to_own.saturating_sub(window)..up_to_own
+    }
+
+    /// KV tokens that any of its query tokens sees.
+    pub fn seen(&self, mask: Mask) -> Range<u32> {
+        let begin = if self.query_len > 0 { self.sees(0, mask).start } else { self.kv_len };
+        begin..self.kv_len
     }
 
     /// Where its runs stand in [`Batch::runs`].
-    pub fn run_range(&self) -> std::ops::Range<usize> {
+    pub fn run_range(&self) -> Range<usize> {
         self.first_run as usize..(self.first_run + self.num_runs) as usize
     }
 }
@@ -146,7 +160,7 @@ impl Batch {
         if query_len > 0 && kv_len == 0 {
             return Err(BatchError::NoKv { request, query_len });
         }
-        if self.mask == Mask::Causal && query_len > kv_len {
+        if self.mask != Mask::None && query_len > kv_len {
             return Err(BatchError::QueryLongerThanKv { request, query_len, kv_len });
         }
         let tokens = u64::from(self.num_query_tokens) + u64::from(query_len);
@@ -209,6 +223,20 @@ impl Batch {
         &self.runs[request.run_range()]
     }
 
+    /// Appends the runs of those KV tokens of a request of this batch that [any query token sees](Request::seen).
+    pub fn push_seen_runs(&self, request: &Request, to: &mut Vec<KvRun>) {
+        let mut unseen = request.seen(self.mask).start;
+        let mut runs = self.runs_of(request);
+        while let Some((first, rest)) = runs.split_first().filter(|(first, _)| first.num_slots <= unseen) {
+            (runs, unseen) = (rest, unseen - first.num_slots);
+        }
+        let first = to.len();
+        to.extend_from_slice(runs);
+        if let Some(run) = to.get_mut(first) {
+            *run = KvRun { first_slot: run.first_slot + unseen, num_slots: run.num_slots - unseen };
+        }
+    }
+
     /// Query tokens of all requests: rows of Q and O.
     pub fn num_query_tokens(&self) -> u32 {
         self.num_query_tokens
@@ -222,8 +250,8 @@ impl Batch {
     /// KV slots that attention reads, those of several requests counted once.
     pub fn distinct_slots(&self) -> u64 {
         let mut runs: Vec<KvRun> = Vec::new();
-        for request in self.requests.iter().filter(|request| request.query_len > 0) {
-            runs.extend(self.runs_of(request));
+        for request in &self.requests {
+            self.push_seen_runs(request, &mut runs);
         }
         runs.sort_unstable_by_key(|run| run.first_slot);
         let mut counted_to = 0;
@@ -250,17 +278,14 @@ impl Batch {
 
     /// (query token, KV token) pairs that attention computes, for one query head.
     pub fn visible_pairs(&self) -> u64 {
-        self.requests
-            .iter()
-            .map(|r| {
-                let (query_len, first) = (u64::from(r.query_len), u64::from(r.first_token_sees(self.mask)));
-                let growth = match self.mask {
-                    Mask::Causal => query_len * query_len.saturating_sub(1) / 2,
-                    Mask::None => 0,
-                };
-                query_len * first + growth
-            })
-            .sum()
+        let pairs = |request: &Request| {
+            let (first, last) = (request.sees(0, self.mask), request.sees(request.query_len - 1, self.mask));
+            let (least, most) = (first.len() as u64, last.len() as u64);
+            // One more each, up to what the last one sees.
+            let growing = most - least;
+            u64::from(request.query_len) * most - growing * (growing + 1) / 2
+        };
+        self.requests.iter().filter(|request| request.query_len > 0).map(pairs).sum()
     }
 
     /// Floating-point operations of attention on this batch: two products of `head_dim` a pair and head.

@@ -19,6 +19,9 @@ impl BatchFile {
             dtype: DType::Bf16,
             page_size: 16,
             causal: true,
+            window: None,
+            logit_soft_cap: None,
+            sinks: false,
             block_tokens: None,
             requests: chunks.into_iter().chain(decodes).chain(prompts).collect(),
         }

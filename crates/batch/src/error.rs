@@ -33,7 +33,7 @@ pub enum BatchError {
         num_kv_heads: u32,
     },
     /// No kernel is built for this head dimension.
-    #[error("head dimension {head_dim}: the kernels are built for 64 and 128")]
+    #[error("head dimension {head_dim}: the kernels are built for 64, 96, 128 and 256")]
     HeadDim {
         /// Head dimension asked for.
         head_dim: u32,

@@ -14,6 +14,7 @@
 //! ```
 
 use std::fs;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -24,7 +25,7 @@ use crate::{AttentionShape, Batch, BatchError, DType, Mask};
 ///
 /// The KV lies in pages of `page_size` slots. Requests whose `blocks` begin with the same ids hold the same tokens there, and
 /// share those pages.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BatchFile {
     /// What to call it.
@@ -46,6 +47,15 @@ pub struct BatchFile {
     /// Whether a query token sees no tokens after it. The query tokens are the last of the KV tokens then.
     #[serde(default = "causal_by_default")]
     pub causal: bool,
+    /// KV tokens that a query token sees at the most, itself and those just before it: a sliding window, of causal attention.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<NonZeroU32>,
+    /// Bound of the scores: each score `s` becomes `cap · tanh(s / cap)` before the softmax.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logit_soft_cap: Option<f32>,
+    /// Whether each query head has a sink: a further logit in its softmax, to which no V belongs.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub sinks: bool,
     /// Tokens of a block, a multiple of `page_size`. Needed where a request names blocks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_tokens: Option<u32>,
@@ -68,6 +78,10 @@ pub struct RequestLengths {
 
 fn causal_by_default() -> bool {
     true
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl BatchFile {
@@ -121,17 +135,28 @@ impl BatchFile {
 
     /// Which KV tokens a query token sees.
     pub fn mask(&self) -> Mask {
-        if self.causal { Mask::Causal } else { Mask::None }
+        match self.window {
+            Some(window) => Mask::Window(window),
+            None if self.causal => Mask::Causal,
+            None => Mask::None,
+        }
     }
 
     /// Whether the numbers make sense together.
     ///
     /// # Errors
     ///
-    /// Everything that [`AttentionShape`] and [`Batch`] reject; a page size of 0; blocks that are longer than their request,
+    /// Everything that [`AttentionShape`] and [`Batch`] reject; a sliding window that is not causal; a soft-cap that is no
+    /// positive number; a page size of 0; blocks that are longer than their request,
     /// of unknown length, or not made of whole pages; more than [`Self::MAX_PAGES`].
     pub fn check(&self) -> Result<(), BatchFileError> {
         let page_size = self.page_size;
+        if let Some(window) = self.window.filter(|_| !self.causal) {
+            return Err(BatchFileError::WindowNotCausal { window });
+        }
+        if let Some(cap) = self.logit_soft_cap.filter(|cap| !cap.is_finite() || *cap <= 0.0) {
+            return Err(BatchFileError::SoftCap { cap });
+        }
         if page_size == 0 {
             return Err(BatchFileError::EmptyPage);
         }
@@ -193,6 +218,18 @@ pub enum BatchFileError {
     /// Shape or lengths that no batch can have.
     #[error(transparent)]
     Batch(#[from] BatchError),
+    /// A window of something else than causal attention.
+    #[error("window is {window}, but causal is false: a sliding window ends with the query token, so it needs causal attention")]
+    WindowNotCausal {
+        /// Tokens of the window.
+        window: NonZeroU32,
+    },
+    /// A soft-cap that is no positive number.
+    #[error("logit_soft_cap is {cap}: it must be finite and greater than 0")]
+    SoftCap {
+        /// The soft-cap.
+        cap: f32,
+    },
     /// A page size of zero.
     #[error("page_size is 0: a page holds at least one slot")]
     EmptyPage,

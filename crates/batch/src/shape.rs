@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use packinfer_abi::{HeadGroups, MAX_HEADS_PER_GROUP};
+use packinfer_abi::{HeadGroups, MAX_HEADS_PER_GROUP, wide_tile_rows};
 use serde::{Deserialize, Serialize};
 
 use crate::BatchError;
@@ -44,7 +44,7 @@ pub struct AttentionShape {
 
 impl AttentionShape {
     /// Head dimensions that the kernels are built for.
-    pub const HEAD_DIMS: [u32; 2] = [64, 128];
+    pub const HEAD_DIMS: [u32; 4] = [64, 96, 128, 256];
     /// The most query heads.
     pub const MAX_QO_HEADS: u32 = 1024;
 
@@ -113,6 +113,7 @@ impl AttentionShape {
             num_kv_heads: self.num_kv_heads,
             heads_per_group,
             num_groups: self.num_qo_heads / heads_per_group,
+            wide_tile_rows: wide_tile_rows(self.head_dim),
         }
     }
 

@@ -57,8 +57,11 @@ fn numbers_that_do_not_fit_together_are_named() {
         ("\"num_qo_heads\": 8", "\"num_qo_heads\": 0", "0 query heads and 2 KV heads"),
         ("\"num_kv_heads\": 2", "\"num_kv_heads\": 0", "8 query heads and 0 KV heads"),
         ("\"num_kv_heads\": 2", "\"num_kv_heads\": 3", "8 query heads cannot be shared evenly by 3 KV heads"),
-        ("\"head_dim\": 64", "\"head_dim\": 96", "head dimension 96"),
+        ("\"head_dim\": 64", "\"head_dim\": 80", "head dimension 80"),
         ("\"page_size\": 16", "\"page_size\": 0", "page_size is 0"),
+        ("\"causal\": true", "\"causal\": false, \"window\": 9", "window is 9, but causal is false"),
+        ("\"causal\": true", "\"logit_soft_cap\": -3.5", "logit_soft_cap is -3.5: it must be finite and greater than 0"),
+        ("\"causal\": true", "\"window\": 0", "expected a nonzero u32"),
         ("\"query_len\": 1", "\"query_len\": 101", "request 0 has 101 query tokens but only 100 KV tokens"),
         ("\"kv_len\": 100", "\"kv_len\": 63", "request 0 names 2 blocks of 32 tokens, which is more than its 63 KV tokens"),
         ("\"block_tokens\": 32, ", "", "request 0 names blocks, but the batch has no block_tokens"),
@@ -148,6 +151,21 @@ fn mask_and_zero_lengths() {
     let batch = file.to_batch(0).expect("without a mask, queries may outnumber KV tokens");
     assert_eq!((batch.mask(), batch.num_query_tokens()), (Mask::None, 5));
     assert_eq!(batch.distinct_slots(), 3, "a request without queries reads nothing");
+}
+
+/// A window leaves what lies before it unread: of the first request's 100 tokens the last 12, of the other all 5.
+#[test]
+fn windows_count_what_they_show() {
+    let with_window = with("\"causal\": true", "\"window\": 10");
+    let mut file = BatchFile::from_json(&with_window).expect("a good file");
+    file.requests = vec![request(3, 100, &[]), request(5, 5, &[]), request(0, 50, &[])];
+    let batch = file.to_batch(0).expect("a good batch");
+    assert_eq!(batch.mask(), Mask::Window(10.try_into().expect("not zero")));
+    assert_eq!(batch.visible_pairs(), 3 * 10 + (1 + 2 + 3 + 4 + 5));
+    assert_eq!(batch.distinct_slots(), 12 + 5);
+    let sees: Vec<_> = (0..3).map(|token| batch.requests()[0].sees(token, batch.mask())).collect();
+    assert_eq!(sees, [88..98, 89..99, 90..100]);
+    assert_eq!(file.to_json(), BatchFile::from_json(&file.to_json()).expect("what was written").to_json());
 }
 
 #[test]

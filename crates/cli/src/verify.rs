@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_wrong_element_is_found() {
-        let case = Case { name: "x".into(), batch: batch() };
+        let case = Case { name: "x".into(), batch: batch(), logit_soft_cap: None, sinks: false };
         let tensors = case.tensors::<bf16>(1).expect("a few bytes");
         let all: Vec<u32> = (0..case.batch.num_query_tokens()).collect();
         let exact = reference::attention(&case.batch, tensors.inputs(), &all).expect("good inputs");

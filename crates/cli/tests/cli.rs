@@ -54,6 +54,9 @@ fn small() -> BatchFile {
         dtype: DType::F16,
         page_size: 16,
         causal: true,
+        window: None,
+        logit_soft_cap: None,
+        sinks: false,
         block_tokens: Some(32),
         requests: vec![
             request(40, 40, &[]),

@@ -2,7 +2,8 @@
 
 use packinfer_batch::AttentionShape;
 
-use crate::{CpuError, Element};
+use crate::options::Logits;
+use crate::{CpuError, Element, Options};
 
 /// What attention reads.
 #[derive(Clone, Copy, Debug)]
@@ -13,8 +14,8 @@ pub struct Inputs<'a, E> {
     pub k: &'a [E],
     /// V, like K.
     pub v: &'a [E],
-    /// Factor of the scores before softmax; 1/√head_dim if `None`.
-    pub scale: Option<f32>,
+    /// How attention is computed.
+    pub options: Options<'a>,
 }
 
 /// What attention writes.
@@ -22,13 +23,13 @@ pub struct Inputs<'a, E> {
 pub struct Outputs<'a, E> {
     /// O, like Q.
     pub o: &'a mut [E],
-    /// Log-sum-exp of the scaled scores, natural logarithm, `[tokens, num_qo_heads]`; or not wanted.
+    /// Log-sum-exp of the logits, those of sinks included, natural logarithm, `[tokens, num_qo_heads]`; or not wanted.
     pub lse: Option<&'a mut [f32]>,
 }
 
 impl<E: Element> Inputs<'_, E> {
-    /// Checks types and lengths, and says what the scale is.
-    pub(crate) fn check(&self, shape: AttentionShape, num_query_tokens: u32, num_slots: u32) -> Result<f32, CpuError> {
+    /// Checks types, lengths and options.
+    pub(crate) fn check(&self, shape: AttentionShape, num_query_tokens: u32, num_slots: u32) -> Result<Logits, CpuError> {
         if E::DTYPE != shape.dtype() {
             return Err(CpuError::DType { found: E::DTYPE, needed: shape.dtype() });
         }
@@ -39,11 +40,7 @@ impl<E: Element> Inputs<'_, E> {
                 return Err(CpuError::PoolTooSmall { buffer, found: elements.len(), num_slots, needed });
             }
         }
-        let scale = self.scale.unwrap_or((shape.head_dim() as f32).sqrt().recip());
-        if !scale.is_finite() || scale <= 0.0 {
-            return Err(CpuError::Scale { scale });
-        }
-        Ok(scale)
+        self.options.check(shape)
     }
 }
 

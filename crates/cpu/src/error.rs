@@ -38,14 +38,16 @@ pub enum CpuError {
         /// Type of the shape.
         needed: DType,
     },
-    /// A softmax scale that is no positive number.
-    #[error("softmax scale {scale}: it must be finite and greater than 0")]
-    Scale {
-        /// The scale.
-        scale: f32,
+    /// A softmax scale or a soft-cap that is no positive number.
+    #[error("{what} {value}: it must be finite and greater than 0")]
+    NotPositive {
+        /// Which of them.
+        what: &'static str,
+        /// What it is.
+        value: f32,
     },
     /// A head dimension that this crate is not built for.
-    #[error("head dimension {head_dim}: 64 and 128 are supported")]
+    #[error("head dimension {head_dim}: 64, 96, 128 and 256 are supported")]
     HeadDim {
         /// The head dimension.
         head_dim: u32,

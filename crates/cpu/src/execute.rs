@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use packinfer_abi::{DIRECT, HeadGroups, MergeToken, WorkItem};
 use packinfer_planner::Plan;
 
+use crate::options::Logits;
 use crate::tile::Tile;
 use crate::{CpuError, Element, Inputs, Outputs};
 
@@ -16,25 +17,28 @@ use crate::{CpuError, Element, Inputs, Outputs};
 ///
 /// # Errors
 ///
-/// Buffers of other lengths or another type than the plan's, or a scale that is not finite.
+/// Buffers of other lengths or another type than the plan's, or options that are out of range.
 pub fn execute<E: Element>(plan: &Plan, inputs: Inputs<'_, E>, outputs: Outputs<'_, E>) -> Result<(), CpuError> {
-    let scale = inputs.check(plan.shape(), plan.num_query_tokens(), plan.num_slots())?;
+    let logits = inputs.check(plan.shape(), plan.num_query_tokens(), plan.num_slots())?;
     outputs.check(plan.shape(), plan.num_query_tokens())?;
     match plan.shape().head_dim() {
-        64 => run::<E, 64>(plan, inputs, outputs, scale),
-        128 => run::<E, 128>(plan, inputs, outputs, scale),
+        64 => run::<E, 64>(plan, inputs, outputs, logits),
+        96 => run::<E, 96>(plan, inputs, outputs, logits),
+        128 => run::<E, 128>(plan, inputs, outputs, logits),
+        256 => run::<E, 256>(plan, inputs, outputs, logits),
         head_dim => return Err(CpuError::HeadDim { head_dim }),
     }
     Ok(())
 }
 
-fn run<E: Element, const D: usize>(plan: &Plan, inputs: Inputs<'_, E>, outputs: Outputs<'_, E>, scale: f32) {
+fn run<E: Element, const D: usize>(plan: &Plan, inputs: Inputs<'_, E>, outputs: Outputs<'_, E>, logits: Logits) {
     let heads = plan.heads();
     let num_partials = heads.num_groups as usize * plan.num_partial_rows() as usize;
     let destination = Mutex::new(Destination {
         heads,
         num_partial_rows: plan.num_partial_rows() as usize,
         outputs,
+        sinks: inputs.options.sinks,
         partial_o: vec![[0.0; D]; num_partials],
         partial_lse: vec![f32::NEG_INFINITY; num_partials],
     });
@@ -48,7 +52,7 @@ fn run<E: Element, const D: usize>(plan: &Plan, inputs: Inputs<'_, E>, outputs: 
         let blocks = iter::from_fn(|| Some(next_block.fetch_add(1, Ordering::Relaxed)).filter(|&block| block < num_blocks));
         for block in blocks {
             let (item, group) = (&plan.items()[block / num_groups], (block % num_groups) as u32);
-            tile.attend(plan, item, group, &inputs, scale);
+            tile.attend(plan, item, group, &inputs, logits);
             destination.lock().unwrap_or_else(PoisonError::into_inner).store(item, group, &tile);
         }
     });
@@ -61,6 +65,7 @@ struct Destination<'a, E, const D: usize> {
     heads: HeadGroups,
     num_partial_rows: usize,
     outputs: Outputs<'a, E>,
+    sinks: Option<&'a [f32]>,
     /// `[num_groups, num_partial_rows, head_dim]`.
     partial_o: Vec<[f32; D]>,
     /// `[num_groups, num_partial_rows]`.
@@ -111,13 +116,17 @@ impl<E: Element, const D: usize> Destination<'_, E, D> {
         (o.map(|o| o / sum), max + sum.ln())
     }
 
+    /// Writes a row that all of its columns have been summed for; its sink comes on top of them.
     fn write(&mut self, token: u32, head: u32, o: &[f32; D], lse: f32) {
         let row = token as usize * self.heads.num_qo_heads as usize + head as usize;
+        let sink = self.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head as usize]);
+        let with_sink = lse.max(sink) + (lse.min(sink) - lse.max(sink)).exp().ln_1p();
+        let factor = (lse - with_sink).exp();
         for (to, &o) in self.outputs.o[row * D..][..D].iter_mut().zip(o) {
-            *to = E::from_f32(o);
+            *to = E::from_f32(o * factor);
         }
         if let Some(to) = &mut self.outputs.lse {
-            to[row] = lse;
+            to[row] = with_sink;
         }
     }
 }

@@ -11,7 +11,7 @@
 //! ```
 //! use half::bf16;
 //! use packinfer_batch::{AttentionShape, Batch, DType, Mask};
-//! use packinfer_cpu::{Element, Inputs, Outputs, execute, random_elements, reference, relative_error};
+//! use packinfer_cpu::{Element, Inputs, Options, Outputs, execute, random_elements, reference, relative_error};
 //! use packinfer_planner::Planner;
 //!
 //! let mut batch = Batch::new(AttentionShape::new(8, 2, 64, DType::Bf16)?, Mask::Causal);
@@ -19,7 +19,7 @@
 //! batch.push_contiguous(5, 5, 100)?; // a prompt
 //!
 //! let (q, k, v) = (random_elements(6 * 8 * 64, 1), random_elements(105 * 2 * 64, 2), random_elements(105 * 2 * 64, 3));
-//! let inputs = Inputs { q: &q, k: &k, v: &v, scale: None };
+//! let inputs = Inputs { q: &q, k: &k, v: &v, options: Options::default() };
 //! let mut o = vec![bf16::ZERO; q.len()];
 //! execute(&Planner::default().plan(&batch)?, inputs, Outputs { o: &mut o, lse: None })?;
 //!
@@ -34,6 +34,7 @@ mod compare;
 mod element;
 mod error;
 mod execute;
+mod options;
 mod random;
 pub mod reference;
 mod tile;
@@ -43,4 +44,5 @@ pub use compare::{largest_difference, relative_error};
 pub use element::Element;
 pub use error::CpuError;
 pub use execute::execute;
+pub use options::Options;
 pub use random::random_elements;

@@ -2,10 +2,13 @@
 //!
 //! It works from the batch, so it knows nothing of plans, tiles or merges.
 
+use std::ops::Range;
+
 use multiversion::multiversion;
-use packinfer_batch::{AttentionShape, Batch, Mask, Request};
+use packinfer_batch::{AttentionShape, Batch, Request};
 use rayon::prelude::*;
 
+use crate::options::Logits;
 use crate::{CpuError, Element, Inputs};
 
 /// Rows, over tokens and heads, for which K and V are converted together.
@@ -19,7 +22,7 @@ const LANES: usize = 8;
 pub struct Reference {
     /// O, `[tokens, num_qo_heads, head_dim]`, in the order in which the tokens were asked for.
     pub o: Vec<f64>,
-    /// Log-sum-exp of the scaled scores, natural logarithm, `[tokens, num_qo_heads]`.
+    /// Log-sum-exp of the logits, those of sinks included, natural logarithm, `[tokens, num_qo_heads]`.
     pub lse: Vec<f64>,
 }
 
@@ -27,11 +30,11 @@ pub struct Reference {
 ///
 /// # Errors
 ///
-/// Buffers of other lengths or another type than the batch's, a scale that is not finite, or a token that does not exist.
+/// Buffers of other lengths or another type than the batch's, options that are out of range, or a token that does not exist.
 pub fn attention<E: Element>(batch: &Batch, inputs: Inputs<'_, E>, tokens: &[u32]) -> Result<Reference, CpuError> {
     let shape = batch.shape();
     let num_query_tokens = batch.num_query_tokens();
-    let scale = f64::from(inputs.check(shape, num_query_tokens, batch.num_slots())?);
+    let logits = inputs.check(shape, num_query_tokens, batch.num_slots())?;
     if let Some(&token) = tokens.iter().find(|&&token| token >= num_query_tokens) {
         return Err(CpuError::NoSuchToken { token, num_query_tokens });
     }
@@ -48,8 +51,10 @@ pub fn attention<E: Element>(batch: &Batch, inputs: Inputs<'_, E>, tokens: &[u32
         }
     }
     parts.into_par_iter().with_max_len(1).for_each(|part| match shape.head_dim() {
-        64 => part.attend::<E, 64>(batch, &inputs, scale),
-        _ => part.attend::<E, 128>(batch, &inputs, scale),
+        64 => part.attend::<E, 64>(batch, &inputs, logits),
+        96 => part.attend::<E, 96>(batch, &inputs, logits),
+        128 => part.attend::<E, 128>(batch, &inputs, logits),
+        _ => part.attend::<E, 256>(batch, &inputs, logits),
     });
     Ok(Reference { o, lse })
 }
@@ -84,9 +89,9 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    fn attend<E: Element, const D: usize>(mut self, batch: &Batch, inputs: &Inputs<'_, E>, scale: f64) {
+    fn attend<E: Element, const D: usize>(mut self, batch: &Batch, inputs: &Inputs<'_, E>, logits: Logits) {
         for kv_head in 0..batch.shape().num_kv_heads() as usize {
-            attend_head::<E, D>(&mut self, batch, inputs, scale, kv_head);
+            attend_head::<E, D>(&mut self, batch, inputs, logits, kv_head);
         }
     }
 }
@@ -97,32 +102,32 @@ fn attend_head<E: Element, const D: usize>(
     part: &mut Part<'_>,
     batch: &Batch,
     inputs: &Inputs<'_, E>,
-    scale: f64,
+    logits: Logits,
     kv_head: usize,
 ) {
     let shape = batch.shape();
     let slots = || batch.runs_of(part.request).iter().flat_map(|run| run.first_slot..run.first_slot + run.num_slots);
     let index = |slot: u32| slot as usize * shape.num_kv_heads() as usize + kv_head;
 
-    let mut rows = rows::<E, D>(part.request, batch.mask(), shape, part.tokens, kv_head, inputs.q);
+    let mut rows = rows::<E, D>(part, batch, kv_head, inputs);
     for (column, slot) in slots().enumerate() {
         let k = row::<E, D>(inputs.k, index(slot));
-        for row in rows.iter_mut().filter(|row| column < row.sees) {
-            row.scores.push(scale * dot(&row.q, &k));
+        for row in rows.iter_mut().filter(|row| row.sees.contains(&column)) {
+            row.scores.push(logits.of(dot(&row.q, &k)));
         }
     }
     for row in &mut rows {
-        let max = row.scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let max = row.scores.iter().copied().fold(row.sink, f64::max);
         row.scores.iter_mut().for_each(|score| *score = (*score - max).exp());
-        let sum: f64 = row.scores.iter().sum();
+        let sum = row.scores.iter().sum::<f64>() + (row.sink - max).exp();
         row.scores.iter_mut().for_each(|score| *score /= sum);
         part.lse[row.output] = max + sum.ln();
     }
     let (o_rows, _) = part.o.as_chunks_mut::<D>();
     for (column, slot) in slots().enumerate() {
         let v = row::<E, D>(inputs.v, index(slot));
-        for row in rows.iter().filter(|row| column < row.sees) {
-            let p = row.scores[column];
+        for row in rows.iter().filter(|row| row.sees.contains(&column)) {
+            let p = row.scores[column - row.sees.start];
             for (o, v) in o_rows[row.output].iter_mut().zip(&v) {
                 *o += p * v;
             }
@@ -130,37 +135,43 @@ fn attend_head<E: Element, const D: usize>(
     }
 }
 
+impl Logits {
+    /// The logit of the product of a query and a key.
+    fn of(self, product: f64) -> f64 {
+        let scaled = f64::from(self.scale) * product;
+        match self.soft_cap.map(f64::from) {
+            Some(cap) => cap * (scaled / cap).tanh(),
+            None => scaled,
+        }
+    }
+}
+
 /// One query head of one query token.
 struct Row<const D: usize> {
     q: [f64; D],
-    /// KV tokens that it sees: the first so many of its request.
-    sees: usize,
+    /// Logit of its sink; −∞ if it has none.
+    sink: f64,
+    /// KV tokens of its request that it sees.
+    sees: Range<usize>,
     /// Scores of those tokens; later their probabilities.
     scores: Vec<f64>,
     /// Where its result goes, in rows of `[tokens, num_qo_heads]`.
     output: usize,
 }
 
-/// The rows of `tokens` for the query heads of a KV head.
-fn rows<E: Element, const D: usize>(
-    request: &Request,
-    mask: Mask,
-    shape: AttentionShape,
-    tokens: &[u32],
-    kv_head: usize,
-    q: &[E],
-) -> Vec<Row<D>> {
+/// The rows of a part for the query heads of a KV head.
+fn rows<E: Element, const D: usize>(part: &Part<'_>, batch: &Batch, kv_head: usize, inputs: &Inputs<'_, E>) -> Vec<Row<D>> {
+    let shape = batch.shape();
     let (num_qo_heads, ratio) = (shape.num_qo_heads() as usize, shape.gqa_ratio() as usize);
     let heads = kv_head * ratio..(kv_head + 1) * ratio;
-    let rows = tokens.iter().enumerate().flat_map(|(index, &token)| {
-        let sees = match mask {
-            Mask::Causal => request.kv_len - request.query_len + (token - request.first_token) + 1,
-            Mask::None => request.kv_len,
-        } as usize;
+    let rows = part.tokens.iter().enumerate().flat_map(|(index, &token)| {
+        let sees = part.request.sees(token - part.request.first_token, batch.mask());
+        let sees = sees.start as usize..sees.end as usize;
         heads.clone().map(move |head| Row {
-            q: row(q, token as usize * num_qo_heads + head),
-            sees,
-            scores: Vec::with_capacity(sees),
+            q: row(inputs.q, token as usize * num_qo_heads + head),
+            sink: inputs.options.sinks.map_or(f64::NEG_INFINITY, |sinks| sinks[head].into()),
+            scores: Vec::with_capacity(sees.len()),
+            sees: sees.clone(),
             output: index * num_qo_heads + head,
         })
     });

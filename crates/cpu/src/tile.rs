@@ -4,6 +4,7 @@ use multiversion::multiversion;
 use packinfer_abi::{COLUMN_STEP, HeadGroups, KvRun, WIDE_TILE_ROWS, WorkItem};
 use packinfer_planner::Plan;
 
+use crate::options::Logits;
 use crate::{Element, Inputs};
 
 /// Columns of a step.
@@ -62,9 +63,16 @@ impl<const D: usize> Tile<D> {
     }
 
     /// Does `item` for a head group: afterwards `rows` and `o` hold its result, normalised.
-    pub(crate) fn attend<E: Element>(&mut self, plan: &Plan, item: &WorkItem, group: u32, inputs: &Inputs<'_, E>, scale: f32) {
+    pub(crate) fn attend<E: Element>(
+        &mut self,
+        plan: &Plan,
+        item: &WorkItem,
+        group: u32,
+        inputs: &Inputs<'_, E>,
+        logits: Logits,
+    ) {
         let heads = plan.heads();
-        self.load_rows(plan, item, group, inputs, scale);
+        self.load_rows(plan, item, group, inputs, logits.scale);
         let kv_head = group / heads.groups_per_kv_head();
         let mut slots = plan.runs()[item.run_begin as usize..].iter().flat_map(slots_of).skip(item.run_skip as usize);
         for column in (item.column_begin..item.column_end).step_by(STEP) {
@@ -74,7 +82,7 @@ impl<const D: usize> Tile<D> {
                 E::widen(&inputs.k[at..][..D], &mut self.k[index]);
                 E::widen(&inputs.v[at..][..D], &mut self.v[index]);
             }
-            step(&mut self.rows, &mut self.o, &self.q, &self.k, &self.v, column);
+            step(&mut self.rows, &mut self.o, &self.q, &self.k, &self.v, column, logits.soft_cap);
         }
         for (row, o) in self.rows.iter().zip(&mut self.o) {
             let normaliser = if row.sum > 0.0 { row.sum.recip() } else { 1.0 };
@@ -88,14 +96,14 @@ impl<const D: usize> Tile<D> {
         self.q.clear();
         for segment in plan.segments_of(item) {
             for index in 0..segment.num_tokens {
-                let column_end = segment.column_end + index * segment.column_end_step;
+                let columns = segment.columns(index);
                 for head in group * heads_per_group..(group + 1) * heads_per_group {
                     let token = segment.first_token + index;
                     self.rows.push(Row {
                         token,
                         head,
-                        column_begin: segment.column_begin.max(item.column_begin),
-                        column_end: column_end.min(item.column_end),
+                        column_begin: columns.start.max(item.column_begin),
+                        column_end: columns.end.min(item.column_end),
                         max: f32::NEG_INFINITY,
                         sum: 0.0,
                     });
@@ -117,7 +125,15 @@ fn slots_of(run: &KvRun) -> std::ops::Range<u32> {
 
 /// Adds the columns from `column` on, whose K and V are given, to every row that sees them.
 #[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
-fn step<const D: usize>(rows: &mut [Row], o: &mut [[f32; D]], q: &[[f32; D]], k: &[[f32; D]], v: &[[f32; D]], column: u32) {
+fn step<const D: usize>(
+    rows: &mut [Row],
+    o: &mut [[f32; D]],
+    q: &[[f32; D]],
+    k: &[[f32; D]],
+    v: &[[f32; D]],
+    column: u32,
+    soft_cap: Option<f32>,
+) {
     let mut scores = [0.0; STEP];
     for ((row, o), q) in rows.iter_mut().zip(o).zip(q) {
         let begin = (row.column_begin.max(column) - column) as usize;
@@ -128,6 +144,9 @@ fn step<const D: usize>(rows: &mut [Row], o: &mut [[f32; D]], q: &[[f32; D]], k:
         let scores = &mut scores[begin..end];
         for (score, k) in scores.iter_mut().zip(&k[begin..end]) {
             *score = dot(q, k);
+        }
+        if let Some(cap) = soft_cap {
+            scores.iter_mut().for_each(|score| *score = cap * (*score / cap).tanh());
         }
         let max = scores.iter().copied().fold(row.max, f32::max);
         let rescale = (row.max - max).exp();

@@ -1,9 +1,11 @@
 //! Plans on the CPU give what exact attention gives.
 
+use std::num::NonZeroU32;
+
 use half::{bf16, f16};
 use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, Mask, RequestLengths};
 use packinfer_cpu::{
-    CpuError, Element, Inputs, Outputs, execute, largest_difference, random_elements, reference, relative_error,
+    CpuError, Element, Inputs, Options, Outputs, execute, largest_difference, random_elements, reference, relative_error,
 };
 use packinfer_planner::{DeviceModel, Packing, Plan, Planner};
 use proptest::prelude::*;
@@ -37,7 +39,7 @@ impl<E: Element> Tensors<E> {
     }
 
     fn inputs(&self) -> Inputs<'_, E> {
-        Inputs { q: &self.q, k: &self.k, v: &self.v, scale: None }
+        Inputs { q: &self.q, k: &self.k, v: &self.v, options: Options::default() }
     }
 }
 
@@ -71,10 +73,14 @@ fn shared(batch: &Batch) -> Plan {
 
 /// All kinds of plan of a batch are exact.
 fn assert_plans_exact(batch: &Batch) {
+    assert_plans_exact_with(batch, Options::default());
+}
+
+fn assert_plans_exact_with(batch: &Batch, options: Options<'_>) {
     for plan in [packed_for(batch, 1), packed(batch), shared(batch), per_request(batch)] {
         match batch.shape().dtype() {
-            DType::Bf16 => assert_exact(batch, &plan, Tensors::<bf16>::random(batch).inputs()),
-            DType::F16 => assert_exact(batch, &plan, Tensors::<f16>::random(batch).inputs()),
+            DType::Bf16 => assert_exact(batch, &plan, Inputs { options, ..Tensors::<bf16>::random(batch).inputs() }),
+            DType::F16 => assert_exact(batch, &plan, Inputs { options, ..Tensors::<f16>::random(batch).inputs() }),
         }
     }
 }
@@ -92,17 +98,21 @@ fn batch(shape: AttentionShape, mask: Mask, lengths: &[(u32, u32)]) -> Batch {
     batch
 }
 
+/// Query heads of [`any_batch`], at the most.
+const MOST_QO_HEADS: usize = 60;
+
 /// Any batch that a test has time for: prompts, chunks, decodes and empty requests, pages of several sizes, prefixes shared at up to
 /// four levels.
 fn any_batch() -> impl Strategy<Value = Batch> {
     let heads = (1..=3u32, prop::sample::select(vec![1u32, 2, 3, 4, 7, 8, 16, 20]));
-    let format = (prop::sample::select(vec![64u32, 128]), prop_oneof![Just(DType::Bf16), Just(DType::F16)], any::<bool>());
+    let format = (prop::sample::select(AttentionShape::HEAD_DIMS.to_vec()), prop_oneof![Just(DType::Bf16), Just(DType::F16)]);
+    let mask = (any::<bool>(), prop::option::of(prop_oneof![1..20u32, 20..700u32].prop_filter_map("not zero", NonZeroU32::new)));
     let query_len = prop_oneof![1 => Just(0), 4 => Just(1u32), 2 => 2..20u32, 1 => 20..150u32];
     let request = (query_len, prop_oneof![Just(0u32), 1..100u32, 100..1500u32], prop::collection::vec(0..2u64, 0..5));
     let requests = prop::collection::vec(request, 0..10);
     let pages = (prop::sample::select(vec![1u32, 7, 16]), prop::sample::select(vec![2u32, 10]));
-    (heads, format, pages, requests, any::<u64>()).prop_map(
-        |((num_kv_heads, ratio), (head_dim, dtype, causal), (page_size, block_pages), requests, seed)| {
+    (heads, format, mask, pages, requests, any::<u64>()).prop_map(
+        |((num_kv_heads, ratio), (head_dim, dtype), (causal, window), (page_size, block_pages), requests, seed)| {
             let block_tokens = block_pages * page_size;
             let requests = requests.into_iter().map(|(query_len, cached, mut blocks)| {
                 let kv_len = query_len + cached;
@@ -117,7 +127,10 @@ fn any_batch() -> impl Strategy<Value = Batch> {
                 head_dim,
                 dtype,
                 page_size,
-                causal,
+                causal: causal || window.is_some(),
+                window,
+                logit_soft_cap: None,
+                sinks: false,
                 block_tokens: Some(block_tokens),
                 requests: requests.collect(),
             };
@@ -130,8 +143,14 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_plan_is_exact(batch in any_batch()) {
-        assert_plans_exact(&batch);
+    fn any_plan_is_exact(
+        batch in any_batch(),
+        scale in prop::option::of(0.01..1f32),
+        logit_soft_cap in prop::option::of(0.1..50f32),
+        sinks in prop::option::of(prop::collection::vec(-10.0..10f32, MOST_QO_HEADS)),
+    ) {
+        let sinks = sinks.as_ref().map(|sinks| &sinks[..batch.shape().num_qo_heads() as usize]);
+        assert_plans_exact_with(&batch, Options { scale, logit_soft_cap, sinks });
     }
 }
 
@@ -191,6 +210,22 @@ fn without_a_mask() {
 }
 
 #[test]
+fn sliding_windows() {
+    let lengths = [(1, 3000), (200, 200), (70, 500), (3, 3), (1, 10)];
+    for window in [1, 5, 64, 100, 5000].map(|tokens| Mask::Window(NonZeroU32::new(tokens).expect("not zero"))) {
+        assert_plans_exact(&batch(shape(4, 2, 64, DType::F16), window, &lengths));
+    }
+    // A window of one token: every token sees itself alone.
+    let batch = batch(shape(2, 1, 64, DType::F16), Mask::Window(NonZeroU32::MIN), &[(5, 9)]);
+    let tensors = Tensors::<f16>::random(&batch);
+    let (o, _) = run(&packed(&batch), tensors.inputs());
+    for (token, o) in o.chunks(2 * 64).enumerate() {
+        let own = &tensors.v[(4 + token) * 64..][..64];
+        assert_eq!(o, [own, own].concat());
+    }
+}
+
+#[test]
 fn no_requests() {
     assert_plans_exact(&batch(shape(4, 2, 128, DType::Bf16), Mask::Causal, &[]));
     assert_plans_exact(&batch(shape(4, 2, 128, DType::Bf16), Mask::Causal, &[(0, 0), (0, 5)]));
@@ -202,13 +237,26 @@ fn large_scores() {
     let batch = batch(shape(4, 2, 64, DType::F16), Mask::Causal, &[(1, 5000), (70, 70), (1, 64)]);
     let tensors = Tensors::<f16>::random(&batch);
     for scale in [10.0, 1e-6] {
-        let inputs = Inputs { scale: Some(scale), ..tensors.inputs() };
+        let inputs = Inputs { options: Options { scale: Some(scale), ..Options::default() }, ..tensors.inputs() };
         let (o, lse) = run(&packed(&batch), inputs);
         let exact = exact(&batch, inputs);
         assert!(relative_error(&o, &exact.o) <= f16::TOLERANCE, "scale {scale}");
         // Scores reach 500, where neighbouring float32 are 6e-5 apart.
         assert!(largest_difference(&lse, &exact.lse) <= 1e-3, "scale {scale}");
     }
+}
+
+/// A sink of −∞ is none; one above all scores takes all the weight.
+#[test]
+fn sinks_take_their_weight() {
+    let batch = batch(shape(4, 2, 64, DType::F16), Mask::Causal, &[(1, 5000), (70, 70), (1, 1)]);
+    let tensors = Tensors::<f16>::random(&batch);
+    let with = |sinks: &[f32; 4]| {
+        run(&packed(&batch), Inputs { options: Options { sinks: Some(sinks), ..Options::default() }, ..tensors.inputs() })
+    };
+    assert_eq!(with(&[f32::NEG_INFINITY; 4]), run(&packed(&batch), tensors.inputs()));
+    let (o, lse) = with(&[1e4; 4]);
+    assert!(o.iter().all(|&o| o == f16::ZERO) && lse.iter().all(|&lse| lse == 1e4));
 }
 
 /// With one value of V everywhere, O is that value whatever the scores are.
@@ -245,7 +293,15 @@ fn buffers_that_do_not_fit_are_refused() {
     refuse(Inputs { v: &[], ..good }, o, lse, "V has 0 elements");
     refuse(good, o + 1, lse, "O has 769 elements");
     refuse(good, o, lse - 1, "LSE has 11 elements, but [tokens, num_qo_heads] needs 12");
-    refuse(Inputs { scale: Some(f32::NAN), ..good }, o, lse, "softmax scale NaN");
+    let with = |options| Inputs { options, ..good };
+    refuse(with(Options { scale: Some(f32::NAN), ..Options::default() }), o, lse, "softmax scale NaN");
+    refuse(with(Options { logit_soft_cap: Some(-1.0), ..Options::default() }), o, lse, "logit soft-cap -1: it must be");
+    refuse(
+        with(Options { sinks: Some(&[0.0; 5]), ..Options::default() }),
+        o,
+        lse,
+        "sinks has 5 elements, but [num_qo_heads] needs 4",
+    );
 
     let other_type = Tensors::<bf16>::random(&batch);
     let outputs = Outputs { o: &mut vec![bf16::ZERO; o], lse: None };

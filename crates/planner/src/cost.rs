@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use packinfer_abi::{COLUMN_STEP, DIRECT, HeadGroups, RowSegment, TileKind, WIDE_TILE_ROWS, WorkItem};
+use packinfer_abi::{COLUMN_STEP, DIRECT, HeadGroups, NARROW_TILE_ROWS, RowSegment, TileKind, WorkItem};
 use packinfer_batch::AttentionShape;
 
 use crate::DeviceModel;
@@ -11,35 +11,33 @@ use crate::tile::{Division, kind_for};
 /// Nanoseconds of one thread block.
 pub(crate) type Ns = u64;
 
-/// Rows of a wide tile that a warp computes together.
-const WIDE_WARP_ROWS: u32 = 32;
-/// The most warps that divide a tile's rows.
-const MAX_WARPS: usize = (WIDE_TILE_ROWS / WIDE_WARP_ROWS) as usize;
+/// Warps that divide the rows of a wide tile.
+const WIDE_WARPS: u32 = 4;
 /// Bytes of an element of a partial, or of its log-sum-exp.
 const PARTIAL_ELEMENT_BYTES: u64 = 4;
 
 /// Rows of a tile that skip a step of columns together, because none of them sees any of it.
-fn warp_rows(kind: TileKind) -> u32 {
+fn warp_rows(heads: HeadGroups, kind: TileKind) -> u32 {
     match kind {
-        TileKind::Wide => WIDE_WARP_ROWS,
+        TileKind::Wide => heads.wide_tile_rows / WIDE_WARPS,
         // The warps of a block share the rows.
-        TileKind::Narrow => kind.rows(),
+        TileKind::Narrow => NARROW_TILE_ROWS,
     }
 }
 
 /// (row, column) pairs that a head group computes of a tile's `columns`: whole steps of whole warps.
 pub(crate) fn issued_pairs(heads: HeadGroups, kind: TileKind, segments: &[RowSegment], columns: Range<u32>) -> u64 {
-    let warp_rows = warp_rows(kind);
-    let mut views = [(u32::MAX, 0); MAX_WARPS];
+    let warp_rows = warp_rows(heads, kind);
+    let mut views = [(u32::MAX, 0); WIDE_WARPS as usize];
     let mut row = 0;
     for segment in segments {
         let row_end = row + segment.num_tokens * heads.heads_per_group;
         for warp in row / warp_rows..row_end.div_ceil(warp_rows) {
-            let last_row = row_end.min((warp + 1) * warp_rows) - 1;
-            let last_token = (last_row - row) / heads.heads_per_group;
+            let (first_row, last_row) = (row.max(warp * warp_rows), row_end.min((warp + 1) * warp_rows) - 1);
+            let token = |row_of_token| (row_of_token - row) / heads.heads_per_group;
             let (begin, end) = &mut views[warp as usize];
-            *begin = segment.column_begin.min(*begin);
-            *end = (segment.column_end + last_token * segment.column_end_step).max(*end);
+            *begin = segment.columns(token(first_row)).start.min(*begin);
+            *end = segment.columns(token(last_row)).end.max(*end);
         }
         row = row_end;
     }
@@ -136,7 +134,7 @@ impl CostModel {
     pub fn shared(&self, division: Division) -> Line {
         let tile = |kind: TileKind, tokens: u32| {
             let rows = tokens * self.heads.heads_per_group;
-            let issued_rows = f64::from(rows.next_multiple_of(warp_rows(kind)));
+            let issued_rows = f64::from(rows.next_multiple_of(warp_rows(self.heads, kind)));
             let compute_ns = self.step_ns / f64::from(COLUMN_STEP) + issued_rows * self.pair_ns;
             let fixed_ns = self.fixed_ns(rows, true) + f64::from(rows) * self.merged_row_ns;
             Line { fixed_ns, column_ns: self.read_ns(division.fresh()).max(compute_ns) }
@@ -185,17 +183,18 @@ pub(crate) fn merge_ns(
 
 #[cfg(test)]
 mod tests {
+    use packinfer_abi::NO_WINDOW;
     use packinfer_batch::DType;
 
     use super::*;
 
     fn heads() -> HeadGroups {
-        HeadGroups { num_qo_heads: 8, num_kv_heads: 2, heads_per_group: 4, num_groups: 2 }
+        HeadGroups { num_qo_heads: 8, num_kv_heads: 2, heads_per_group: 4, num_groups: 2, wide_tile_rows: 128 }
     }
 
     /// Tokens that see the columns from `column_begin`, the first of them to before `column_end`, causal.
     fn segment(num_tokens: u32, column_begin: u32, column_end: u32) -> RowSegment {
-        RowSegment { first_token: 0, num_tokens, column_begin, column_end, column_end_step: 1 }
+        RowSegment { first_token: 0, num_tokens, column_begin, begin_hold: NO_WINDOW, column_end, column_end_step: 1 }
     }
 
     #[test]
@@ -214,6 +213,9 @@ mod tests {
         assert_eq!(pairs(TileKind::Wide, &shared, 0..200), 4 * warp_step);
         assert_eq!(pairs(TileKind::Narrow, &[segment(1, 0, 65)], 0..65), 2 * narrow_step);
         assert_eq!(pairs(TileKind::Narrow, &[segment(1, 0, 65)], 128..192), 0);
+        // A window of 64 columns: the first of four warps sees columns 50 to 121, the last 74 to 145.
+        let window = RowSegment { begin_hold: 0, ..segment(32, 50, 114) };
+        assert_eq!(pairs(TileKind::Wide, &[window], 0..145), (2 + 3 + 2 + 2) * warp_step);
     }
 
     #[test]

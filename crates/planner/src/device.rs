@@ -1,7 +1,7 @@
 //! How fast a device is: what the cost model knows of it.
 
 use packinfer_abi::ATTENTION_BLOCKS_PER_SM;
-use packinfer_batch::{Batch, Request};
+use packinfer_batch::Batch;
 use serde::Serialize;
 
 use crate::KernelFamily;
@@ -142,8 +142,7 @@ impl DeviceModel {
     /// query tokens see, but for `repeated_tokens` KV tokens that need not be read again.
     pub fn least_ns(&self, batch: &Batch, repeated_tokens: u64) -> f64 {
         let shape = batch.shape();
-        let sees = |request: &Request| u64::from(request.first_token_sees(batch.mask()));
-        let kv_tokens: u64 = batch.requests().iter().filter(|request| request.query_len > 0).map(sees).sum();
+        let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();
         let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
         let bytes = kv_tokens.saturating_sub(repeated_tokens) as f64 * shape.kv_bytes_per_slot() as f64 + qo_bytes as f64;
         1e9 * (bytes / self.bytes_per_s).max(batch.flops() / self.flops_per_s)

@@ -1,5 +1,7 @@
 //! What can keep a batch from being planned.
 
+use crate::KernelFamily;
+
 /// A batch that cannot be planned.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
@@ -13,5 +15,13 @@ pub enum PlanError {
         count: u64,
         /// The limit.
         most: u64,
+    },
+    /// No kernels for batches of this shape among those that are to be used.
+    #[error("the {family} kernels have no head dimension {head_dim}: those of sm_80 have, on every device")]
+    NotSupported {
+        /// The kernels that are to be used.
+        family: KernelFamily,
+        /// The head dimension.
+        head_dim: u32,
     },
 }

@@ -153,8 +153,9 @@ impl Plan {
 /// (query token, column) pairs that a segment's tokens see.
 fn visible_pairs(segment: &RowSegment) -> u64 {
     let tokens = u64::from(segment.num_tokens);
-    tokens * u64::from(segment.column_end - segment.column_begin)
-        + u64::from(segment.column_end_step) * (tokens * tokens.saturating_sub(1) / 2)
+    let growing = u64::from(segment.column_end_step) * (tokens * tokens.saturating_sub(1) / 2);
+    let behind = tokens.saturating_sub(u64::from(segment.begin_hold));
+    tokens * u64::from(segment.column_end - segment.column_begin) + growing - behind * behind.saturating_sub(1) / 2
 }
 
 /// Slots of all runs, those that several have counted once.

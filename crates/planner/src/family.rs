@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use packinfer_batch::AttentionShape;
 use serde::Serialize;
 
 /// Kernels compiled for one architecture. All families run the same plans.
@@ -28,6 +29,21 @@ impl KernelFamily {
             Self::Sm80 => compute_capability >= (8, 0),
             Self::Sm90a => compute_capability == (9, 0),
         }
+    }
+}
+
+impl KernelFamily {
+    /// Whether they can compute attention of a shape.
+    pub fn supports(self, shape: AttentionShape) -> bool {
+        match self {
+            Self::Sm80 => true,
+            Self::Sm90a => matches!(shape.head_dim(), 64 | 128),
+        }
+    }
+
+    /// Whether they can bound logits by a soft-cap. Plans for those that cannot run with others if it comes to that.
+    pub fn has_soft_cap(self) -> bool {
+        self != Self::Sm90a
     }
 }
 

@@ -24,14 +24,14 @@ pub(crate) fn make_items(tiles: &[Tile], parts: &[Part], plan: &Plan, items: &mu
         for tile in siblings(tiles, parts[0].tile) {
             let rows = u64::from(num_rows(plan.heads, tile.segments(&plan.segments)));
             let is_partial = tile.partial || parts.len() > 1;
-            let mut cursor = RunCursor { run: tile.run_begin, run_column: 0 };
+            let mut cursor = RunCursor { run: tile.run_begin, run_slot: 0 };
             for Part { columns, .. } in parts {
-                cursor.advance(&plan.runs, columns.start);
+                cursor.advance(&plan.runs, tile.run_skip + columns.start);
                 let item = WorkItem {
                     segment_begin: tile.segment_begin,
                     num_segments: tile.num_segments,
                     run_begin: cursor.run,
-                    run_skip: columns.start - cursor.run_column,
+                    run_skip: tile.run_skip + columns.start - cursor.run_slot,
                     column_begin: columns.start,
                     column_end: columns.end,
                     partial_row: if is_partial { partial_rows as u32 } else { DIRECT },
@@ -90,17 +90,17 @@ impl Merger {
     }
 }
 
-/// Finds the run of a column, always forward.
+/// Finds the run of a slot, counted from the first of a tile's runs, always forward.
 struct RunCursor {
     run: u32,
-    /// First column of the run.
-    run_column: u32,
+    /// First slot of the run.
+    run_slot: u32,
 }
 
 impl RunCursor {
-    fn advance(&mut self, runs: &[KvRun], column: u32) {
-        while column - self.run_column >= runs[self.run as usize].num_slots {
-            self.run_column += runs[self.run as usize].num_slots;
+    fn advance(&mut self, runs: &[KvRun], slot: u32) {
+        while slot - self.run_slot >= runs[self.run as usize].num_slots {
+            self.run_slot += runs[self.run as usize].num_slots;
             self.run += 1;
         }
     }

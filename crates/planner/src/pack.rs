@@ -5,7 +5,7 @@
 //! end of a launch are what evens out the lanes.
 
 use packinfer_abi::{HeadGroups, RowSegment, TileKind, WIDE_TILE_ROWS};
-use packinfer_batch::Batch;
+use packinfer_batch::{Batch, Mask};
 
 use crate::cost::{CostModel, Ns};
 use crate::share::Sharing;
@@ -96,7 +96,9 @@ impl Packer {
         for index in (0..batch.requests().len()).rev() {
             let division = sharing.own(batch, index as u32).division(heads);
             let tokens = division.remainder;
-            if tokens > 0 && self.alone[index] < longest_pack {
+            // Of a request with a sliding window, the remainder does not see all of the columns that come before it.
+            let sees_all = division.full_tiles == 0 || !matches!(batch.mask(), Mask::Window(_));
+            if tokens > 0 && sees_all && self.alone[index] < longest_pack {
                 self.remainders.push(tokens, index as u32);
             } else if tokens > 0 || division.full_tiles > 0 {
                 self.members.push(index as u32);

@@ -2,7 +2,7 @@
 
 use std::cmp::{Ordering, Reverse};
 
-use packinfer_abi::{HeadGroups, TileKind};
+use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind};
 use packinfer_batch::Batch;
 
 use crate::cost::{CostModel, Ns};
@@ -108,7 +108,7 @@ impl Planner {
     ///
     /// # Errors
     ///
-    /// A batch whose plan has more of something than can be numbered. The plan is empty then.
+    /// A batch whose plan has more of something than can be numbered, or that none of the families of kernels supports. The plan is empty then.
     pub fn plan_into(&mut self, batch: &Batch, plan: &mut Plan) -> Result<(), PlanError> {
         let shape = batch.shape();
         let heads = match self.packing {
@@ -119,7 +119,7 @@ impl Planner {
             Packing::Packed => self.sharing.find(batch),
             Packing::Unshared | Packing::PerRequest => self.sharing.find_nothing(),
         };
-        plan.model = self.choose(batch, repeated_tokens);
+        plan.model = self.choose(batch, repeated_tokens).inspect_err(|_| *plan = Plan::empty(shape))?;
         let cost = CostModel::new(&plan.model, shape, heads);
         let planned = if self.sharing.choose(batch, heads, &cost) {
             self.lay_out_sharing(batch, plan, heads, &cost)
@@ -130,10 +130,13 @@ impl Planner {
     }
 
     /// The model that a batch is planned for, of whose KV tokens so many need not be read.
-    fn choose(&self, batch: &Batch, repeated_tokens: u64) -> DeviceModel {
+    fn choose(&self, batch: &Batch, repeated_tokens: u64) -> Result<DeviceModel, PlanError> {
+        let shape = batch.shape();
         let least_ns = |model: &DeviceModel| model.least_ns(batch, repeated_tokens);
-        let faster = |a: DeviceModel, b: &DeviceModel| if least_ns(b) < least_ns(&a) { *b } else { a };
-        self.models[1..].iter().fold(self.models[0], faster)
+        let faster = |a: DeviceModel, b: DeviceModel| if least_ns(&b) < least_ns(&a) { b } else { a };
+        let able = self.models.iter().filter(|model| model.kernel_family.supports(shape)).copied();
+        let not_supported = PlanError::NotSupported { family: self.models[0].kernel_family, head_dim: shape.head_dim() };
+        able.reduce(faster).ok_or(not_supported)
     }
 
     /// Makes the plan with what is to be shared; or with nothing shared, if that is not slower.
@@ -188,7 +191,7 @@ impl Planner {
             }
             Packing::PerRequest => {
                 for (request, index) in batch.requests().iter().zip(0..) {
-                    let kind = if request.query_len <= TileKind::Narrow.rows() { TileKind::Narrow } else { TileKind::Wide };
+                    let kind = if request.query_len <= NARROW_TILE_ROWS { TileKind::Narrow } else { TileKind::Wide };
                     if request.query_len > 0 {
                         let own = sharing.own(batch, index);
                         tile::push_tiles(&mut self.tiles, plan, batch, index, std::iter::once(own), kind);

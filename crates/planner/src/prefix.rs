@@ -183,6 +183,8 @@ impl PrefixTree {
 fn shareable(request: &Request, mask: Mask) -> u32 {
     match mask {
         _ if request.query_len == 0 => 0,
+        // The query tokens of one request do not see the same of what comes before.
+        Mask::Window(_) => 0,
         Mask::Causal => request.kv_len - request.query_len,
         Mask::None => request.kv_len,
     }

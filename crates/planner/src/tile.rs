@@ -2,20 +2,22 @@
 
 use std::ops::Range;
 
-use packinfer_abi::{HeadGroups, KvRun, RowSegment, TileKind};
+use packinfer_abi::{HeadGroups, KvRun, NO_WINDOW, RowSegment, TileKind};
 use packinfer_batch::{Batch, Mask, Request};
 
 use crate::Plan;
 use crate::prefix::Place;
 use crate::share::Group;
 
-/// Rows of one or more requests over columns that they see: from column 0 of the tile on.
+/// Rows of one or more requests over columns that they see. Column 0 is the first that any of them sees of what the tile reads.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile {
     pub kind: TileKind,
     pub segment_begin: u32,
     pub num_segments: u32,
     pub run_begin: u32,
+    /// Slots from the start of that run to column 0.
+    pub run_skip: u32,
     pub columns: u32,
     /// Tiles of the same pack read the same KV.
     pub pack: u32,
@@ -44,7 +46,7 @@ pub(crate) fn siblings(tiles: &[Tile], first: u32) -> &[Tile] {
 
 /// Query tokens that a tile holds.
 pub(crate) fn tokens_per_tile(kind: TileKind, heads: HeadGroups) -> u32 {
-    kind.rows() / heads.heads_per_group
+    heads.tile_rows(kind) / heads.heads_per_group
 }
 
 /// The tile that so many query tokens need, less than fill a wide one.
@@ -108,23 +110,31 @@ impl Own<'_> {
         Division::of(if self.kv_len() > 0 { self.request.query_len } else { 0 }, heads)
     }
 
-    /// The segment of some of its query tokens, in a tile whose column `column_begin` is its first own KV token.
+    /// The segment of some of its query tokens, in a tile whose column `column_begin` is the first own KV token that the first of them sees.
     pub fn segment(&self, mask: Mask, tokens: Range<u32>, column_begin: u32) -> RowSegment {
-        let column_end_step = u32::from(mask == Mask::Causal);
-        let first_token_sees = self.request.first_token_sees(mask) - self.begin.column;
+        let seen = self.request.sees(tokens.start, mask);
         RowSegment {
             first_token: self.request.first_token + tokens.start,
             num_tokens: tokens.end - tokens.start,
             column_begin,
-            column_end: column_begin + first_token_sees + tokens.start * column_end_step,
-            column_end_step,
+            begin_hold: match mask {
+                Mask::Window(window) => window.get().saturating_sub(seen.end),
+                _ => NO_WINDOW,
+            },
+            column_end: column_begin + (seen.end - seen.start.max(self.begin.column)),
+            column_end_step: u32::from(mask != Mask::None),
         }
     }
 }
 
 /// One past the last column that a segment's tokens see.
 pub(crate) fn last_column_end(segment: &RowSegment) -> u32 {
-    segment.column_end + (segment.num_tokens - 1) * segment.column_end_step
+    segment.columns(segment.num_tokens - 1).end
+}
+
+/// Of the KV tokens that a request's query tokens see, those that are over when it comes to query token `token`.
+fn left_behind(request: &Request, mask: Mask, token: u32) -> u32 {
+    request.sees(token, mask).start - request.seen(mask).start
 }
 
 /// What a tile of remainders holds.
@@ -141,10 +151,12 @@ impl Content {
     pub fn add(&mut self, own: Own<'_>, mask: Mask, heads: HeadGroups, segments: &mut Vec<RowSegment>) {
         let division = own.division(heads);
         if division.remainder > 0 {
-            segments.push(own.segment(mask, division.remainder_tokens(), self.columns));
-            self.columns += own.kv_len();
+            let segment = own.segment(mask, division.remainder_tokens(), self.columns);
+            let columns = last_column_end(&segment) - self.columns;
+            segments.push(segment);
+            self.columns += columns;
             self.partial |= own.is_partial();
-            self.fresh_columns += division.fresh() * own.kv_len() as f32;
+            self.fresh_columns += division.fresh() * columns as f32;
         }
     }
 
@@ -180,18 +192,25 @@ pub(crate) fn push_tiles<'a>(
     members: impl Iterator<Item = Own<'a>> + Clone,
     kind: TileKind,
 ) {
+    let mask = batch.mask();
     let first_run = plan.runs.len();
     for own in members.clone() {
         let division = own.division(plan.heads);
         let run_begin = plan.runs.len();
-        push_runs(plan, batch.runs_of(own.request), own.begin, None);
+        match mask {
+            // Nothing is shared then, and nothing read that is over when it comes to the first query token.
+            Mask::Window(_) => batch.push_seen_runs(own.request, &mut plan.runs),
+            _ => push_runs(plan, batch.runs_of(own.request), own.begin, None),
+        }
         for tile in 0..division.full_tiles {
-            let segment = own.segment(batch.mask(), division.full_tile(tile), 0);
+            let tokens = division.full_tile(tile);
+            let segment = own.segment(mask, tokens.clone(), 0);
             tiles.push(Tile {
                 kind: TileKind::Wide,
                 segment_begin: plan.segments.len() as u32,
                 num_segments: 1,
                 run_begin: run_begin as u32,
+                run_skip: left_behind(own.request, mask, tokens.start),
                 columns: last_column_end(&segment),
                 pack,
                 fresh: division.fresh(),
@@ -205,8 +224,11 @@ pub(crate) fn push_tiles<'a>(
 
     let segment_begin = plan.segments.len();
     let mut content = Content::default();
+    // Requests with a window join others whole, or else stay alone: only then no column lies between theirs that none of the rows sees.
+    let skip_of = |own: Own<'_>| left_behind(own.request, mask, own.division(plan.heads).remainder_tokens().start);
+    let run_skip = members.clone().next().map_or(0, skip_of);
     for own in members {
-        content.add(own, batch.mask(), plan.heads, &mut plan.segments);
+        content.add(own, mask, plan.heads, &mut plan.segments);
     }
     if content.columns > 0 {
         tiles.push(Tile {
@@ -214,6 +236,7 @@ pub(crate) fn push_tiles<'a>(
             segment_begin: segment_begin as u32,
             num_segments: (plan.segments.len() - segment_begin) as u32,
             run_begin: first_run as u32,
+            run_skip,
             columns: content.columns,
             pack,
             fresh: content.fresh(),
@@ -233,6 +256,7 @@ pub(crate) fn push_group(tiles: &mut Vec<Tile>, plan: &mut Plan, batch: &Batch, 
         segment_begin: 0,
         num_segments: 0,
         run_begin: plan.runs.len() as u32,
+        run_skip: 0,
         columns: group.end.column - group.begin.column,
         pack,
         fresh: division.fresh(),
@@ -274,7 +298,14 @@ fn push_tokens(tile: &mut Tile, segments: &mut Vec<RowSegment>, first_token: u32
     match segments[tile.segment_begin as usize..].last_mut() {
         Some(last) if last.first_token + last.num_tokens == first_token => last.num_tokens += num_tokens,
         _ => {
-            segments.push(RowSegment { first_token, num_tokens, column_begin: 0, column_end: tile.columns, column_end_step: 0 });
+            segments.push(RowSegment {
+                first_token,
+                num_tokens,
+                column_begin: 0,
+                begin_hold: NO_WINDOW,
+                column_end: tile.columns,
+                column_end_step: 0,
+            });
             tile.num_segments += 1;
         }
     }

@@ -2,14 +2,18 @@
 
 use packinfer_abi::TileKind;
 use packinfer_batch::{AttentionShape, Batch, DType, Mask};
-use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, Planner};
+use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, PlanError, Planner};
 use proptest::prelude::*;
 
 mod check;
 use check::{assert_in_order, assert_valid};
 
 fn shape(num_kv_heads: u32, gqa_ratio: u32) -> AttentionShape {
-    AttentionShape::new(num_kv_heads * gqa_ratio, num_kv_heads, 128, DType::Bf16).expect("a good shape")
+    shape_of(num_kv_heads, gqa_ratio, 128)
+}
+
+fn shape_of(num_kv_heads: u32, gqa_ratio: u32, head_dim: u32) -> AttentionShape {
+    AttentionShape::new(num_kv_heads * gqa_ratio, num_kv_heads, head_dim, DType::Bf16).expect("a good shape")
 }
 
 /// A packed plan, checked; so is the one without packing.
@@ -17,7 +21,7 @@ fn checked(batch: &Batch, model: DeviceModel) -> Plan {
     let mut planner = Planner::new(model);
     let plan = planner.plan(batch).expect("a batch that can be planned");
     assert_valid(batch, &plan);
-    assert_in_order(&plan, &model);
+    assert_in_order(&batch, &plan, &model);
 
     let mut planner = planner.with_packing(Packing::PerRequest);
     let per_request = planner.plan(batch).expect("a batch that can be planned");
@@ -51,10 +55,20 @@ fn any_lengths() -> impl Strategy<Value = (u32, u32)> {
     ]
 }
 
+fn window(tokens: u32) -> Mask {
+    Mask::Window(tokens.try_into().expect("not zero"))
+}
+
+/// Windows of a token, shorter than a step of columns, longer than most requests, and as long as can be.
+fn any_window() -> impl Strategy<Value = Mask> {
+    prop_oneof![Just(1), 2..64u32, 64..2000u32, Just(u32::MAX)].prop_map(window)
+}
+
 /// Batches of every kind in scattered pages of a few sizes, 0 for contiguous KV; pages may be shared.
 fn any_batch() -> impl Strategy<Value = Batch> {
-    let shape = (1..=3u32, prop::sample::select(vec![1, 2, 4, 7, 8, 16, 32])).prop_map(|(kv, ratio)| shape(kv, ratio));
-    let mask = prop_oneof![Just(Mask::Causal), Just(Mask::None)];
+    let shape = (1..=3u32, prop::sample::select(vec![1, 2, 4, 7, 8, 16, 32]), prop::sample::select(vec![128, 256]));
+    let shape = shape.prop_map(|(kv, ratio, head_dim)| shape_of(kv, ratio, head_dim));
+    let mask = prop_oneof![2 => Just(Mask::Causal), 1 => Just(Mask::None), 2 => any_window()];
     let page_size = prop::sample::select(vec![0, 1, 16, 50]);
     (shape, mask, page_size, prop::collection::vec(any_lengths(), 0..60), any::<u32>()).prop_map(
         |(shape, mask, page_size, lengths, seed)| {
@@ -115,8 +129,10 @@ proptest! {
         lengths in prop::collection::vec((0..=40u32, prop_oneof![Just(1u32 << 31), (1u32 << 20)..1 << 31, 40..100u32]), 1..8),
         ratio in prop::sample::select(vec![1, 4, 7]),
     ) {
-        let plan = checked(&contiguous(shape(8, ratio), Mask::Causal, lengths), DeviceModel::H100);
-        prop_assert!(plan.items().len() < 4096, "{} items", plan.items().len());
+        for mask in [Mask::Causal, window(1 << 20)] {
+            let plan = checked(&contiguous(shape(8, ratio), mask, lengths.iter().copied()), DeviceModel::H100);
+            prop_assert!(plan.items().len() < 4096, "{} items", plan.items().len());
+        }
     }
 }
 
@@ -164,7 +180,7 @@ fn longest_prompt() {
     let tokens = Batch::MAX_QUERY_TOKENS;
     let batch = contiguous(shape(1, 1), Mask::Causal, [(tokens, tokens)]);
     let plan = Planner::new(DeviceModel::H100).plan(&batch).expect("a batch that can be planned");
-    assert_eq!(plan.items().len() as u32, tokens / TileKind::Wide.rows());
+    assert_eq!(plan.items().len() as u32, tokens / plan.heads().tile_rows(TileKind::Wide));
 }
 
 #[test]
@@ -199,6 +215,17 @@ fn few_requests_do_not_wait_for_each_other() {
     assert_eq!(plan.items().len(), 8);
 }
 
+/// What is before the windows takes nothing: it is as if it were not there.
+#[test]
+fn windows_bound_the_work() {
+    let within = |kv_len| checked(&contiguous(shape(8, 4), window(1024), (0..64).map(|_| (1, kv_len))), DeviceModel::H100);
+    let [short, long] = [1024, 1_000_000].map(|kv_len| within(kv_len).explain(&DeviceModel::H100));
+    assert_eq!(short, long);
+    let prompt = checked(&contiguous(shape(8, 4), window(100), [(5000, 5000)]), DeviceModel::H100);
+    // 32 tokens of a tile see 131 columns together.
+    assert!(prompt.items().iter().all(|item| item.column_end <= 131), "{:?}", prompt.items());
+}
+
 #[test]
 fn equal_work_needs_no_split() {
     let plan = checked(&contiguous(shape(8, 4), Mask::Causal, (0..132).map(|_| (1, 4096))), DeviceModel::H100);
@@ -220,4 +247,16 @@ fn products_decide_the_kernels() {
     assert_eq!(kernels(1, 8192), KernelFamily::Sm80);
     assert_eq!(kernels(8192, 8192), KernelFamily::Sm90a);
     assert_eq!(kernels(64, 64), KernelFamily::Sm80);
+}
+
+/// Kernels that do not have a head dimension are not chosen, and not having any others is an error.
+#[test]
+fn kernels_that_cannot_are_not_chosen() {
+    let models = DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132);
+    let hopper = *models.iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("an H100 runs them");
+    let batch = contiguous(shape_of(8, 4, 256), Mask::Causal, [(8192, 8192)]);
+    let plan = Planner::choosing(models).plan(&batch).expect("a batch that can be planned");
+    assert_eq!(plan.model().kernel_family, KernelFamily::Sm80);
+    let error = Planner::new(hopper).plan(&batch).expect_err("no such kernels");
+    assert_eq!(error, PlanError::NotSupported { family: KernelFamily::Sm90a, head_dim: 256 });
 }

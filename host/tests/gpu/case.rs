@@ -7,7 +7,7 @@ use packinfer::{
     AttentionShape, Batch, DevicePlan, Engine, EngineError, EngineOptions, Mask, Plan, RunOptions, Stream, Tensors, Workspace,
 };
 use packinfer::{DeviceBuffer, Packing};
-use packinfer_cpu::{Inputs, largest_difference, random_elements, reference, relative_error};
+use packinfer_cpu::{Inputs, Options, largest_difference, random_elements, reference, relative_error};
 
 /// An element type of the engine and of the reference.
 pub trait Element: packinfer::Element + packinfer_cpu::Element {}
@@ -52,6 +52,9 @@ pub type Results<E> = (Vec<E>, Vec<f32>);
 pub struct Case<E> {
     pub batch: Batch,
     pub scale: Option<f32>,
+    pub logit_soft_cap: Option<f32>,
+    /// A logit for each query head.
+    pub sinks: Option<Vec<f32>>,
     q: Vec<E>,
     k: Vec<E>,
     v: Vec<E>,
@@ -62,7 +65,8 @@ impl<E: Element> Case<E> {
         let shape = batch.shape();
         let qo_len = batch.num_query_tokens() as usize * shape.qo_elements_per_token() as usize;
         let kv_len = batch.num_slots() as usize * shape.kv_elements_per_slot() as usize;
-        Self { batch, scale: None, q: random_elements(qo_len, 1), k: random_elements(kv_len, 2), v: random_elements(kv_len, 3) }
+        let [q, k, v] = [(qo_len, 1), (kv_len, 2), (kv_len, 3)].map(|(len, seed)| random_elements(len, seed));
+        Self { batch, scale: None, logit_soft_cap: None, sinks: None, q, k, v }
     }
 
     pub fn plan(&self, engine: &Engine, packing: Packing) -> Plan {
@@ -78,7 +82,8 @@ impl<E: Element> Case<E> {
             v: copy_of(&self.v),
             o: engine.zeros(self.q.len()).expect("there is room"),
             lse: engine.zeros(lse_len).expect("there is room"),
-            options: RunOptions { softmax_scale: self.scale },
+            sinks: self.sinks.as_ref().map(|sinks| engine.copy_of(sinks).expect("there is room")),
+            options: RunOptions { softmax_scale: self.scale, logit_soft_cap: self.logit_soft_cap, sinks: None },
         }
     }
 
@@ -93,7 +98,8 @@ impl<E: Element> Case<E> {
 
     /// Compares results with exact attention.
     pub fn check(&self, (o, lse): &Results<E>) {
-        let inputs = Inputs { q: &self.q, k: &self.k, v: &self.v, scale: self.scale };
+        let options = Options { scale: self.scale, logit_soft_cap: self.logit_soft_cap, sinks: self.sinks.as_deref() };
+        let inputs = Inputs { q: &self.q, k: &self.k, v: &self.v, options };
         let tokens: Vec<u32> = (0..self.batch.num_query_tokens()).collect();
         let exact = reference::attention(&self.batch, inputs, &tokens).expect("the inputs are right");
         let error = relative_error(o, &exact.o);
@@ -104,7 +110,13 @@ impl<E: Element> Case<E> {
 
     fn describe(&self) -> String {
         let lengths = self.batch.requests().iter().map(|request| (request.query_len, request.kv_len));
-        format!("{:?}, {:?}, (query, KV) {:?}", self.batch.shape(), self.batch.mask(), lengths.collect::<Vec<_>>())
+        let options = (self.scale, self.logit_soft_cap, self.sinks.is_some());
+        let lengths = lengths.collect::<Vec<_>>();
+        format!(
+            "{:?}, {:?}, (scale, soft-cap, sinks) {options:?}, (query, KV) {lengths:?}",
+            self.batch.shape(),
+            self.batch.mask()
+        )
     }
 }
 
@@ -115,7 +127,9 @@ pub struct DeviceCase<E> {
     pub v: DeviceBuffer<E>,
     pub o: DeviceBuffer<E>,
     pub lse: DeviceBuffer<f32>,
-    pub options: RunOptions,
+    pub sinks: Option<DeviceBuffer<f32>>,
+    /// All but the sinks.
+    pub options: RunOptions<'static>,
 }
 
 impl<E: Element> DeviceCase<E> {
@@ -133,7 +147,8 @@ impl<E: Element> DeviceCase<E> {
             o: self.o.as_mut_slice(),
             lse: Some(self.lse.as_mut_slice()),
         };
-        engine.run(plan, workspace, stream, tensors, self.options)
+        let options = RunOptions { sinks: self.sinks.as_ref().map(DeviceBuffer::as_slice), ..self.options };
+        engine.run(plan, workspace, stream, tensors, options)
     }
 
     pub fn results(&self) -> Results<E> {

@@ -1,9 +1,12 @@
 //! The engine against float64 attention. Skipped, with the reason on standard error, where there is no device.
 
 mod case;
+mod options;
 
 use half::{bf16, f16};
-use packinfer::{Batch, DType, DeviceSlice, DeviceSliceMut, EngineError, Mask, Packing, RunOptions, Tensors};
+use packinfer::{
+    AttentionShape, Batch, DType, DeviceSlice, DeviceSliceMut, Engine, EngineError, Mask, Packing, RunOptions, Tensors,
+};
 
 use case::{Case, Element, contiguous, engine, paged, shape};
 
@@ -15,9 +18,15 @@ const DECODE: [(u32, u32); 6] = [(1, 5000), (1, 33), (1, 64), (1, 1), (1, 700), 
 /// Query heads of a KV head: one, powers of two, odd, and more than a head group.
 const GQA_RATIOS: [u32; 5] = [1, 4, 7, 8, 32];
 
+/// Head dimensions that the engine has kernels for.
+fn head_dims(engine: &Engine) -> Vec<u32> {
+    let has = |&head_dim: &u32| engine.kernel_families().iter().any(|family| family.supports(shape::<bf16>(1, head_dim)));
+    AttentionShape::HEAD_DIMS.into_iter().filter(has).collect()
+}
+
 fn check_all_shapes<E: Element>(lengths: &[(u32, u32)], page_size: Option<u32>) {
     let Some(engine) = engine() else { return };
-    for head_dim in [64, 128] {
+    for head_dim in head_dims(engine) {
         for gqa_ratio in GQA_RATIOS {
             let shape = shape::<E>(gqa_ratio, head_dim);
             let case = Case::<E>::new(match page_size {
@@ -266,7 +275,9 @@ fn wrong_tensors_are_errors() {
     assert!(is_pool(error_of(&|device| device.v = short()), "V"));
     for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
         let error = error_of(&|device| device.options.softmax_scale = Some(scale));
-        assert!(matches!(error, EngineError::Scale { .. }), "{error}");
+        assert!(matches!(error, EngineError::NotPositive { what: "softmax scale", .. }), "{error}");
+        let error = error_of(&|device| device.options.logit_soft_cap = Some(scale));
+        assert!(matches!(error, EngineError::NotPositive { what: "logit soft-cap", .. }), "{error}");
     }
 }
 

@@ -10,4 +10,5 @@ pub mod ampere;
 pub mod hopper;
 mod store;
 mod task;
+#[cfg(feature = "sm_80")]
 mod warps;

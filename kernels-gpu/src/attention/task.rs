@@ -45,6 +45,12 @@ impl Task {
         self.item.partial_row == DIRECT
     }
 
+    /// Whether the rows get their sinks here: those of partials get them when they are merged.
+    #[inline(always)]
+    pub fn has_sinks(&self) -> bool {
+        self.is_direct() && self.params.sinks != 0
+    }
+
     /// Index of a tile row in the partial buffers.
     #[inline(always)]
     pub fn partial_index(&self, row: u32) -> u64 {

@@ -69,23 +69,25 @@ impl<const WARPS: usize, const BLOCKS: usize> WarpResults<WARPS, BLOCKS> {
     /// Reached by all these threads, after a barrier that followed the writing.
     #[inline(always)]
     pub unsafe fn merge<E: Element>(&self, task: &Task, first_column: u32, dim: u32, thread: u32, threads: u32) {
-        let threads_per_row = Self::COLUMNS / 2;
+        // A power of two, so that rows divide the threads. Columns of 96 leave some idle.
+        let threads_per_row = const { (Self::COLUMNS / 2).next_power_of_two() };
         let rows_at_once = threads / threads_per_row;
         let column = thread % threads_per_row * 2;
         for i in 0..NARROW_TILE_ROWS / rows_at_once {
             let row = i * rows_at_once + thread / threads_per_row;
             let found = task.rows.read(row);
-            if !found.exists() {
+            if !found.exists() || column >= Self::COLUMNS {
                 continue;
             }
             let mut lse = [0f32; WARPS];
-            let mut max = f32::NEG_INFINITY;
+            let sink = if task.has_sinks() { store::sink_log2(task, found.index) } else { f32::NEG_INFINITY };
+            let mut max = sink;
             for (warp, lse) in lse.iter_mut().enumerate() {
                 *lse = load_shared_f32(self.lse(warp as u32, row));
                 max = math::max(max, *lse);
             }
             let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
-            let (mut total, mut sum) = (0f32, [0f32; 2]);
+            let (mut total, mut sum) = (math::exp2(sink - origin), [0f32; 2]);
             for (warp, lse) in lse.iter().enumerate() {
                 let weight = math::exp2(lse - origin);
                 let address = self.output(warp as u32, row, column);

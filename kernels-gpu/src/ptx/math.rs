@@ -29,6 +29,12 @@ pub fn reciprocal(x: f32) -> f32 {
     y
 }
 
+/// tanh(x · ln 2 / 2), to about 10^-7: the hardware's own tanh is a thousand times coarser, which shows where a soft-cap multiplies it.
+#[inline(always)]
+pub fn tanh_of_half_log2(x: f32) -> f32 {
+    fma(-2.0, reciprocal(exp2(x) + 1.0), 1.0)
+}
+
 /// The larger of two numbers; the other one where one is NaN. PTX ISA, Floating Point Instructions: `max`.
 #[inline(always)]
 pub fn max(a: f32, b: f32) -> f32 {
@@ -47,6 +53,15 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
         asm!("fma.rn.f32 {0}, {1}, {2}, {3};", out(reg32) y, in(reg32) a, in(reg32) b, in(reg32) c, options(pure, nomem, nostack))
     };
     y
+}
+
+/// The same number, but unknown to the compiler: what depends on it is worked out where it is used, rather than kept in registers across a loop
+/// that needs those for its accumulators.
+#[inline(always)]
+pub fn opaque(mut x: u32) -> u32 {
+    // SAFETY: a move.
+    unsafe { asm!("mov.b32 {0}, {0};", inout(reg32) x, options(nomem, nostack)) };
+    x
 }
 
 /// a / b for b > 0, without the check whose failure would need a panic.

@@ -55,8 +55,9 @@ impl Cuda {
         let mut lse = self.engine.zeros(lse_len)?;
         let device_plan = self.engine.upload(plan, &self.stream)?;
         let mut workspace = self.engine.workspace()?;
-        let arguments = packinfer::Tensors { lse: Some(lse.as_mut_slice()), ..tensors.arguments() };
-        self.engine.run(&device_plan, &mut workspace, &self.stream, arguments, RunOptions::default())?;
+        let (arguments, options) = tensors.arguments();
+        let arguments = packinfer::Tensors { lse: Some(lse.as_mut_slice()), ..arguments };
+        self.engine.run(&device_plan, &mut workspace, &self.stream, arguments, options)?;
         Ok(Attention { o: tensors.o.download()?, lse: lse.download()? })
     }
 
@@ -76,29 +77,41 @@ impl Cuda {
             let device_plan = self.engine.upload(plan, &self.stream)?;
             workspace.reserve(&device_plan)?;
             Ok(measure::time_cold(&self.engine, &self.stream, runs as usize, |stream| {
-                self.engine.run(&device_plan, &mut workspace, stream, tensors.arguments(), RunOptions::default())
+                let (arguments, options) = tensors.arguments();
+                self.engine.run(&device_plan, &mut workspace, stream, arguments, options)
             })?)
         };
         plans.iter().map(&mut time).collect()
     }
 }
 
-/// Q, K, V and O on the device.
+/// Q, K, V, O and sinks on the device.
 struct DeviceTensors<E> {
     q: DeviceBuffer<E>,
     k: DeviceBuffer<E>,
     v: DeviceBuffer<E>,
     o: DeviceBuffer<E>,
+    sinks: Option<DeviceBuffer<f32>>,
+    logit_soft_cap: Option<f32>,
 }
 
 impl<E: BackendElement> DeviceTensors<E> {
     fn upload(engine: &Engine, tensors: &Tensors<E>) -> anyhow::Result<Self> {
-        let Tensors { q, k, v } = tensors;
-        Ok(Self { q: engine.copy_of(q)?, k: engine.copy_of(k)?, v: engine.copy_of(v)?, o: engine.zeros(q.len())? })
+        let Tensors { q, k, v, sinks, logit_soft_cap } = tensors;
+        Ok(Self {
+            q: engine.copy_of(q)?,
+            k: engine.copy_of(k)?,
+            v: engine.copy_of(v)?,
+            o: engine.zeros(q.len())?,
+            sinks: sinks.as_ref().map(|sinks| engine.copy_of(sinks)).transpose()?,
+            logit_soft_cap: *logit_soft_cap,
+        })
     }
 
-    fn arguments(&mut self) -> packinfer::Tensors<'_, E> {
-        let Self { q, k, v, o } = self;
-        packinfer::Tensors { q: q.as_slice(), k: k.as_slice(), v: v.as_slice(), o: o.as_mut_slice(), lse: None }
+    fn arguments(&mut self) -> (packinfer::Tensors<'_, E>, RunOptions<'_>) {
+        let Self { q, k, v, o, sinks, logit_soft_cap } = self;
+        let sinks = sinks.as_ref().map(DeviceBuffer::as_slice);
+        let options = RunOptions { logit_soft_cap: *logit_soft_cap, sinks, ..RunOptions::default() };
+        (packinfer::Tensors { q: q.as_slice(), k: k.as_slice(), v: v.as_slice(), o: o.as_mut_slice(), lse: None }, options)
     }
 }

@@ -41,11 +41,13 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
         assert!(item.column_begin < item.column_end, "{item:?} is empty");
         let extents = extents(plan, item);
         let mut row = 0;
+        let mut of_rows = Vec::new();
         for segment in plan.segments_of(item) {
             for index in 0..segment.num_tokens {
+                let columns = segment.columns(index);
+                of_rows.push(columns.clone());
                 let token = &mut tokens[(segment.first_token + index) as usize];
-                let end = segment.column_end + index * segment.column_end_step;
-                let columns = segment.column_begin.max(item.column_begin)..end.min(item.column_end);
+                let columns = columns.start.max(item.column_begin)..columns.end.min(item.column_end);
                 token.seen += columns.len() as u32;
                 if let Some(slots) = &mut token.slots {
                     slots.extend(extents.iter().filter_map(|extent| extent.slots(&columns)));
@@ -57,7 +59,8 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
                 row += heads.heads_per_group;
             }
         }
-        assert!(row <= item.tile.rows(), "{row} rows in {item:?}");
+        assert!(row <= heads.tile_rows(item.tile), "{row} rows in {item:?}");
+        assert_seen(item, of_rows);
         if item.partial_row != DIRECT {
             partial_rows.push(item.partial_row..item.partial_row + row);
         }
@@ -78,20 +81,21 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
         assert_eq!((token.writers, token.partials.len()), (1, 0), "writers and unread partials of token {number}");
         let request = request_of(batch, number);
         let visible = visible(batch, request, number);
-        assert_eq!(token.seen, visible, "what token {number} sees");
+        assert_eq!(token.seen, visible.len() as u32, "what token {number} sees");
         if let Some(slots) = token.slots {
-            assert_eq!(counted(slots), counted(first_slots(batch, request, visible)), "where the KV of token {number} lies");
+            assert_eq!(counted(slots), counted(slots_of(batch, request, visible)), "where the KV of token {number} lies");
         }
     }
 }
 
-/// The first `visible` slots of a request.
-fn first_slots(batch: &Batch, request: &Request, visible: u32) -> Vec<Range<u32>> {
-    let mut left = visible;
+/// The slots of some of a request's KV tokens.
+fn slots_of(batch: &Batch, request: &Request, tokens: Range<u32>) -> Vec<Range<u32>> {
+    let mut token = 0;
     let slots_of = |&KvRun { first_slot, num_slots }: &KvRun| {
-        let slots = first_slot..first_slot + num_slots.min(left);
-        left -= slots.len() as u32;
-        slots
+        let run = token..token + num_slots;
+        token = run.end;
+        let (begin, end) = (tokens.start.clamp(run.start, run.end), tokens.end.clamp(run.start, run.end));
+        first_slot + (begin - run.start)..first_slot + (end - run.start)
     };
     batch.runs_of(request).iter().map(slots_of).collect()
 }
@@ -107,8 +111,11 @@ fn counted(ranges: Vec<Range<u32>>) -> Vec<(u32, i32)> {
 }
 
 /// Panics unless the items of a pack stand together, the longest first or by columns, and of the packs the one with the longest item
-/// first.
-pub fn assert_in_order(plan: &Plan, model: &DeviceModel) {
+/// first. Under a sliding window nothing of a plan says which tiles are a pack: those of one request need not have any KV in common.
+pub fn assert_in_order(batch: &Batch, plan: &Plan, model: &DeviceModel) {
+    if matches!(batch.mask(), Mask::Window(_)) {
+        return;
+    }
     let packs = packs(plan);
     let times: Vec<f64> = plan.item_times(model).collect();
     let mut seen = HashSet::new();
@@ -162,12 +169,18 @@ fn request_of(batch: &Batch, token: u32) -> &Request {
 }
 
 /// KV tokens that a query token sees.
-fn visible(batch: &Batch, request: &Request, token: u32) -> u32 {
-    request.first_token_sees(batch.mask())
-        + match batch.mask() {
-            Mask::Causal => token - request.first_token,
-            Mask::None => 0,
-        }
+fn visible(batch: &Batch, request: &Request, token: u32) -> Range<u32> {
+    request.sees(token - request.first_token, batch.mask())
+}
+
+/// Panics if no row of the item sees some of its columns.
+fn assert_seen(item: &WorkItem, mut columns_of_rows: Vec<Range<u32>>) {
+    columns_of_rows.sort_unstable_by_key(|columns| columns.start);
+    let seen_to = columns_of_rows.iter().fold(item.column_begin, |seen_to, columns| {
+        assert!(columns.start <= seen_to || seen_to >= item.column_end, "nobody sees column {seen_to} of {item:?}");
+        seen_to.max(columns.end)
+    });
+    assert!(seen_to >= item.column_end, "nobody sees column {seen_to} of {item:?}");
 }
 
 /// Columns that lie in consecutive slots, and the first of these.

@@ -2,10 +2,11 @@
 //!
 //! The hardware issues blocks in order, so the order of a plan's items, which ends with short ones, balances the device.
 
+mod epilogue;
 pub mod narrow;
 pub mod wide;
 
-use packinfer_abi::{AttentionParams, COLUMN_STEP, TILE_SHARED_BYTES, TileKind};
+use packinfer_abi::{ATTENTION_THREADS, AttentionParams, TILE_SHARED_BYTES, TileKind};
 
 use super::task::{Stamper, Task};
 use crate::element::{Bf16, Element, F16};
@@ -13,8 +14,8 @@ use crate::ptx::special::{block_index, dynamic_shared, thread_index};
 use crate::ptx::warp;
 use crate::rows::RowTable;
 
-/// Columns that a warp loads of each step, a quarter; in narrow tiles also those that it works on.
-const WARP_COLUMNS: u32 = COLUMN_STEP / 4;
+/// Warps of a block.
+const WARPS: u32 = ATTENTION_THREADS / 32;
 
 /// What a thread knows of its block.
 pub(crate) struct Block {
@@ -42,15 +43,25 @@ impl Block {
     }
 }
 
+/// Attention for a head dimension of `8 * DIM_BLOCKS`. Of wide tiles, a warp holds `ROW_BLOCKS` blocks of 16 rows, and takes `WIDE_FRAGMENTS` fragments
+/// of 8 columns a step; of narrow tiles `NARROW_FRAGMENTS`.
 #[inline(always)]
-unsafe fn attention<E: Element, const DIM_BLOCKS: usize>(params: AttentionParams) {
+unsafe fn attention<
+    E: Element,
+    const DIM_BLOCKS: usize,
+    const ROW_BLOCKS: usize,
+    const WIDE_FRAGMENTS: usize,
+    const NARROW_FRAGMENTS: usize,
+>(
+    params: AttentionParams,
+) {
     let block = Block::this(params);
     if block.thread == 0 {
-        Stamper::of(&params).begin(block_index());
+        Stamper::of(&params).begin(block.task.index);
     }
     match block.task.item.tile {
-        TileKind::Wide => wide::run::<E, DIM_BLOCKS>(&block),
-        TileKind::Narrow => narrow::run::<E, DIM_BLOCKS>(&block),
+        TileKind::Wide => wide::run::<E, DIM_BLOCKS, ROW_BLOCKS, WIDE_FRAGMENTS>(&block),
+        TileKind::Narrow => narrow::run::<E, DIM_BLOCKS, NARROW_FRAGMENTS>(&block),
     }
     if thread_index() == 0 {
         Stamper::of(&params).end(block_index());
@@ -62,27 +73,55 @@ kernel! {
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 144)]
     fn attention_bf16_d64(params: AttentionParams) {
-        attention::<Bf16, 8>(params)
+        attention::<Bf16, 8, 2, 8, 2>(params)
+    }
+
+    /// Attention in bf16, head dimension 96.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 216)]
+    fn attention_bf16_d96(params: AttentionParams) {
+        attention::<Bf16, 12, 2, 8, 2>(params)
     }
 
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 288)]
     fn attention_bf16_d128(params: AttentionParams) {
-        attention::<Bf16, 16>(params)
+        attention::<Bf16, 16, 2, 8, 2>(params)
+    }
+
+    /// Attention in bf16, head dimension 256.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 176)]
+    fn attention_bf16_d256(params: AttentionParams) {
+        attention::<Bf16, 32, 1, 4, 1>(params)
     }
 
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 144)]
     fn attention_f16_d64(params: AttentionParams) {
-        attention::<F16, 8>(params)
+        attention::<F16, 8, 2, 8, 2>(params)
+    }
+
+    /// Attention in f16, head dimension 96.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 216)]
+    fn attention_f16_d96(params: AttentionParams) {
+        attention::<F16, 12, 2, 8, 2>(params)
     }
 
     /// Attention in f16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 288)]
     fn attention_f16_d128(params: AttentionParams) {
-        attention::<F16, 16>(params)
+        attention::<F16, 16, 2, 8, 2>(params)
+    }
+
+    /// Attention in f16, head dimension 256.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 176)]
+    fn attention_f16_d256(params: AttentionParams) {
+        attention::<F16, 32, 1, 4, 1>(params)
     }
 }

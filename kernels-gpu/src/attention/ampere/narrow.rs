@@ -1,11 +1,11 @@
-//! Tiles of few rows: four warps share 16 rows and divide the columns, 16 of every 64 each.
+//! Tiles of few rows: four warps share 16 rows and divide the columns, 16 of every 64 each; for a head dimension of 256, 8 of every 32.
 //!
 //! A warp copies only the columns that it works on, so warps never wait for each other in the loop: each keeps several steps of
 //! copies in flight, which is what saturates memory. At the end the four results are merged through shared memory.
 
-use packinfer_abi::{ATTENTION_THREADS, COLUMN_STEP, NARROW_TILE_ROWS, TILE_SHARED_BYTES};
+use packinfer_abi::{ATTENTION_THREADS, NARROW_TILE_ROWS, TILE_SHARED_BYTES};
 
-use super::{Block, WARP_COLUMNS};
+use super::{Block, WARPS};
 use crate::attention::{task::Task, warps::WarpResults};
 use crate::columns::ColumnLoader;
 use crate::element::Element;
@@ -16,27 +16,35 @@ use crate::ptx::mma::{Fragment, OperandA};
 use crate::ptx::warp;
 use crate::rows::{Row, WarpView};
 use crate::shared_tile::SharedTile;
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_rows};
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_rows, soft_cap};
 
-/// Warps of a block.
-const WARPS: u32 = ATTENTION_THREADS / 32;
-/// Score fragments of one step of a warp, each 8 columns wide.
-const SCORE_FRAGMENTS: usize = WARP_COLUMNS as usize / 8;
-
-/// The K and V of one warp in shared memory: a ring of stages.
-struct Ring<const DIM_BLOCKS: usize> {
+/// The K and V of one warp in shared memory: a ring of stages. The warp takes `SCORE_FRAGMENTS` fragments of 8 columns a step.
+struct Ring<const DIM_BLOCKS: usize, const SCORE_FRAGMENTS: usize> {
     base: SharedTile<DIM_BLOCKS>,
 }
 
-impl<const DIM_BLOCKS: usize> Ring<DIM_BLOCKS> {
+impl<const DIM_BLOCKS: usize, const SCORE_FRAGMENTS: usize> Ring<DIM_BLOCKS, SCORE_FRAGMENTS> {
+    /// Columns that the warp takes a step.
+    const COLUMNS: u32 = 8 * SCORE_FRAGMENTS as u32;
     /// Rows of a stage: the warp's columns of K, then of V.
-    const STAGE_ROWS: u32 = 2 * WARP_COLUMNS;
-    /// Stages that fill the block's shared memory: 3 for a head dimension of 128, 6 for 64.
+    const STAGE_ROWS: u32 = 2 * Self::COLUMNS;
+    /// Stages that fill the block's shared memory: 6 for a head dimension of 64, 4 for 96, 3 for 128, and for 256 with its shorter steps.
     const STAGES: u32 = TILE_SHARED_BYTES / (WARPS * Self::STAGE_ROWS * SharedTile::<DIM_BLOCKS>::ROW_BYTES);
 
     #[inline(always)]
     fn of_warp(tiles: u32, warp: u32) -> Self {
         Self { base: SharedTile::at(tiles).skip_rows(warp * Self::STAGES * Self::STAGE_ROWS) }
+    }
+
+    /// Waits for the oldest of [`Self::STAGES`] groups of copies.
+    #[inline(always)]
+    fn wait_oldest() {
+        const { assert!(matches!(Self::STAGES, 3 | 4 | 6)) };
+        match Self::STAGES {
+            3 => wait_group::<2>(),
+            4 => wait_group::<3>(),
+            _ => wait_group::<5>(),
+        }
     }
 
     #[inline(always)]
@@ -46,7 +54,7 @@ impl<const DIM_BLOCKS: usize> Ring<DIM_BLOCKS> {
 
     #[inline(always)]
     fn v(&self, stage: u32) -> SharedTile<DIM_BLOCKS> {
-        self.k(stage).skip_rows(WARP_COLUMNS)
+        self.k(stage).skip_rows(Self::COLUMNS)
     }
 }
 
@@ -56,20 +64,23 @@ impl<const DIM_BLOCKS: usize> Ring<DIM_BLOCKS> {
 ///
 /// Reached by all threads of the block, with a valid task of a narrow tile.
 #[inline(always)]
-pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
+pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize, const SCORE_FRAGMENTS: usize>(block: &Block) {
+    let stages = const { Ring::<DIM_BLOCKS, SCORE_FRAGMENTS>::STAGES };
+    let warp_columns = const { Ring::<DIM_BLOCKS, SCORE_FRAGMENTS>::COLUMNS };
+    let step = WARPS * warp_columns;
     let Block { task, tiles, thread, warp, lane } = block;
     let (params, item, rows, lane) = (&task.params, &task.item, task.rows, *lane);
-    let ring = Ring::<DIM_BLOCKS>::of_warp(*tiles, *warp);
-    let warp_column = warp * WARP_COLUMNS;
+    let ring = Ring::<DIM_BLOCKS, SCORE_FRAGMENTS>::of_warp(*tiles, *warp);
+    let warp_column = warp * warp_columns;
 
-    let mut loader = ColumnLoader::<DIM_BLOCKS, WARP_COLUMNS>::new(params, item, task.kv_head, warp_column, lane);
+    let mut loader = ColumnLoader::<DIM_BLOCKS>::new(params, item, task.kv_head, warp_columns);
     let mut ahead = item.column_begin + warp_column; // first column of the step that is copied next
-    for stage in 0..Ring::<DIM_BLOCKS>::STAGES {
+    for stage in 0..stages {
         if ahead < item.column_end {
-            loader.load(ring.k(stage), ring.v(stage), COLUMN_STEP);
+            loader.load(ahead, ring.k(stage), ring.v(stage));
         }
         commit_group();
-        ahead = ahead.saturating_add(COLUMN_STEP);
+        ahead = ahead.saturating_add(step);
     }
 
     if *thread < NARROW_TILE_ROWS {
@@ -85,25 +96,26 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
     let mut stage = 0;
     let mut column = item.column_begin + warp_column;
     while column < item.column_end {
-        wait_stage::<DIM_BLOCKS>();
+        Ring::<DIM_BLOCKS, SCORE_FRAGMENTS>::wait_oldest();
         warp::sync();
-        if view.sees_any(column, WARP_COLUMNS) {
-            let mut scores = [score::<E, DIM_BLOCKS>(&queries, ring.k(stage), lane)];
-            if !view.sees_all(column, WARP_COLUMNS) {
+        if view.sees_any(column, warp_columns) {
+            let mut scores = [score::<E, DIM_BLOCKS, SCORE_FRAGMENTS>(&queries, ring.k(stage), lane)];
+            soft_cap(params, &mut scores[0]);
+            if !view.sees_all(column, warp_columns) {
                 mask(&mut scores[0], &lane_rows, column, lane);
             }
             let factors = softmax.update(&mut scores);
             scale_rows(&mut output, &factors);
-            accumulate::<E, DIM_BLOCKS>(&mut output[0], &scores[0], ring.v(stage), lane);
+            accumulate::<E, DIM_BLOCKS, SCORE_FRAGMENTS>(&mut output[0], &scores[0], ring.v(stage), lane);
         }
         warp::sync(); // all lanes have read the stage
         if ahead < item.column_end {
-            loader.load(ring.k(stage), ring.v(stage), COLUMN_STEP);
+            loader.load(ahead, ring.k(stage), ring.v(stage));
         }
         commit_group();
-        ahead = ahead.saturating_add(COLUMN_STEP);
-        stage = if stage + 1 == Ring::<DIM_BLOCKS>::STAGES { 0 } else { stage + 1 };
-        column += COLUMN_STEP;
+        ahead = ahead.saturating_add(step);
+        stage = if stage + 1 == stages { 0 } else { stage + 1 };
+        column += step;
     }
     wait_group::<0>();
 
@@ -116,16 +128,6 @@ pub(crate) unsafe fn run<E: Element, const DIM_BLOCKS: usize>(block: &Block) {
     results.write(*warp, lane, &output[0], &sums);
     sync_block();
     results.merge::<E>(task, 0, 8 * DIM_BLOCKS as u32, *thread, ATTENTION_THREADS);
-}
-
-/// Waits for the oldest stage in flight.
-#[inline(always)]
-fn wait_stage<const DIM_BLOCKS: usize>() {
-    const { assert!(matches!(Ring::<DIM_BLOCKS>::STAGES, 3 | 6)) };
-    match Ring::<DIM_BLOCKS>::STAGES {
-        3 => wait_group::<2>(),
-        _ => wait_group::<5>(),
-    }
 }
 
 /// Operands A of Q, straight from global memory: there are few rows and each is read once.
@@ -149,38 +151,60 @@ unsafe fn load_queries<const DIM_BLOCKS: usize>(
     queries
 }
 
-/// Scores of one step: Q Kᵀ for the warp's 16 columns.
+/// Scores of one step: Q Kᵀ for the warp's columns.
 #[inline(always)]
-unsafe fn score<E: Element, const DIM_BLOCKS: usize>(
+unsafe fn score<E: Element, const DIM_BLOCKS: usize, const SCORE_FRAGMENTS: usize>(
     queries: &[[u32; ROWS_PER_LANE]; DIM_BLOCKS],
     k: SharedTile<DIM_BLOCKS>,
     lane: u32,
 ) -> [Fragment; SCORE_FRAGMENTS] {
     let mut scores = [[0f32; 4]; SCORE_FRAGMENTS];
-    let k = k.columns_by_lane(lane);
-    for dim in 0..DIM_BLOCKS / 2 {
+    let a = |dim: usize| -> OperandA {
         let (left, right) = (&queries[2 * dim], &queries[2 * dim + 1]);
-        let a: OperandA = [left[0], left[1], right[0], right[1]];
-        let b = SharedTile::<DIM_BLOCKS>::operands_b(k, 0, 2 * dim);
-        E::mma(&mut scores[0], a, b[0]);
-        E::mma(&mut scores[1], a, b[1]);
+        [left[0], left[1], right[0], right[1]]
+    };
+    if SCORE_FRAGMENTS == 1 {
+        let k = k.eight_columns_by_lane(lane);
+        for pair in 0..DIM_BLOCKS / 4 {
+            let b = SharedTile::<DIM_BLOCKS>::eight_columns(k, 4 * pair);
+            E::mma(&mut scores[0], a(2 * pair), b[0]);
+            E::mma(&mut scores[0], a(2 * pair + 1), b[1]);
+        }
+    } else {
+        let k = k.columns_by_lane(lane);
+        for dim in 0..DIM_BLOCKS / 2 {
+            let b = SharedTile::<DIM_BLOCKS>::operands_b(k, 0, 2 * dim);
+            E::mma(&mut scores[0], a(dim), b[0]);
+            E::mma(&mut scores[1], a(dim), b[1]);
+        }
     }
     scores
 }
 
 /// Adds P V of one step to the output.
 #[inline(always)]
-unsafe fn accumulate<E: Element, const DIM_BLOCKS: usize>(
+unsafe fn accumulate<E: Element, const DIM_BLOCKS: usize, const SCORE_FRAGMENTS: usize>(
     output: &mut [Fragment; DIM_BLOCKS],
     exponentials: &[Fragment; SCORE_FRAGMENTS],
     v: SharedTile<DIM_BLOCKS>,
     lane: u32,
 ) {
-    let v = v.columns_by_lane_transposed(lane);
-    let a = probabilities::<E>(&exponentials[0], &exponentials[1]);
-    for dim in 0..DIM_BLOCKS / 2 {
-        let b = SharedTile::<DIM_BLOCKS>::operands_b_transposed(v, 0, 2 * dim);
-        E::mma(&mut output[2 * dim], a, b[0]);
-        E::mma(&mut output[2 * dim + 1], a, b[1]);
+    if SCORE_FRAGMENTS == 1 {
+        let v = v.eight_columns_by_lane(lane);
+        let a = probabilities::<E>(&exponentials[0], &[0.0; 4]);
+        for dim in 0..DIM_BLOCKS / 4 {
+            let b = SharedTile::<DIM_BLOCKS>::eight_columns_transposed(v, 4 * dim);
+            for block in 0..4 {
+                E::mma(&mut output[4 * dim + block], a, b[block]);
+            }
+        }
+    } else {
+        let v = v.columns_by_lane_transposed(lane);
+        let a = probabilities::<E>(&exponentials[0], &exponentials[1]);
+        for dim in 0..DIM_BLOCKS / 2 {
+            let b = SharedTile::<DIM_BLOCKS>::operands_b_transposed(v, 0, 2 * dim);
+            E::mma(&mut output[2 * dim], a, b[0]);
+            E::mma(&mut output[2 * dim + 1], a, b[1]);
+        }
     }
 }
