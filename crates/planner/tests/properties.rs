@@ -21,7 +21,7 @@ fn checked(batch: &Batch, model: DeviceModel) -> Plan {
     let mut planner = Planner::new(model);
     let plan = planner.plan(batch).expect("a batch that can be planned");
     assert_valid(batch, &plan);
-    assert_in_order(&batch, &plan, &model);
+    assert_in_order(batch, &plan, &model);
 
     let mut planner = planner.with_packing(Packing::PerRequest);
     let per_request = planner.plan(batch).expect("a batch that can be planned");

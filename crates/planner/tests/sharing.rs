@@ -27,7 +27,7 @@ fn batch(requests: impl IntoIterator<Item = (u32, u32, Vec<u64>)>) -> Batch {
 fn plan_for(batch: &Batch, model: DeviceModel, packing: Packing) -> Plan {
     let plan = Planner::new(model).with_packing(packing).plan(batch).expect("a batch that can be planned");
     assert_valid(batch, &plan);
-    assert_in_order(&batch, &plan, &model);
+    assert_in_order(batch, &plan, &model);
     plan
 }
 
