@@ -129,14 +129,21 @@ impl Planner {
         planned.inspect_err(|_| *plan = Plan::empty(shape))
     }
 
-    /// The model that a batch is planned for, of whose KV tokens so many need not be read.
+    /// The model that a batch is planned for, of whose KV tokens so many need not be read: the one that needs the least time for its bytes
+    /// and products. Where the bytes are the limit for all, it is the first for decodes and the last for prompts, whose
+    /// Q and O are most of the bytes.
     fn choose(&self, batch: &Batch, repeated_tokens: u64) -> Result<DeviceModel, PlanError> {
         let shape = batch.shape();
-        let least_ns = |model: &DeviceModel| model.least_ns(batch, repeated_tokens);
-        let faster = |a: DeviceModel, b: DeviceModel| if least_ns(&b) < least_ns(&a) { b } else { a };
-        let able = self.models.iter().filter(|model| model.kernel_family.supports(shape)).copied();
         let not_supported = PlanError::NotSupported { family: self.models[0].kernel_family, head_dim: shape.head_dim() };
-        able.reduce(faster).ok_or(not_supported)
+        let able = || self.models.iter().filter(|model| model.kernel_family.supports(shape)).copied();
+        let least_ns = |model: &DeviceModel| model.least_ns(batch, repeated_tokens);
+        let least = able().map(|model| least_ns(&model)).fold(f64::INFINITY, f64::min);
+        let mut best = able().filter(|model| least_ns(model) <= least);
+        let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();
+        let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
+        let is_prefill = qo_bytes > kv_tokens.saturating_sub(repeated_tokens) * shape.kv_bytes_per_slot();
+        let chosen = if is_prefill { best.next_back() } else { best.next() };
+        chosen.ok_or(not_supported)
     }
 
     /// Makes the plan with what is to be shared; or with nothing shared, if that is not slower.
