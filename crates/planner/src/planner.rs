@@ -138,7 +138,7 @@ impl Planner {
         let able = || self.models.iter().filter(|model| model.kernel_family.supports(shape)).copied();
         let least_ns = |model: &DeviceModel| model.least_ns(batch, repeated_tokens);
         let least = able().map(|model| least_ns(&model)).fold(f64::INFINITY, f64::min);
-        let mut best = able().filter(|model| least_ns(model) <= least);
+        let mut best = able().filter(|model| least_ns(model).partial_cmp(&least) != Some(Ordering::Greater));
         let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();
         let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
         let is_prefill = qo_bytes > kv_tokens.saturating_sub(repeated_tokens) * shape.kv_bytes_per_slot();

@@ -233,7 +233,7 @@ fn equal_work_needs_no_split() {
     assert_eq!(plan.num_partial_rows(), 0);
 }
 
-/// Of two families, a planner takes the one whose limit is the lower: memory has the same for both.
+/// Of two families, a planner takes the one whose limit is the lower. Memory has the same for both: then it goes by what the bytes are.
 #[test]
 fn products_decide_the_kernels() {
     let mut planner = Planner::choosing(DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132));
@@ -246,7 +246,8 @@ fn products_decide_the_kernels() {
     };
     assert_eq!(kernels(1, 8192), KernelFamily::Sm80);
     assert_eq!(kernels(8192, 8192), KernelFamily::Sm90a);
-    assert_eq!(kernels(64, 64), KernelFamily::Sm80);
+    assert_eq!(kernels(64, 64), KernelFamily::Sm90a);
+    assert_eq!(kernels(4, 2048), KernelFamily::Sm80);
 }
 
 /// Kernels that do not have a head dimension are not chosen, and not having any others is an error.
