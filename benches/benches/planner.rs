@@ -1,11 +1,12 @@
-//! Planning a batch from scratch, with a planner that has planned before: what a server does once a step.
+//! Planning a batch from scratch, with a planner that has planned before, and making the plan of a decode step that of the next: what a
+//! server does once a step.
 
 use std::hint::black_box;
 
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use packinfer_batch::Batch;
 use packinfer_benches::{decode_chats, decode_tree, mixed_chunked, prefill_short};
-use packinfer_planner::{DeviceModel, Planner};
+use packinfer_planner::{DeviceModel, Headroom, Plan, Planner};
 
 fn from_scratch(criterion: &mut Criterion) {
     let batches = [
@@ -27,5 +28,20 @@ fn from_scratch(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, from_scratch);
+fn next_step(criterion: &mut Criterion) {
+    let batch = decode_chats(256).expect("a batch of supported size");
+    let headroom = Headroom { steps: 1, runs: 1 };
+    let planned = Planner::new(DeviceModel::H100).with_headroom(headroom).plan(&batch).expect("a batch that can be planned");
+    // All in pages of their own, which is more work than going on in a page.
+    let slots: Vec<u32> = (0..256).map(|request| planned.num_slots() + 16 * request).collect();
+    criterion.bench_function("append/decode_chats_256", |bencher| {
+        let append = |mut plan: Plan| {
+            plan.append(black_box(&slots)).expect("there is room");
+            plan
+        };
+        bencher.iter_batched(|| planned.clone(), append, BatchSize::LargeInput);
+    });
+}
+
+criterion_group!(benches, from_scratch, next_step);
 criterion_main!(benches);

@@ -36,6 +36,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod append;
 mod cost;
 mod device;
 mod error;
@@ -51,6 +52,7 @@ mod share;
 mod split;
 mod tile;
 
+pub use append::{AppendError, Headroom};
 pub use device::DeviceModel;
 pub use error::PlanError;
 pub use explain::Explanation;

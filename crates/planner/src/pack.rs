@@ -84,13 +84,14 @@ impl Remainders {
 }
 
 impl Packer {
-    /// Divides all requests that have query tokens and KV of their own into packs, for `lanes` lanes that share the work of a head group.
-    pub fn pack(&mut self, batch: &Batch, sharing: &Sharing, heads: HeadGroups, cost: &CostModel, lanes: f64) {
+    /// Divides all requests that have query tokens and KV of their own into packs, for `lanes` lanes that share the work of a head group;
+    /// each by itself if not `together`.
+    pub fn pack(&mut self, batch: &Batch, sharing: &Sharing, heads: HeadGroups, cost: &CostModel, lanes: f64, together: bool) {
         self.members.clear();
         self.packs.clear();
         self.remainders.reset(batch.requests().len());
         let total = self.estimate(batch, sharing, heads, cost);
-        let longest_pack = (total as f64 / lanes * LONGEST_PACK) as Ns;
+        let longest_pack = if together { (total as f64 / lanes * LONGEST_PACK) as Ns } else { 0 };
 
         // Lists give back last what they were given first, so in reverse: neighbours stay neighbours.
         for index in (0..batch.requests().len()).rev() {

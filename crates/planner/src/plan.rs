@@ -3,6 +3,7 @@
 use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
 use packinfer_batch::{AttentionShape, Batch};
 
+use crate::append::Growth;
 use crate::{DeviceModel, PlanError};
 
 /// The work of one attention call: flat arrays that go to the device as they are.
@@ -27,6 +28,7 @@ pub struct Plan {
     pub(crate) num_partial_rows: u32,
     pub(crate) num_query_tokens: u32,
     pub(crate) num_slots: u32,
+    pub(crate) growth: Growth,
 }
 
 impl Plan {
@@ -46,6 +48,7 @@ impl Plan {
             num_partial_rows: 0,
             num_query_tokens: 0,
             num_slots: 0,
+            growth: Growth::default(),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::pack::Packer;
 use crate::share::Sharing;
 use crate::split::Splitter;
 use crate::tile::{self, Tile};
-use crate::{DeviceModel, Plan, PlanError};
+use crate::{DeviceModel, Headroom, Plan, PlanError};
 
 /// How requests are put into tiles.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,6 +37,7 @@ pub struct Planner {
     /// At least one.
     models: Vec<DeviceModel>,
     packing: Packing,
+    headroom: Headroom,
     sharing: Sharing,
     packer: Packer,
     tiles: Vec<Tile>,
@@ -76,6 +77,7 @@ impl Planner {
         Self {
             models,
             packing: Packing::default(),
+            headroom: Headroom::default(),
             sharing: Sharing::default(),
             packer: Packer::default(),
             tiles: Vec::new(),
@@ -91,6 +93,11 @@ impl Planner {
     /// The same planner, with another way of putting requests into tiles.
     pub fn with_packing(self, packing: Packing) -> Self {
         Self { packing, ..self }
+    }
+
+    /// The same planner, whose plans of decodes have room for further steps.
+    pub fn with_headroom(self, headroom: Headroom) -> Self {
+        Self { headroom, ..self }
     }
 
     /// Plans a batch.
@@ -120,6 +127,7 @@ impl Planner {
             Packing::Unshared | Packing::PerRequest => self.sharing.find_nothing(),
         };
         plan.model = self.choose(batch, repeated_tokens).inspect_err(|_| *plan = Plan::empty(shape))?;
+        plan.growth.reset(batch, self.headroom);
         let cost = CostModel::new(&plan.model, shape, heads);
         let planned = if self.sharing.choose(batch, heads, &cost) {
             self.lay_out_sharing(batch, plan, heads, &cost)
@@ -178,6 +186,7 @@ impl Planner {
         plan.num_partial_rows = partial_rows as u32;
         self.merger.push_merges(&self.items, plan);
         self.put_in_order(plan, cost);
+        plan.find_tails();
         plan.check(partial_rows)
     }
 
@@ -190,7 +199,7 @@ impl Planner {
                     tile::push_group(&mut self.tiles, plan, batch, pack, members, group);
                 }
                 let lanes = f64::from(plan.model.lanes()) / f64::from(heads.num_groups);
-                self.packer.pack(batch, sharing, heads, cost, lanes);
+                self.packer.pack(batch, sharing, heads, cost, lanes, !plan.growth.is_planned());
                 for ((members, kind), pack) in self.packer.packs().zip(sharing.groups().count() as u32..) {
                     let members = members.iter().map(|&request| sharing.own(batch, request));
                     tile::push_tiles(&mut self.tiles, plan, batch, pack, members, kind);

@@ -202,6 +202,7 @@ pub(crate) fn push_tiles<'a>(
             Mask::Window(_) => batch.push_seen_runs(own.request, &mut plan.runs),
             _ => push_runs(plan, batch.runs_of(own.request), own.begin, None),
         }
+        plan.growth.leave_room(own.request, &mut plan.runs);
         for tile in 0..division.full_tiles {
             let tokens = division.full_tile(tile);
             let segment = own.segment(mask, tokens.clone(), 0);

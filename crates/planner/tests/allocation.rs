@@ -5,7 +5,7 @@ use std::cell::Cell;
 
 use packinfer_abi::KvRun;
 use packinfer_batch::{AttentionShape, Batch, DType, Mask};
-use packinfer_planner::{DeviceModel, Packing, Planner};
+use packinfer_planner::{DeviceModel, Headroom, Packing, Planner};
 
 /// The system's allocator, which counts what is asked of it.
 struct Counting;
@@ -72,4 +72,21 @@ fn warm_planner_allocates_nothing() {
         assert_eq!(plan.merge_tokens().is_empty(), packing == Packing::PerRequest);
         assert_eq!(plan.explain(plan.model()).shared_tiles > 0, packing == Packing::Packed);
     }
+}
+
+#[test]
+fn steps_of_a_plan_allocate_nothing() {
+    let mut batch = Batch::new(AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape"), Mask::Causal);
+    for i in 0..256 {
+        batch.push_contiguous(1, 100 + 16 * i, 10_000 * i).expect("a good request");
+    }
+    let mut planner = Planner::new(DeviceModel::H100).with_headroom(Headroom { steps: 64, runs: 1 });
+    let mut plan = planner.plan(&batch).expect("a batch that can be planned");
+    let mut slots: Vec<u32> = (0..256).map(|i| 10_000 * i + 100 + 16 * i).collect();
+    let warm = ALLOCATIONS.get();
+    for _ in 0..64 {
+        plan.append(&slots).expect("there is room");
+        slots.iter_mut().for_each(|slot| *slot += 1);
+    }
+    assert_eq!(ALLOCATIONS.get() - warm, 0);
 }
