@@ -124,6 +124,17 @@ impl DevicePlan {
         self.arrays.address() + offset as u64
     }
 
+    /// Whether graphs that were captured with this plan stay right when `plan` is uploaded in its place
+    /// ([`crate::Engine::upload_into`]): it has as much of everything, for the same kernels.
+    ///
+    /// # Errors
+    ///
+    /// A plan too large for a launch.
+    pub fn keeps_graphs(&self, plan: &Plan) -> Result<bool, EngineError> {
+        let new = Layout::new(plan)?;
+        Ok(Layout { num_slots: self.layout.num_slots, ..new } == self.layout)
+    }
+
     /// The kernels that it runs with.
     pub fn kernel_family(&self) -> KernelFamily {
         self.layout.family
@@ -173,7 +184,7 @@ impl fmt::Debug for DevicePlan {
 }
 
 /// The numbers of a plan, and where its arrays lie, in bytes from the first.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     pub family: KernelFamily,
     pub shape: AttentionShape,

@@ -44,6 +44,23 @@ pub fn time_cold(
     time(engine, stream, repeats, |stream| write(&cold, stream), &mut run)
 }
 
+/// As [`time_cold`], of the launches of a graph of the run.
+///
+/// # Errors
+///
+/// As [`time_cold`].
+pub fn time_cold_replays(
+    engine: &Engine,
+    stream: &Stream,
+    repeats: usize,
+    mut run: impl FnMut(&Stream) -> Result<(), EngineError>,
+) -> Result<Vec<Duration>, EngineError> {
+    run(stream)?;
+    let graph = engine.capture(stream, &mut run)?;
+    // SAFETY: `run` still has all that it gave to the stream.
+    time_cold(engine, stream, repeats, |stream| unsafe { graph.launch(stream) })
+}
+
 /// Bytes a second, read and written together, at which the device copies its memory.
 ///
 /// # Errors

@@ -87,6 +87,9 @@ struct Measured {
     floor_us: f64,
     #[serde(flatten)]
     timing: Timing,
+    /// Launches of a CUDA graph of the same, on a GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    graph: Option<Timing>,
     /// Time over floor.
     ratio: f64,
     gb_per_s: f64,
@@ -146,8 +149,9 @@ fn measure<E: BackendElement>(
     let mut timings = backend.time(&plans, &tensors, repeat)?.into_iter().map(Timing::new);
     let timing = timings.next().context("nothing was measured")??;
     let baseline = timings.next().transpose()?;
+    let graph = backend.time_replays(&plans[0], &tensors, repeat)?.map(Timing::new).transpose()?;
     let baseline = baseline.map(|baseline| MeasuredBaseline { timing: baseline, speed_up: baseline.time_us / timing.time_us });
-    Ok(Measured::new(case.name.clone(), batch, ceilings, kernels, timing, plan_us, baseline))
+    Ok(Measured::new(case.name.clone(), batch, ceilings, kernels, (timing, graph), plan_us, baseline))
 }
 
 impl Measured {
@@ -156,7 +160,7 @@ impl Measured {
         batch: &Batch,
         ceilings: &Ceilings,
         kernels: Option<KernelFamily>,
-        timing: Timing,
+        (timing, graph): (Timing, Option<Timing>),
         plan_us: f64,
         baseline: Option<MeasuredBaseline>,
     ) -> Self {
@@ -172,6 +176,7 @@ impl Measured {
             flops,
             floor_us,
             timing,
+            graph,
             ratio: timing.time_us / floor_us,
             gb_per_s: bytes as f64 / timing.time_us * 1e-3,
             tflop_per_s: flops / timing.time_us * 1e-6,
@@ -188,16 +193,17 @@ impl Report {
     }
 
     fn print(&self, baseline: Option<Baseline>) -> anyhow::Result<()> {
-        let mut header = vec!["batch", "floor µs", "time µs", "ratio", "GB/s", "TFLOP/s", "plan µs", "runs", "kernels"];
+        let mut header =
+            vec!["batch", "floor µs", "time µs", "graph µs", "ratio", "GB/s", "TFLOP/s", "plan µs", "runs", "kernels"];
         if let Some(baseline) = baseline {
             header.extend([baseline.heading(), "speed-up"]);
         }
         let mut table = table::new(&header);
         for measured in &self.batches {
-            let Measured { floor_us, timing, ratio, gb_per_s, tflop_per_s, plan_us, .. } = measured;
-            let numbers = [*floor_us, timing.time_us, *ratio, *gb_per_s, *tflop_per_s, *plan_us];
-            let mut row = vec![measured.batch.clone()];
-            row.extend(numbers.map(significant));
+            let Measured { floor_us, timing, graph, ratio, gb_per_s, tflop_per_s, plan_us, .. } = measured;
+            let mut row = vec![measured.batch.clone(), significant(*floor_us), significant(timing.time_us)];
+            row.push(graph.map_or("-".into(), |graph| significant(graph.time_us)));
+            row.extend([*ratio, *gb_per_s, *tflop_per_s, *plan_us].map(significant));
             row.push(timing.runs.to_string());
             row.push(measured.kernels.map_or("CPU".into(), |family| family.to_string()));
             if let Some(MeasuredBaseline { timing, speed_up }) = &measured.baseline {

@@ -67,22 +67,43 @@ impl Cuda {
         tensors: &Tensors<E>,
         repeat: Repeat,
     ) -> anyhow::Result<Vec<Vec<Duration>>> {
-        let runs = match repeat {
-            Repeat::Times(runs) => runs.max(LEAST_RUNS),
-            Repeat::Default => LEAST_RUNS,
-        };
         let mut tensors = DeviceTensors::upload(&self.engine, tensors)?;
         let mut workspace = self.engine.workspace()?;
         let mut time = |plan| {
             let device_plan = self.engine.upload(plan, &self.stream)?;
             workspace.reserve(&device_plan)?;
-            Ok(measure::time_cold(&self.engine, &self.stream, runs as usize, |stream| {
+            Ok(measure::time_cold(&self.engine, &self.stream, runs(repeat), |stream| {
                 let (arguments, options) = tensors.arguments();
                 self.engine.run(&device_plan, &mut workspace, stream, arguments, options)
             })?)
         };
         plans.iter().map(&mut time).collect()
     }
+
+    /// Times the launches of a graph of the plan's run, in the same way.
+    pub fn time_replays<E: BackendElement>(
+        &self,
+        plan: &Plan,
+        tensors: &Tensors<E>,
+        repeat: Repeat,
+    ) -> anyhow::Result<Vec<Duration>> {
+        let mut tensors = DeviceTensors::upload(&self.engine, tensors)?;
+        let mut workspace = self.engine.workspace()?;
+        let device_plan = self.engine.upload(plan, &self.stream)?;
+        Ok(measure::time_cold_replays(&self.engine, &self.stream, runs(repeat), |stream| {
+            let (arguments, options) = tensors.arguments();
+            self.engine.run(&device_plan, &mut workspace, stream, arguments, options)
+        })?)
+    }
+}
+
+/// How many runs that is.
+fn runs(repeat: Repeat) -> usize {
+    let runs = match repeat {
+        Repeat::Times(runs) => runs.max(LEAST_RUNS),
+        Repeat::Default => LEAST_RUNS,
+    };
+    runs as usize
 }
 
 /// Q, K, V, O and sinks on the device.

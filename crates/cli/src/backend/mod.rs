@@ -135,6 +135,19 @@ impl Backend {
             Self::Cuda(cuda) => cuda.time(plans, tensors, repeat),
         }
     }
+
+    /// Times launches of a CUDA graph of a plan's run, in the same way; not on the CPU.
+    pub fn time_replays<E: BackendElement>(
+        &mut self,
+        plan: &Plan,
+        tensors: &Tensors<E>,
+        repeat: Repeat,
+    ) -> anyhow::Result<Option<Vec<Duration>>> {
+        match self {
+            Self::Cpu(_) => Ok(None),
+            Self::Cuda(cuda) => cuda.time_replays(plan, tensors, repeat).map(Some),
+        }
+    }
 }
 
 /// The device to plan for where nothing is run, and its name: the first GPU, or an H100 if there is none.
