@@ -67,8 +67,9 @@ impl Planner {
         Self::choosing(vec![model])
     }
 
-    /// A planner for a device that has several families of kernels, one model each; a default model if there are none. It plans a batch
-    /// for the family that needs the least time for its bytes and products, the first of those that need the same.
+    /// A planner for a device that has several families of kernels, with models of each; a default model if there are none. It plans a batch
+    /// by the model of each family that suits its head dimension, for the family that needs the least time for its bytes and products, the
+    /// first of those that need about the same.
     pub fn choosing(mut models: Vec<DeviceModel>) -> Self {
         if models.is_empty() {
             models.push(DeviceModel::default());
@@ -129,11 +130,18 @@ impl Planner {
         planned.inspect_err(|_| *plan = Plan::empty(shape))
     }
 
-    /// The model that a batch is planned for, of whose KV tokens so many need not be read.
+    /// The model that a batch is planned for, of whose KV tokens so many need not be read: of those that suit its head dimension best, the
+    /// one that needs the least time, the first of those that need about the same.
     fn choose(&self, batch: &Batch, repeated_tokens: u64) -> DeviceModel {
+        /// Another family must promise more than measurements differ by.
+        const CLEARLY_LESS: f64 = 0.97;
+        let head_dim = batch.shape().head_dim();
+        let better =
+            |a: &DeviceModel, b: &DeviceModel| a.kernel_family == b.kernel_family && a.misfit(head_dim) < b.misfit(head_dim);
+        let suits = |model: &&DeviceModel| !self.models.iter().any(|other| better(other, model));
         let least_ns = |model: &DeviceModel| model.least_ns(batch, repeated_tokens);
-        let faster = |a: DeviceModel, b: &DeviceModel| if least_ns(b) < least_ns(&a) { *b } else { a };
-        self.models[1..].iter().fold(self.models[0], faster)
+        let faster = |a, b| if least_ns(b) < least_ns(a) * CLEARLY_LESS { b } else { a };
+        *self.models.iter().filter(suits).reduce(faster).unwrap_or(&self.models[0])
     }
 
     /// Makes the plan with what is to be shared; or with nothing shared, if that is not slower.

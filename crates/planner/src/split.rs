@@ -160,8 +160,8 @@ struct TileCost {
 impl TileCost {
     fn of(tile: &Tile, plan: &Plan, cost: &CostModel, whole: Ns) -> Self {
         let rows = num_rows(plan.heads, tile.segments(&plan.segments));
-        let fixed_ns = cost.fixed_ns(rows, tile.partial);
-        let fixed_partial_ns = cost.fixed_ns(rows, true);
+        let fixed_ns = cost.fixed_ns(tile.kind, rows, tile.partial);
+        let fixed_partial_ns = cost.fixed_ns(tile.kind, rows, true);
         let column_ns = ((whole as f64 - fixed_ns) / f64::from(tile.columns)).max(f64::MIN_POSITIVE);
         let least_columns = (LEAST_PART * fixed_partial_ns / column_ns) as u32; // saturates
         let least_columns = least_columns.clamp(1, Batch::MAX_SLOTS).next_multiple_of(SPLIT_STEP);

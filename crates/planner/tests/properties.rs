@@ -2,7 +2,7 @@
 
 use packinfer_abi::TileKind;
 use packinfer_batch::{AttentionShape, Batch, DType, Mask};
-use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, Planner};
+use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, Planner, TileTimes};
 use proptest::prelude::*;
 
 mod check;
@@ -128,7 +128,12 @@ fn absurd_models_do_no_harm() {
         let absurd = [
             DeviceModel { bytes_per_s: number, ..DeviceModel::H100 },
             DeviceModel { flops_per_s: number, ..DeviceModel::H100 },
-            DeviceModel { item_ns: number, step_ns: number, ..DeviceModel::H100 },
+            DeviceModel { item_ns: number, ..DeviceModel::H100 },
+            DeviceModel {
+                wide: TileTimes { setup_ns: number, step_ns: number },
+                narrow: TileTimes { setup_ns: number, step_ns: number },
+                ..DeviceModel::H100
+            },
             DeviceModel {
                 bytes_per_s: number,
                 cached_bytes_per_s: number,
