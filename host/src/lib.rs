@@ -49,6 +49,7 @@ mod kv_maps;
 pub mod measure;
 mod memory;
 mod run;
+mod stamps;
 mod stream;
 mod workspace;
 
@@ -59,7 +60,10 @@ pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 pub use packinfer_batch::{AttentionShape, Batch, BatchError, DType, KvRun, Mask, Request};
-pub use packinfer_planner::{DeviceModel, Explanation, KernelFamily, Packing, Plan, PlanError, Planner};
+pub use packinfer_planner::{
+    Calibration, CalibrationError, DeviceModel, Explanation, KernelFamily, Packing, Plan, PlanError, Planner,
+};
 pub use run::{RunOptions, Tensors};
+pub use stamps::Stamps;
 pub use stream::Stream;
 pub use workspace::Workspace;

@@ -4,7 +4,8 @@ use std::io::{self, Write};
 use std::sync::LazyLock;
 
 use packinfer::{
-    AttentionShape, Batch, DevicePlan, Engine, EngineError, EngineOptions, Mask, Plan, RunOptions, Stream, Tensors, Workspace,
+    AttentionShape, Batch, DevicePlan, Engine, EngineError, EngineOptions, Mask, Plan, RunOptions, Stamps, Stream, Tensors,
+    Workspace,
 };
 use packinfer::{DeviceBuffer, Packing};
 use packinfer_cpu::{Inputs, largest_difference, random_elements, reference, relative_error};
@@ -126,14 +127,30 @@ impl<E: Element> DeviceCase<E> {
         workspace: &mut Workspace,
         stream: &Stream,
     ) -> Result<(), EngineError> {
-        let tensors = Tensors {
+        let options = self.options;
+        engine.run(plan, workspace, stream, self.tensors(), options)
+    }
+
+    pub fn run_stamped(
+        &mut self,
+        engine: &Engine,
+        plan: &DevicePlan,
+        workspace: &mut Workspace,
+        stream: &Stream,
+        stamps: &mut Stamps,
+    ) -> Result<(), EngineError> {
+        let options = self.options;
+        engine.run_stamped(plan, workspace, stream, self.tensors(), options, stamps)
+    }
+
+    fn tensors(&mut self) -> Tensors<'_, E> {
+        Tensors {
             q: self.q.as_slice(),
             k: self.k.as_slice(),
             v: self.v.as_slice(),
             o: self.o.as_mut_slice(),
             lse: Some(self.lse.as_mut_slice()),
-        };
-        engine.run(plan, workspace, stream, tensors, self.options)
+        }
     }
 
     pub fn results(&self) -> Results<E> {
