@@ -98,7 +98,7 @@ impl Call {
         row("busy: the least of all SMs", &|times| times.summary.least_busy_us);
         row("busy: median", &|times| times.summary.median_busy_us);
         row("busy: the most", &|times| times.summary.most_busy_us);
-        row("idle at the end, mean of all SMs", &|times| times.summary.idle_at_end_us);
+        row("idle at the end, mean of all lanes", &|times| times.summary.idle_at_end_us);
         row("busy, % of the whole", &|times| 100.0 * times.summary.utilization);
         table
     }

@@ -12,11 +12,12 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 const PANEL_WIDTH: u32 = 760;
 const LANE_HEIGHT: u32 = 4;
 const HEADER_HEIGHT: u32 = 56;
-const AXES_HEIGHT: u32 = 84;
+const TITLE_HEIGHT: u32 = 28;
+const AXIS_HEIGHT: u32 = 44;
 const TEXT: u32 = 15;
 
-/// The part of a lane's height that its bars fill.
-const BAR: f64 = 0.9;
+/// The part of a lane's height that its bars fill: all pixels but one.
+const BAR: f64 = 1.0 - 1.0 / LANE_HEIGHT as f64;
 
 /// The colours of tasks, by what they are.
 const LEGEND: [(&str, RGBColor); 4] = [
@@ -41,7 +42,7 @@ fn color(item: &WorkItem) -> RGBColor {
 /// The drawing backend failed.
 pub fn svg(batch: &str, plan: &Plan, schedules: &[(&str, &Schedule)]) -> Result<String> {
     let lanes = schedules.iter().map(|(_, schedule)| schedule.num_sms * schedule.lanes_per_sm).max().unwrap_or(0);
-    let size = (PANEL_WIDTH * schedules.len().max(1) as u32, HEADER_HEIGHT + AXES_HEIGHT + lanes * LANE_HEIGHT);
+    let size = (PANEL_WIDTH * schedules.len().max(1) as u32, HEADER_HEIGHT + TITLE_HEIGHT + lanes * LANE_HEIGHT + AXIS_HEIGHT);
     let mut svg = String::new();
     draw(&SVGBackend::with_string(&mut svg, size).into_drawing_area(), batch, plan, schedules)?;
     Ok(svg)
@@ -76,19 +77,25 @@ fn draw_header(area: &Area<'_>, batch: &str) -> Result<()> {
 }
 
 fn draw_schedule(area: &Area<'_>, title: &str, plan: &Plan, schedule: &Schedule, end_us: f64) -> Result<()> {
-    let mut chart = ChartBuilder::on(area)
-        .margin(10)
-        .caption(title, ("sans-serif", TEXT))
-        .x_label_area_size(36)
-        .y_label_area_size(44)
+    let (header, body) = area.split_vertically(TITLE_HEIGHT);
+    header.draw(&Text::new(title.to_owned(), (64, 6), ("sans-serif", TEXT).into_font()))?;
+    let mut chart = ChartBuilder::on(&body)
+        .margin_right(24)
+        .x_label_area_size(AXIS_HEIGHT)
+        .y_label_area_size(64)
         .build_cartesian_2d(0.0..end_us, f64::from(schedule.num_sms)..0.0)?;
-    chart.configure_mesh().disable_y_mesh().x_desc("µs").y_desc("multiprocessor").light_line_style(TRANSPARENT).draw()?;
+    let whole = |value: &f64| format!("{value:.0}");
+    let mut mesh = chart.configure_mesh();
+    mesh.disable_y_mesh().x_label_formatter(&whole).y_label_formatter(&whole).light_line_style(TRANSPARENT);
+    mesh.x_desc("µs").y_desc("multiprocessor").draw()?;
     let lane_height = 1.0 / f64::from(schedule.lanes_per_sm);
+    let gap_us = end_us / f64::from(PANEL_WIDTH); // about a pixel, so that tasks can be told apart
     let groups = plan.heads().num_groups as usize;
     let bars = schedule.tasks.chunks(groups.max(1)).zip(plan.items()).flat_map(|(tasks, item)| {
         tasks.iter().map(move |task| {
             let top = f64::from(task.sm) + f64::from(task.lane) * lane_height;
-            let (begin, end) = (task.begin_ns as f64 * 1e-3, task.end_ns as f64 * 1e-3);
+            let begin = task.begin_ns as f64 * 1e-3;
+            let end = (task.end_ns as f64 * 1e-3 - gap_us).max(begin);
             Rectangle::new([(begin, top), (end, top + BAR * lane_height)], color(item).filled())
         })
     });

@@ -162,6 +162,16 @@ impl Schedule {
         loads
     }
 
+    /// When the lanes end, on average.
+    fn mean_lane_end_ns(&self) -> f64 {
+        let mut ends = vec![0; (self.num_sms * self.lanes_per_sm) as usize];
+        for task in &self.tasks {
+            let end = &mut ends[(task.sm * self.lanes_per_sm + task.lane) as usize];
+            *end = task.end_ns.max(*end);
+        }
+        ends.iter().sum::<u64>() as f64 / ends.len().max(1) as f64
+    }
+
     /// The schedule in a few numbers.
     pub fn summary(&self) -> ScheduleSummary {
         let loads = self.loads();
@@ -176,7 +186,7 @@ impl Schedule {
             least_busy_us: busy_at(0),
             median_busy_us: busy_at(busy.len() / 2),
             most_busy_us: busy_at(busy.len().saturating_sub(1)),
-            idle_at_end_us: mean(loads.iter().map(|load| span_us - load.end_us).sum()),
+            idle_at_end_us: span_us - self.mean_lane_end_ns() * 1e-3,
             utilization: if span_us > 0.0 { mean_busy / span_us } else { 1.0 },
         }
     }
@@ -206,7 +216,7 @@ pub struct ScheduleSummary {
     pub median_busy_us: f64,
     /// Busy time of the multiprocessor that is busy most.
     pub most_busy_us: f64,
-    /// How long a multiprocessor waits at the end for the last one, on average.
+    /// How long a lane waits at the end for the last one, on average.
     pub idle_at_end_us: f64,
     /// Busy time over span, on average.
     pub utilization: f64,
