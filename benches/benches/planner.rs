@@ -4,12 +4,13 @@ use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use packinfer_batch::Batch;
-use packinfer_benches::{decode_chats, mixed_chunked, prefill_short};
+use packinfer_benches::{decode_chats, decode_tree, mixed_chunked, prefill_short};
 use packinfer_planner::{DeviceModel, Planner};
 
 fn from_scratch(criterion: &mut Criterion) {
     let batches = [
         ("decode_chats_256", decode_chats(256)),
+        ("decode_tree_96", decode_tree(96)),
         ("prefill_short_512", prefill_short(512)),
         ("mixed_chunked_128", mixed_chunked(128)),
         ("decode_chats_65536", decode_chats(Batch::MAX_REQUESTS)),

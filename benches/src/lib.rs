@@ -54,6 +54,30 @@ pub fn mixed_chunked(decodes: usize) -> Result<Batch, BatchError> {
     paged(&[&[(512, 4096), (2048, 8000)], chats.as_slice()].concat(), &mut rng)
 }
 
+/// Decode with prefixes of three levels: 2,048 tokens that all requests share, 4,096 for every fourth, 256 to 1,024 of their own.
+///
+/// # Errors
+///
+/// More requests than a batch can have.
+pub fn decode_tree(requests: usize) -> Result<Batch, BatchError> {
+    const LEVELS: [usize; 2] = [2048 / PAGE_SIZE as usize, 4096 / PAGE_SIZE as usize];
+    const BRANCHES: usize = 4;
+    let mut rng = rng();
+    let own: Vec<_> = (0..requests).map(|_| rng.random_range(256..=1024)).collect();
+    let own_pages: usize = own.iter().map(|tokens| pages_of(*tokens)).sum();
+    let pages = shuffled(LEVELS[0] + BRANCHES * LEVELS[1] + own_pages, &mut rng);
+    let (common, unused) = pages.split_at(LEVELS[0]);
+    let (branches, mut unused) = unused.split_at(BRANCHES * LEVELS[1]);
+    let mut batch = Batch::new(shape()?, Mask::Causal);
+    for (branch, tokens) in branches.chunks(LEVELS[1]).cycle().zip(own) {
+        let (own, rest) = unused.split_at(pages_of(tokens));
+        let kv_len = PAGE_SIZE * (common.len() + branch.len()) as u32 + tokens;
+        batch.push_paged(1, kv_len, &[common, branch, own].concat(), PAGE_SIZE)?;
+        unused = rest;
+    }
+    Ok(batch)
+}
+
 fn rng() -> SmallRng {
     SmallRng::seed_from_u64(0x7061_636b)
 }
@@ -63,16 +87,28 @@ fn chat_len(rng: &mut SmallRng) -> u32 {
     rng.sample(lengths).clamp(CHAT_LENGTHS.0, CHAT_LENGTHS.1) as u32
 }
 
+fn shape() -> Result<AttentionShape, BatchError> {
+    AttentionShape::new(32, 8, 128, DType::Bf16)
+}
+
+fn pages_of(tokens: u32) -> usize {
+    tokens.div_ceil(PAGE_SIZE) as usize
+}
+
+/// Pages in no order.
+fn shuffled(pages: usize, rng: &mut SmallRng) -> Vec<u32> {
+    let mut pages: Vec<u32> = (0..pages as u32).collect();
+    pages.shuffle(rng);
+    pages
+}
+
 /// A batch of (query_len, kv_len) in shuffled pages.
 fn paged(lengths: &[(u32, u32)], rng: &mut SmallRng) -> Result<Batch, BatchError> {
-    let shape = AttentionShape::new(32, 8, 128, DType::Bf16)?;
-    let pages_of = |kv_len: u32| kv_len.div_ceil(PAGE_SIZE);
-    let mut pages: Vec<u32> = (0..lengths.iter().map(|&(_, kv_len)| pages_of(kv_len)).sum()).collect();
-    pages.shuffle(rng);
+    let pages = shuffled(lengths.iter().map(|&(_, kv_len)| pages_of(kv_len)).sum(), rng);
     let mut unused = pages.as_slice();
-    let mut batch = Batch::new(shape, Mask::Causal);
+    let mut batch = Batch::new(shape()?, Mask::Causal);
     for &(query_len, kv_len) in lengths {
-        let (own, rest) = unused.split_at(pages_of(kv_len) as usize);
+        let (own, rest) = unused.split_at(pages_of(kv_len));
         batch.push_paged(query_len, kv_len, own, PAGE_SIZE)?;
         unused = rest;
     }
@@ -90,6 +126,9 @@ mod tests {
         assert!((280_000..320_000).contains(&slots), "{slots} slots");
         assert!((18_000..20_000).contains(&chats.runs().len()), "{} runs", chats.runs().len());
         assert_eq!(prefill_short(512)?.requests().len(), 512);
+        let tree = decode_tree(96)?;
+        let slots = tree.distinct_slots();
+        assert!((75_000..90_000).contains(&slots) && tree.visible_pairs() > 96 * 6400, "{slots} slots");
         assert_eq!(mixed_chunked(128)?.num_query_tokens(), 128 + 512 + 2048);
         Ok(())
     }

@@ -80,9 +80,9 @@ pub struct KvRun {
     pub num_slots: u32,
 }
 
-/// Consecutive query tokens of one request within a tile, and the columns of the tile that they see.
+/// Consecutive query tokens within a tile, and the columns of the tile that they see.
 ///
-/// Token `i` of the segment sees columns `column_begin .. column_end + i * column_end_step`.
+/// They are one request's; or those of several, where all of them see the same columns. Token `i` of the segment sees columns `column_begin .. column_end + i * column_end_step`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RowSegment {
@@ -148,7 +148,7 @@ pub struct MergeToken {
     pub token: u32,
     /// First entry of the merge sources.
     pub source_begin: u32,
-    /// Number of merge sources, at least 2. Each names the partial row of the token's first head; the rows of the group's
+    /// Number of merge sources, at least 1. Each names the partial row of the token's first head; the rows of the group's
     /// other heads follow it.
     pub num_sources: u32,
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use packinfer::KernelFamily;
+use packinfer::{KernelFamily, Packing};
 
 /// Packed attention for batched LLM inference.
 #[derive(Debug, Parser)]
@@ -169,4 +169,24 @@ pub enum DeviceChoice {
 pub enum Baseline {
     /// A grid of tiles for each request: nothing packed, nothing split.
     PerRequest,
+    /// Every request reads all of its KV by itself, also what others begin with too.
+    Unshared,
+}
+
+impl Baseline {
+    /// How it puts requests into tiles.
+    pub fn packing(self) -> Packing {
+        match self {
+            Self::PerRequest => Packing::PerRequest,
+            Self::Unshared => Packing::Unshared,
+        }
+    }
+
+    /// Heading of the column with its times.
+    pub fn heading(self) -> &'static str {
+        match self {
+            Self::PerRequest => "per-request µs",
+            Self::Unshared => "unshared µs",
+        }
+    }
 }

@@ -139,8 +139,8 @@ fn measure<E: BackendElement>(
     let Planned { plan, plan_us } = planning::packed(batch, backend.planner())?;
     let kernels = backend.kernels(&plan);
     let mut plans = vec![plan];
-    if let Some(Baseline::PerRequest) = args.baseline {
-        plans.push(planning::per_request(batch, &plans[0])?);
+    if let Some(baseline) = args.baseline {
+        plans.push(planning::for_comparison(batch, &plans[0], baseline.packing())?);
     }
     let repeat = args.repeat.map_or(Repeat::Default, Repeat::Times);
     let mut timings = backend.time(&plans, &tensors, repeat)?.into_iter().map(Timing::new);
@@ -189,8 +189,8 @@ impl Report {
 
     fn print(&self, baseline: Option<Baseline>) -> anyhow::Result<()> {
         let mut header = vec!["batch", "floor µs", "time µs", "ratio", "GB/s", "TFLOP/s", "plan µs", "runs", "kernels"];
-        if let Some(Baseline::PerRequest) = baseline {
-            header.extend(["per-request µs", "speed-up"]);
+        if let Some(baseline) = baseline {
+            header.extend([baseline.heading(), "speed-up"]);
         }
         let mut table = table::new(&header);
         for measured in &self.batches {

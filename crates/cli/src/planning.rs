@@ -20,7 +20,7 @@ pub fn packed(batch: &Batch, mut planner: Planner) -> Result<Planned, PlanError>
     Ok(Planned { plan, plan_us: start.elapsed().as_secs_f64() * 1e6 })
 }
 
-/// Plans a batch as kernels without packing would be scheduled, for the kernels that another plan of it is for.
-pub fn per_request(batch: &Batch, packed: &Plan) -> Result<Plan, PlanError> {
-    Planner::new(*packed.model()).with_packing(Packing::PerRequest).plan(batch)
+/// Plans a batch in another way, for the kernels that `packed`, another plan of it, is for.
+pub fn for_comparison(batch: &Batch, packed: &Plan, packing: Packing) -> Result<Plan, PlanError> {
+    Planner::new(*packed.model()).with_packing(packing).plan(batch)
 }

@@ -63,9 +63,15 @@ fn assert_exact<E: Element>(batch: &Batch, plan: &Plan, inputs: Inputs<'_, E>) {
     assert!(error <= 1e-4, "LSE is off by {error}");
 }
 
+/// A plan for a device of one multiprocessor, so slow to read that requests share nearly whatever they can.
+fn shared(batch: &Batch) -> Plan {
+    let slow = DeviceModel { num_sms: 1, bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..DeviceModel::H100 };
+    Planner::new(slow).plan(batch).expect("a plan")
+}
+
 /// All kinds of plan of a batch are exact.
 fn assert_plans_exact(batch: &Batch) {
-    for plan in [packed_for(batch, 1), packed(batch), per_request(batch)] {
+    for plan in [packed_for(batch, 1), packed(batch), shared(batch), per_request(batch)] {
         match batch.shape().dtype() {
             DType::Bf16 => assert_exact(batch, &plan, Tensors::<bf16>::random(batch).inputs()),
             DType::F16 => assert_exact(batch, &plan, Tensors::<f16>::random(batch).inputs()),
@@ -86,17 +92,18 @@ fn batch(shape: AttentionShape, mask: Mask, lengths: &[(u32, u32)]) -> Batch {
     batch
 }
 
-/// Any batch that a test has time for: prompts, chunks, decodes and empty requests, pages of several sizes, shared prefixes.
+/// Any batch that a test has time for: prompts, chunks, decodes and empty requests, pages of several sizes, prefixes shared at up to
+/// four levels.
 fn any_batch() -> impl Strategy<Value = Batch> {
-    const BLOCK_PAGES: u32 = 2;
     let heads = (1..=3u32, prop::sample::select(vec![1u32, 2, 3, 4, 7, 8, 16, 20]));
     let format = (prop::sample::select(vec![64u32, 128]), prop_oneof![Just(DType::Bf16), Just(DType::F16)], any::<bool>());
     let query_len = prop_oneof![1 => Just(0), 4 => Just(1u32), 2 => 2..20u32, 1 => 20..150u32];
-    let request = (query_len, prop_oneof![Just(0u32), 1..100u32, 100..1500u32], prop::collection::vec(0..2u64, 0..3));
+    let request = (query_len, prop_oneof![Just(0u32), 1..100u32, 100..1500u32], prop::collection::vec(0..2u64, 0..5));
     let requests = prop::collection::vec(request, 0..10);
-    (heads, format, prop::sample::select(vec![1u32, 7, 16]), requests, any::<u64>()).prop_map(
-        |((num_kv_heads, ratio), (head_dim, dtype, causal), page_size, requests, seed)| {
-            let block_tokens = BLOCK_PAGES * page_size;
+    let pages = (prop::sample::select(vec![1u32, 7, 16]), prop::sample::select(vec![2u32, 10]));
+    (heads, format, pages, requests, any::<u64>()).prop_map(
+        |((num_kv_heads, ratio), (head_dim, dtype, causal), (page_size, block_pages), requests, seed)| {
+            let block_tokens = block_pages * page_size;
             let requests = requests.into_iter().map(|(query_len, cached, mut blocks)| {
                 let kv_len = query_len + cached;
                 blocks.truncate((kv_len / block_tokens) as usize);
@@ -142,6 +149,23 @@ fn long_requests_are_split_and_merged() {
     assert!(!packed(&batch).merge_tokens().is_empty(), "nothing is split");
     assert!(per_request(&batch).merge_tokens().is_empty(), "the baseline splits");
     assert_plans_exact(&batch);
+}
+
+/// Many levels, and some requests that end where others go on.
+#[test]
+fn shared_prefixes_are_read_once_and_merged() {
+    let blocks = |i: u32| (0..i % 5).map(|level| u64::from(level > 0 && i.is_multiple_of(2))).collect::<Vec<_>>();
+    let requests = (0..24).map(|i| {
+        let query_len = [1, 1, 2, 5][i as usize % 4];
+        RequestLengths { query_len, kv_len: blocks(i).len() as u32 * 160 + query_len + i % 3, blocks: blocks(i) }
+    });
+    for causal in [true, false] {
+        let file = BatchFile { causal, block_tokens: Some(160), requests: requests.clone().collect(), ..BatchFile::builtin() };
+        let batch = file.to_batch(3).expect("a good batch");
+        let explanation = shared(&batch).explain(&DeviceModel::H100);
+        assert!(explanation.shared_tiles > 4, "{} shared tiles", explanation.shared_tiles);
+        assert_plans_exact(&batch);
+    }
 }
 
 #[test]

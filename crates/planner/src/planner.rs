@@ -30,8 +30,8 @@ pub enum Packing {
 
 /// Makes plans. It keeps its memory from plan to plan.
 ///
-/// Planning goes through three steps: the requests' query tokens are put into tiles, the tiles' columns are divided among work
-/// items, and these are put in order.
+/// Planning goes through four steps: it is chosen what requests read together, their query tokens are put into tiles, the tiles' columns
+/// are divided among work items, and these are put in order.
 #[derive(Clone, Debug)]
 pub struct Planner {
     /// At least one.

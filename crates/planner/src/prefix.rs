@@ -14,6 +14,8 @@ use packinfer_batch::{Batch, Mask, Request};
 const NO_NODE: u32 = u32::MAX;
 /// What follows where nothing does. No slot has this number.
 const NO_SLOT: u32 = u32::MAX;
+/// Runs that are compared at a time, by vector instructions.
+const CHUNK: usize = 16;
 
 /// A column of a request, found among its runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,8 +61,8 @@ pub(crate) struct Node {
 pub(crate) struct PrefixTree {
     members: Vec<Member>,
     nodes: Vec<Node>,
-    /// First slot and index of every request.
-    first_slots: Vec<(u32, u32)>,
+    /// First slot and index of every request, in the upper and the lower half: numbers are sorted faster than pairs.
+    first_slots: Vec<u64>,
     /// Members still to be sorted, which are alike up to a place and one slot more.
     unsorted: Vec<(Range<usize>, Place)>,
     /// Nodes whose last member is not known yet, each with its first member.
@@ -103,15 +105,15 @@ impl PrefixTree {
     pub fn find(&mut self, batch: &Batch) {
         self.clear();
         self.first_slots.clear();
-        for (request, index) in batch.requests().iter().zip(0..) {
+        for (request, index) in batch.requests().iter().zip(0u64..) {
             if shareable(request, batch.mask()) > 0 {
-                self.first_slots.push((batch.runs_of(request)[0].first_slot, index));
+                self.first_slots.push(u64::from(batch.runs_of(request)[0].first_slot) << 32 | index);
             }
         }
         self.first_slots.sort_unstable();
-        for alike in self.first_slots.chunk_by(|a, b| a.0 == b.0).filter(|alike| alike.len() > 1) {
+        for alike in self.first_slots.chunk_by(|a, b| a >> 32 == b >> 32).filter(|alike| alike.len() > 1) {
             let begin = self.members.len();
-            let member = |&(next, request): &(u32, u32)| Member { request, common: Place::default(), next };
+            let member = |&first_slot: &u64| Member { request: first_slot as u32, common: Place::default(), next: NO_SLOT };
             self.members.extend(alike.iter().map(member));
             self.unsorted.push((begin..self.members.len(), Place::default()));
         }
@@ -191,17 +193,30 @@ fn shareable(request: &Request, mask: Mask) -> u32 {
 /// No two adjoining runs of a request could be one, so what is alike is in runs that begin at the same columns.
 fn common(a: &[KvRun], b: &[KvRun], from: Place, limit: u32) -> Place {
     let mut common = from;
-    let mut column = from.run_column;
-    for (index, (a, b)) in (from.run..).zip(a[from.run as usize..].iter().zip(&b[from.run as usize..])) {
+    let (mut run, mut column) = (from.run as usize, from.run_column);
+    let chunks = a[run..].as_chunks::<CHUNK>().0.iter().zip(b[run..].as_chunks::<CHUNK>().0);
+    for (a, b) in chunks {
+        let (mut difference, mut columns) = (0, 0);
+        for (a, b) in a.iter().zip(b) {
+            difference |= (a.first_slot ^ b.first_slot) | (a.num_slots ^ b.num_slots);
+            columns += a.num_slots;
+        }
+        if difference != 0 || column + columns > limit {
+            break;
+        }
+        (run, column) = (run + CHUNK, column + columns);
+        common = Place { column, run: run as u32 - 1, run_column: column - a[CHUNK - 1].num_slots };
+    }
+    for (a, b) in a[run..].iter().zip(&b[run..]) {
         if a.first_slot != b.first_slot || column == limit {
             break;
         }
         let same = a.num_slots.min(b.num_slots).min(limit - column);
-        common = Place { column: column + same, run: index, run_column: column };
+        common = Place { column: column + same, run: run as u32, run_column: column };
         if a.num_slots != b.num_slots || same < a.num_slots {
             break;
         }
-        column += same;
+        (run, column) = (run + 1, column + same);
     }
     common
 }
@@ -210,4 +225,71 @@ fn common(a: &[KvRun], b: &[KvRun], from: Place, limit: u32) -> Place {
 fn next_slot(runs: &[KvRun], place: Place) -> u32 {
     let run = &runs[place.run as usize];
     if place.skip() < run.num_slots { run.first_slot + place.skip() } else { runs[place.run as usize + 1].first_slot }
+}
+
+#[cfg(test)]
+mod tests {
+    use packinfer_batch::{AttentionShape, DType};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Requests in runs of few slots, many of which begin alike and part within a run.
+    fn any_batch() -> impl Strategy<Value = Batch> {
+        let few = prop::collection::vec((0..2u32, 1..5u32), 1..8);
+        let runs = (prop::sample::select(vec![0, 15, 16, 40]), few).prop_map(|(alike, runs)| {
+            let alike = (0..alike).map(|run| (2 + run, 1));
+            alike.chain(runs).collect::<Vec<_>>()
+        });
+        let requests = prop::collection::vec((0..3u32, runs), 0..40);
+        (any::<bool>(), requests).prop_map(|(causal, requests)| {
+            let shape = AttentionShape::new(1, 1, 128, DType::Bf16).expect("a good shape");
+            let mut batch = Batch::new(shape, if causal { Mask::Causal } else { Mask::None });
+            for (query_len, runs) in requests {
+                let runs = runs.into_iter().map(|(run, num_slots)| KvRun { first_slot: 4 * run, num_slots });
+                let kv_len = runs.clone().map(|run| run.num_slots).sum::<u32>();
+                batch.push_runs(query_len.min(kv_len), kv_len, runs).expect("a good request");
+            }
+            batch
+        })
+    }
+
+    /// The slots that a request may share.
+    fn slots(batch: &Batch, request: u32) -> Vec<u32> {
+        let request = &batch.requests()[request as usize];
+        let all = batch.runs_of(request).iter().flat_map(|run| run.first_slot..run.first_slot + run.num_slots);
+        all.take(shareable(request, batch.mask()) as usize).collect()
+    }
+
+    proptest! {
+        /// Any two requests have in common what the smallest node with both says, at the places that it says.
+        #[test]
+        fn nodes_are_what_requests_have_in_common(batch in any_batch()) {
+            let mut tree = PrefixTree::default();
+            tree.find(&batch);
+            let member_of = |request| tree.members().iter().position(|member| member.request == request);
+            for a in 0..batch.requests().len() as u32 {
+                for b in 0..a {
+                    let [a_slots, b_slots] = [a, b].map(|request| slots(&batch, request));
+                    let common = a_slots.iter().zip(&b_slots).take_while(|(a, b)| a == b).count();
+                    let both = |node: &&Node| {
+                        [a, b].into_iter().all(|request| member_of(request).is_some_and(|member| node.members.contains(&member)))
+                    };
+                    let node = tree.nodes().iter().find(both); // children come first
+                    prop_assert_eq!(node.map_or(0, |node| node.end.column), common as u32, "{} and {}", a, b);
+                }
+            }
+            for node in tree.nodes() {
+                prop_assert!(node.members.len() > 1 && tree.columns(node) > 0);
+                prop_assert!(tree.parent(node).is_none_or(|parent| parent.members.start <= node.members.start));
+                prop_assert!(tree.parent(node).is_none_or(|parent| node.members.end <= parent.members.end));
+                for member in &tree.members()[node.members.clone()] {
+                    let runs = batch.runs_of(&batch.requests()[member.request as usize]);
+                    let before = runs[..node.end.run as usize].iter().map(|run| run.num_slots).sum::<u32>();
+                    prop_assert_eq!(before, node.end.run_column);
+                    prop_assert!(node.end.skip() > 0 && node.end.skip() <= runs[node.end.run as usize].num_slots);
+                }
+            }
+        }
+    }
 }

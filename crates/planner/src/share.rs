@@ -14,6 +14,11 @@ use crate::cost::{CostModel, Line};
 use crate::prefix::{Node, Place, PrefixTree};
 use crate::tile::{Division, Own};
 
+/// The most groups that a request is in, on average: so the plan of any tree has a size in proportion to the batch's.
+const MOST_GROUPS: usize = 16;
+/// What being in a group is made to cost more at first where groups are too many.
+const LEAST_PENALTY_NS: f64 = 100.0;
+
 /// Requests that read some columns together.
 #[derive(Clone, Debug)]
 pub(crate) struct Group {
@@ -101,8 +106,13 @@ impl Sharing {
     /// Shares what then takes less time, and says whether anything is shared.
     pub fn choose(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel) -> bool {
         self.share_nothing();
-        self.weigh(batch, heads, cost);
-        self.decide(batch, heads, cost);
+        let mut penalty_ns = 0.0;
+        self.weigh(batch, heads, cost, penalty_ns);
+        while self.decide() > MOST_GROUPS * self.tree.members().len() {
+            penalty_ns = LEAST_PENALTY_NS.max(2.0 * penalty_ns);
+            self.weigh(batch, heads, cost, penalty_ns);
+        }
+        self.make_groups(batch, heads, cost);
         !self.groups.is_empty()
     }
 
@@ -122,8 +132,8 @@ impl Sharing {
         Own { request: &batch.requests()[request as usize], begin }
     }
 
-    /// Finds the lines of all nodes, children before parents.
-    fn weigh(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel) {
+    /// Finds the lines of all nodes, children before parents. To be in a group takes a request `penalty_ns` more than it does.
+    fn weigh(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel, penalty_ns: f64) {
         self.before.clear();
         let mut before = Apart::default();
         self.before.push(before);
@@ -141,7 +151,8 @@ impl Sharing {
             let tiles = cost.shared(Division::of(requests.query_tokens, heads));
             // All requests of the node that are not of a child read by themselves what is left to them.
             let choice = &mut self.choices[index];
-            choice.shared = Line { fixed_ns: tiles.at(columns) + choice.below_ns, ..tiles };
+            let fixed_ns = tiles.at(columns) + penalty_ns * node.members.len() as f64;
+            choice.shared = Line { fixed_ns: fixed_ns + choice.below_ns, ..tiles };
             choice.apart.fixed_ns += f64::from(columns) * requests.column_ns;
             choice.apart.column_ns += requests.column_ns;
             let choice = *choice;
@@ -156,16 +167,31 @@ impl Sharing {
         }
     }
 
-    /// Takes the lower line at every node, parents before children.
-    fn decide(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel) {
+    /// Takes the lower line at every node, parents before children. Returns how many members the groups have together.
+    fn decide(&mut self) -> usize {
+        let mut members = 0;
         for (index, node) in self.tree.nodes().iter().enumerate().rev() {
-            let begin = self.choices.get(node.parent as usize).map_or(Place::default(), |parent| parent.read_to);
+            let begin = self.read_before(node);
             let choice = &mut self.choices[index];
-            if !choice.is_shared(self.tree.begin(node).column - begin.column) {
-                choice.read_to = begin;
+            let is_shared = choice.is_shared(self.tree.begin(node).column - begin.column);
+            choice.read_to = if is_shared { node.end } else { begin };
+            members += if is_shared { node.members.len() } else { 0 };
+        }
+        members
+    }
+
+    /// Where that ends which is read above a node.
+    fn read_before(&self, node: &Node) -> Place {
+        self.choices.get(node.parent as usize).map_or(Place::default(), |parent| parent.read_to)
+    }
+
+    /// Makes groups of what was decided, parents before children.
+    fn make_groups(&mut self, batch: &Batch, heads: HeadGroups, cost: &CostModel) {
+        for (node, choice) in self.tree.nodes().iter().zip(&self.choices).rev() {
+            if choice.read_to != node.end {
                 continue;
             }
-            choice.read_to = node.end;
+            let begin = self.read_before(node);
             let first = self.members.len();
             self.members.extend(self.tree.members()[node.members.clone()].iter().map(|member| member.request));
             self.members[first..].sort_unstable();

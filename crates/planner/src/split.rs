@@ -19,8 +19,10 @@ use crate::{DeviceModel, Plan};
 const SPLIT_STEP: u32 = 2 * COLUMN_STEP;
 /// The columns of a part take at least so many times what it takes besides.
 const LEAST_PART: f64 = 1.0;
-/// A part takes at most this share of what a lane has to do, so that lanes that fall behind can be helped out.
+/// A part takes at most this share of what a lane has to do, so that lanes that fall behind can be helped out …
 const LONGEST_PART: f64 = 0.5;
+/// … or so many times what it takes besides its columns, so that tiles of many rows do not leave too many partials.
+const WORTHWHILE_PART: f64 = 6.0;
 /// Lanes that end this close together, as a share of the whole, are not worth a split.
 const BALANCED: f64 = 0.02;
 
@@ -69,13 +71,14 @@ impl Splitter {
         }
         let ideal = total as f64 / f64::from(num_lanes);
         let unsplit = self.lanes.max() as f64;
-        self.whole(tiles);
-        let unsplit_merge = self.merge_ns(tiles, plan, model);
-        if unsplit > ideal * (1.0 + BALANCED) && unsplit > ideal + model.merge_ns {
+        let merge_ns = if tiles.iter().any(|tile| tile.partial) { 0.0 } else { model.merge_ns };
+        if unsplit > ideal * (1.0 + BALANCED) && unsplit > ideal + merge_ns {
+            self.whole(tiles);
+            let unsplit = unsplit + self.merge_ns(tiles, plan, model);
             // The first pass shows how much more work the parts are, the second divides that too.
             let with_splits = self.fill_lanes(tiles, plan, cost, num_lanes, total);
             self.fill_lanes(tiles, plan, cost, num_lanes, with_splits.max(total));
-            if self.lanes.max() as f64 + self.merge_ns(tiles, plan, model) < unsplit + unsplit_merge {
+            if self.lanes.max() as f64 + self.merge_ns(tiles, plan, model) < unsplit {
                 return &self.parts;
             }
         }
@@ -110,7 +113,7 @@ impl Splitter {
                 let room = end - free_from;
                 let mut columns = left;
                 if rest > room {
-                    let longest = (end as f64 * LONGEST_PART) as Ns;
+                    let longest = (end as f64 * LONGEST_PART).max(tile_cost.fixed_partial_ns * WORTHWHILE_PART) as Ns;
                     let part = tile_cost.columns_within(room.min(longest)).max(tile_cost.least_columns);
                     if left.saturating_sub(part) >= tile_cost.least_columns {
                         columns = part;

@@ -83,6 +83,34 @@ fn requests_that_share_pages() {
     case.check(&case.run(engine, Packing::Packed));
 }
 
+/// A prefix that all share, four of which each is shared by a quarter, and tails of their own; several query tokens in some requests.
+#[test]
+fn prefixes_of_three_levels() {
+    let Some(engine) = engine() else { return };
+    const LEVEL_PAGES: u32 = 96;
+    for gqa_ratio in GQA_RATIOS {
+        for query_len in [1, 5] {
+            let mut batch = Batch::new(shape::<bf16>(gqa_ratio, 128), Mask::Causal);
+            for request in 0..64 {
+                let branch = LEVEL_PAGES * (1 + request % 4);
+                let own = 5 * LEVEL_PAGES + request;
+                // Backwards, so that no two pages are one run.
+                let levels = (0..LEVEL_PAGES).rev().chain((branch..branch + LEVEL_PAGES).rev());
+                let pages: Vec<u32> = levels.chain([own]).collect();
+                batch
+                    .push_paged(1 + request % query_len, 2 * LEVEL_PAGES * 16 + 9 + request % 7, &pages, 16)
+                    .expect("good lengths");
+            }
+            let case = Case::<bf16>::new(batch);
+            let plan = case.plan(engine, Packing::Packed);
+            assert!(plan.explain(plan.model()).shared_tiles >= 4, "little is shared with {gqa_ratio} query heads a KV head");
+            let first = case.run(engine, Packing::Packed);
+            case.check(&first);
+            assert_eq!(case.run(engine, Packing::Packed), first);
+        }
+    }
+}
+
 #[test]
 fn without_a_mask() {
     let Some(engine) = engine() else { return };
