@@ -162,9 +162,20 @@ impl CostModel {
         f64::from(fresh) / f64::from(self.heads.groups_per_kv_head().max(1))
     }
 
-    /// What an item takes besides its columns.
-    pub fn fixed_ns(&self, kind: TileKind, num_rows: u32, partial: bool) -> f64 {
-        self.item_ns + (self.row_bytes(num_rows, partial) * self.byte_ns).max(self.tile(kind).setup_ns)
+    /// What an item takes besides its columns, if it is its traffic that takes long.
+    pub fn fixed_traffic_ns(&self, num_rows: u32, partial: bool) -> f64 {
+        self.item_ns + self.row_bytes(num_rows, partial) * self.byte_ns
+    }
+
+    /// What an item takes besides its columns, if it is not.
+    pub fn fixed_block_ns(&self, kind: TileKind) -> f64 {
+        self.item_ns + self.tile(kind).setup_ns
+    }
+
+    /// What it takes to read a column, of which a part of `fresh` is read by no other item of its head group before.
+    pub fn read_ns(&self, fresh: f32) -> f64 {
+        let fresh = self.fresh(fresh);
+        2.0 * self.row_bytes * (fresh * self.byte_ns + (1.0 - fresh) * self.cached_byte_ns)
     }
 
     /// What an item has to do, if a part of `fresh` of its columns is read by no other item of its head group before.
@@ -195,10 +206,10 @@ impl CostModel {
             let TileCosts { step_ns, flop_ns, .. } = self.tile(kind);
             let issued_rows = f64::from(rows.next_multiple_of(rows_together(self.family, kind)));
             let block_ns = step_ns / f64::from(self.family.column_step()) + issued_rows * self.flops_per_pair * flop_ns;
-            let fresh = self.fresh(division.fresh());
-            let read_ns = 2.0 * self.row_bytes * (fresh * self.byte_ns + (1.0 - fresh) * self.cached_byte_ns);
+            let read_ns = self.read_ns(division.fresh());
             let merge_ns = f64::from(rows) * self.partial_row_bytes * self.byte_ns;
-            Line { fixed_ns: self.fixed_ns(kind, rows, true) + merge_ns, column_ns: read_ns.max(block_ns) }
+            let fixed_ns = self.fixed_traffic_ns(rows, true).max(self.fixed_block_ns(kind));
+            Line { fixed_ns: fixed_ns + merge_ns, column_ns: read_ns.max(block_ns) }
         };
         let full = tile(TileKind::Wide, division.tile_tokens);
         let last = match division.remainder {

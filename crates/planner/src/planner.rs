@@ -208,7 +208,7 @@ impl Planner {
 
     /// Puts the items into the plan: pack after pack, so that tiles that read the same KV run at the same time and find it in the L2
     /// cache; the packs with the longest items first. Of each pack the longest come first, so that the device ends with short ones; but
-    /// items of shared columns go by these.
+    /// items of shared columns go by these. Items whose columns nobody else reads are packs by themselves.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
         self.order.clear();
         if self.packing == Packing::PerRequest {
@@ -220,10 +220,12 @@ impl Planner {
                 let takes = cost.work_item(&item, plan.segments_of(&item), fresh);
                 let longest = &mut self.longest[pack as usize];
                 *longest = takes.max(*longest);
-                let first = if shared { Ns::MAX - Ns::from(item.column_begin) } else { takes };
-                self.order.push((Reverse(0), pack, Reverse(first), index));
+                // Nobody else reads the columns.
+                let alone = fresh == 1.0;
+                let first = if shared && !alone { Ns::MAX - Ns::from(item.column_begin) } else { takes };
+                self.order.push((Reverse(if alone { first } else { 0 }), pack, Reverse(first), index));
             }
-            for place in &mut self.order {
+            for place in self.order.iter_mut().filter(|place| place.0.0 == 0) {
                 place.0 = Reverse(self.longest[place.1 as usize]);
             }
             self.order.sort_unstable();
