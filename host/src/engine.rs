@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use cust::sys::CUstream;
-use packinfer_planner::{KernelFamily, Plan, Planner};
+use packinfer_planner::{Calibration, KernelFamily, Plan, Planner};
 
 use crate::context::Shared;
 use crate::device_plan::DevicePlan;
 use crate::memory::DeviceBuffer;
 use crate::run::{self, RunOptions, Tensors};
+use crate::stamps::Stamps;
 use crate::stream::Stream;
 use crate::workspace::Workspace;
 use crate::{DeviceInfo, Element, EngineError, device};
@@ -69,6 +70,22 @@ impl Engine {
         let mut models = self.device().models();
         models.retain(|model| self.kernel_families().contains(&model.kernel_family));
         Planner::choosing(models)
+    }
+
+    /// As [`Self::planner`], with the models of a calibration of the device.
+    ///
+    /// # Errors
+    ///
+    /// A calibration of a device with another number of multiprocessors, or of none of the kernels that the engine uses.
+    pub fn calibrated_planner(&self, calibration: &Calibration) -> Result<Planner, EngineError> {
+        let DeviceInfo { name, multiprocessors, .. } = self.device();
+        let models = calibration.models_for(name, *multiprocessors)?;
+        let used = models.iter().filter(|model| self.kernel_families().contains(&model.kernel_family));
+        let models: Vec<_> = used.copied().collect();
+        if models.is_empty() {
+            return Err(EngineError::NotCalibrated { device: calibration.device.clone() });
+        }
+        Ok(Planner::choosing(models))
     }
 
     /// A new stream, which runs beside all others.
@@ -167,7 +184,39 @@ impl Engine {
         self.check("the plan", &plan.shared)?;
         self.check("the workspace", workspace.shared())?;
         self.shared.enter()?;
-        run::run(plan, workspace, stream, &tensors, options)
+        run::run(plan, workspace, stream, &tensors, options, None)
+    }
+
+    /// Room for the stamps of a plan's tasks: see [`Self::run_stamped`].
+    ///
+    /// # Errors
+    ///
+    /// Not enough device memory.
+    pub fn stamps(&self, plan: &DevicePlan) -> Result<Stamps, EngineError> {
+        Stamps::new(&self.shared, plan.layout.attention_tasks)
+    }
+
+    /// As [`Self::run`], but the attention kernel also notes when and where it did each task, which takes it next to no time.
+    /// [`Stamps::read`] tells.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::run`], and stamps of a plan with another number of tasks.
+    pub fn run_stamped<E: Element>(
+        &self,
+        plan: &DevicePlan,
+        workspace: &mut Workspace,
+        stream: &Stream,
+        tensors: Tensors<'_, E>,
+        options: RunOptions,
+        stamps: &mut Stamps,
+    ) -> Result<(), EngineError> {
+        self.check("the stream", stream.shared())?;
+        self.check("the plan", &plan.shared)?;
+        self.check("the workspace", workspace.shared())?;
+        self.check("the room for stamps", stamps.shared())?;
+        self.shared.enter()?;
+        run::run(plan, workspace, stream, &tensors, options, Some(stamps))
     }
 
     /// Waits until the device has done all work.

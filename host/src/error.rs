@@ -4,6 +4,7 @@ use cust::error::CudaError;
 use cust::sys::CUresult;
 use packinfer_batch::DType;
 use packinfer_driver::LoadError;
+use packinfer_planner::CalibrationError;
 
 use crate::KernelFamily;
 
@@ -157,6 +158,23 @@ pub enum EngineError {
     NoSoftCap {
         /// The kernels that the engine uses.
         family: KernelFamily,
+    },
+    /// A calibration of another device.
+    #[error(transparent)]
+    Calibration(#[from] CalibrationError),
+    /// A calibration of other kernels than are used.
+    #[error("the calibration of {device} has no model of the kernels that are used")]
+    NotCalibrated {
+        /// The device.
+        device: String,
+    },
+    /// Stamps of another plan.
+    #[error("there is room for the stamps of {room} tasks, and the plan has {tasks}: make room for each plan")]
+    Stamps {
+        /// Stamps that there is room for.
+        room: u32,
+        /// Tasks of the plan.
+        tasks: u32,
     },
     /// The driver refuses a kernel.
     #[error("{kernel}: {error}")]

@@ -50,6 +50,7 @@ mod kv_maps;
 pub mod measure;
 mod memory;
 mod run;
+mod stamps;
 mod stream;
 mod workspace;
 
@@ -61,7 +62,11 @@ pub use error::EngineError;
 pub use graph::Graph;
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 pub use packinfer_batch::{AttentionShape, Batch, BatchError, DType, KvRun, Mask, Request};
-pub use packinfer_planner::{AppendError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan, PlanError, Planner};
+pub use packinfer_planner::{
+    AppendError, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan, PlanError,
+    Planner,
+};
 pub use run::{RunOptions, Tensors};
+pub use stamps::Stamps;
 pub use stream::Stream;
 pub use workspace::Workspace;

@@ -38,10 +38,26 @@ pub fn time_cold(
     engine: &Engine,
     stream: &Stream,
     repeats: usize,
-    mut run: impl FnMut(&Stream) -> Result<(), EngineError>,
+    run: impl FnMut(&Stream) -> Result<(), EngineError>,
 ) -> Result<Vec<Duration>, EngineError> {
     let cold: DeviceBuffer<u8> = engine.zeros(COLD_BYTES)?;
-    time(engine, stream, repeats, |stream| write(&cold, stream), &mut run)
+    time(engine, stream, repeats, |stream| write(&cold, stream), run)
+}
+
+/// As [`time_cold`], but gives each run's time to `each` when the run is done, before the next one.
+///
+/// # Errors
+///
+/// What `run` or `each` returns, or what the driver reports.
+pub fn time_cold_each(
+    engine: &Engine,
+    stream: &Stream,
+    repeats: usize,
+    run: impl FnMut(&Stream) -> Result<(), EngineError>,
+    each: impl FnMut(Duration) -> Result<(), EngineError>,
+) -> Result<(), EngineError> {
+    let cold: DeviceBuffer<u8> = engine.zeros(COLD_BYTES)?;
+    time_each(engine, stream, repeats, |stream| write(&cold, stream), run, each)
 }
 
 /// As [`time_cold`], of the launches of a graph of the run.
@@ -125,20 +141,36 @@ fn time(
     engine: &Engine,
     stream: &Stream,
     repeats: usize,
+    prepare: impl FnMut(&Stream) -> Result<(), EngineError>,
+    run: impl FnMut(&Stream) -> Result<(), EngineError>,
+) -> Result<Vec<Duration>, EngineError> {
+    let mut times = Vec::with_capacity(repeats);
+    time_each(engine, stream, repeats, prepare, run, |time| {
+        times.push(time);
+        Ok(())
+    })?;
+    Ok(times)
+}
+
+/// As [`time`], but gives each time to `each` before the next run.
+fn time_each(
+    engine: &Engine,
+    stream: &Stream,
+    repeats: usize,
     mut prepare: impl FnMut(&Stream) -> Result<(), EngineError>,
     mut run: impl FnMut(&Stream) -> Result<(), EngineError>,
-) -> Result<Vec<Duration>, EngineError> {
+    mut each: impl FnMut(Duration) -> Result<(), EngineError>,
+) -> Result<(), EngineError> {
     let (start, end) = (Event::timed(engine.shared())?, Event::timed(engine.shared())?);
-    let mut times = Vec::with_capacity(repeats);
     for _ in 0..repeats {
         prepare(stream)?;
         start.record(stream)?;
         run(stream)?;
         end.record(stream)?;
         end.synchronize()?;
-        times.push(Duration::from_secs_f32(end.milliseconds_since(&start)?.max(0.0) * 1e-3));
+        each(Duration::from_secs_f32(end.milliseconds_since(&start)?.max(0.0) * 1e-3))?;
     }
-    Ok(times)
+    Ok(())
 }
 
 fn write(buffer: &DeviceBuffer<u8>, stream: &Stream) -> Result<(), EngineError> {

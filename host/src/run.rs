@@ -9,6 +9,7 @@ use packinfer_abi::{AttentionParams, DeviceAddress, MergeParams};
 use crate::device_plan::{DevicePlan, Layout};
 use crate::kv_maps::KvTensors;
 use crate::memory::{DeviceSlice, DeviceSliceMut};
+use crate::stamps::Stamps;
 use crate::stream::Stream;
 use crate::workspace::Workspace;
 use crate::{Element, EngineError, KernelFamily};
@@ -42,13 +43,14 @@ pub struct RunOptions<'a> {
     pub sinks: Option<DeviceSlice<'a, f32>>,
 }
 
-/// Gives the launches of a checked run to the stream, whose context is current.
+/// Gives the launches of a checked run to the stream, whose context is current; its tasks are noted in `stamps`, if they are given.
 pub(crate) fn run<E: Element>(
     plan: &DevicePlan,
     workspace: &mut Workspace,
     stream: &Stream,
     tensors: &Tensors<'_, E>,
     options: RunOptions<'_>,
+    stamps: Option<&mut Stamps>,
 ) -> Result<(), EngineError> {
     let layout = &plan.layout;
     tensors.check(layout)?;
@@ -65,6 +67,7 @@ pub(crate) fn run<E: Element>(
         _ => 0,
     };
     plan.run_on(stream)?;
+    let stamps = stamps.map_or(Ok(0), |stamps| stamps.address_for(layout.attention_tasks))?;
     let lse = tensors.lse.as_ref().map_or(0, |lse| lse.address);
     let attention = AttentionParams {
         q: tensors.q.address,
@@ -86,7 +89,7 @@ pub(crate) fn run<E: Element>(
         scale_log2,
         soft_cap_log2,
         sinks,
-        stamps: 0,
+        stamps,
     };
     // SAFETY: the kernel has this one parameter. The plan is on the device when the stream gets there, its indices are within
     // tensors of the checked lengths, and within the workspace, which no other run uses at that time. Freeing any of this

@@ -25,6 +25,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Measures batches against the floor of what the device can do.
     Bench(BenchArgs),
+    /// Measures what work items take on the GPU, and fits the planner's model of it.
+    Calibrate(CalibrateArgs),
     /// Replays a trace of requests against a KV pool, without a GPU.
     KvSim(KvSimArgs),
 }
@@ -35,9 +37,32 @@ pub struct PlanArgs {
     /// Batch files, in JSON.
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     pub batch: Vec<PathBuf>,
+    /// What to plan for, and with --explain where to run.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Shows the predicted schedule too; where there is a GPU, runs the plans and shows what was predicted against what was achieved.
+    #[arg(long)]
+    pub explain: bool,
+    /// Draws the schedule of one batch, predicted and achieved, in SVG.
+    #[arg(long, value_name = "OUT", requires = "explain")]
+    pub timeline: Option<PathBuf>,
     /// Prints JSON instead of a table.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `calibrate`.
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Also writes the models, how well they fit and what was measured to a file, in JSON: for --calibration of other commands.
+    #[arg(long, value_name = "OUT")]
+    pub json: Option<PathBuf>,
+    /// Kernels to calibrate, sm_80 or sm_90a; by default all that the GPU can run.
+    #[arg(long, value_name = "FAMILY", conflicts_with = "refit")]
+    pub kernels: Option<KernelFamily>,
+    /// Measures nothing, but fits models to the measurements in a file that was written before.
+    #[arg(long, value_name = "FILE")]
+    pub refit: Option<PathBuf>,
 }
 
 /// Arguments of `verify`.
@@ -114,7 +139,7 @@ pub enum Layout {
 }
 
 /// Where to run.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct DeviceArgs {
     /// Where to run.
     #[arg(long, value_enum, default_value_t)]
@@ -122,6 +147,9 @@ pub struct DeviceArgs {
     /// Kernels to use on a GPU, sm_80 or sm_90a; by default those that run best on it.
     #[arg(long, value_name = "FAMILY")]
     pub kernels: Option<KernelFamily>,
+    /// The planner's models of the device, as `packinfer calibrate` wrote them; by default those that are built in.
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
 }
 
 /// Kind of device.

@@ -27,7 +27,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         Some(path) => Some((path, File::create(path).with_context(|| cannot_write(path))?)),
         None => None,
     };
-    let mut backend = Backend::open(args.device)?;
+    let mut backend = Backend::open(&args.device)?;
     let progress = Progress::new(cases.len() + 1);
     progress.doing("ceilings of the device");
     let mut report = Report {

@@ -4,7 +4,7 @@ use std::io::{Write, stdout};
 
 use packinfer::{DeviceInfo, KernelFamily, devices, driver_version};
 
-use crate::backend::Cpu;
+use crate::backend::processor_and_threads;
 use crate::memory;
 use crate::table;
 use crate::units::gigabytes;
@@ -13,7 +13,7 @@ use crate::units::gigabytes;
 pub fn run() -> anyhow::Result<()> {
     let mut stdout = stdout().lock();
     let memory = memory::available().map_or(String::new(), |bytes| format!(", {} GB available", gigabytes(bytes)));
-    writeln!(stdout, "CPU:    {}{memory}", Cpu::new().name)?;
+    writeln!(stdout, "CPU:    {}{memory}", processor_and_threads())?;
     if let Ok(version) = driver_version() {
         writeln!(stdout, "driver: CUDA {}.{}", version / 1000, version % 1000 / 10)?;
     }

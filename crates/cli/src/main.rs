@@ -6,7 +6,9 @@
 mod args;
 mod backend;
 mod bench;
+mod calibrate;
 mod case;
+mod explain;
 mod info;
 mod kv_sim;
 mod memory;
@@ -14,6 +16,7 @@ mod plan;
 mod planning;
 mod progress;
 mod table;
+mod timeline;
 mod units;
 mod verify;
 
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
         Command::Info => info::run().map(|()| ExitCode::SUCCESS),
         Command::Plan(args) => plan::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Calibrate(args) => calibrate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::KvSim(args) => kv_sim::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => {
             verify::run(&args).map(|within| if within { ExitCode::SUCCESS } else { ExitCode::from(OUT_OF_TOLERANCE) })

@@ -1,15 +1,19 @@
 //! `packinfer plan`: what plans look like.
 
+use std::fs;
 use std::io::{Write, stdout};
 
+use anyhow::{Context, bail};
 use packinfer_planner::{Explanation, KernelFamily};
 use serde::Serialize;
 
-use crate::args::PlanArgs;
-use crate::backend;
+use crate::args::{DeviceArgs, DeviceChoice, PlanArgs};
+use crate::backend::{self, Backend};
 use crate::case::Case;
+use crate::explain::Call;
 use crate::planning::{self, Planned};
 use crate::table;
+use crate::timeline;
 use crate::units::significant;
 
 /// Order of the pages. It has next to no influence on plans.
@@ -17,21 +21,48 @@ const SEED: u64 = 0;
 
 /// Plans the batches and prints what came of it.
 pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
-    let (device, planner) = backend::device_to_plan_for();
+    if args.timeline.is_some() && args.batch.len() != 1 {
+        bail!("--timeline draws the schedule of one batch: {} were given", args.batch.len());
+    }
+    let backend = if args.explain { Some(Backend::open(&args.device)?) } else { None };
+    let (device, planner) = match &backend {
+        Some(Backend::Cuda(cuda)) => (cuda.name.clone(), cuda.planner()),
+        _ => backend::device_to_plan_for(&DeviceArgs { device: without_gpu(args, &backend), ..args.device.clone() })?,
+    };
     let mut explained = Vec::new();
     for case in Case::read_all(&args.batch, SEED)? {
         let Planned { plan, plan_us } = planning::packed(&case.batch, planner.clone())?;
-        let requests = case.batch.requests().len();
-        let kernels = plan.model().kernel_family;
-        explained.push(Explained { batch: case.name, requests, kernels, plan_us, plan: plan.explain(plan.model()) });
+        let call = backend.as_ref().map(|backend| Call::of(&case, &plan, backend)).transpose()?;
+        if let (Some(path), Some(call)) = (&args.timeline, &call) {
+            let svg = timeline::svg(&case.name, &plan, &call.schedules())?;
+            fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        explained.push(Explained {
+            batch: case.name,
+            requests: case.batch.requests().len(),
+            kernels: plan.model().kernel_family,
+            plan_us,
+            plan: plan.explain(plan.model()),
+            call,
+        });
     }
     let mut stdout = stdout().lock();
     if args.json {
         writeln!(stdout, "{}", serde_json::to_string_pretty(&explained)?)?;
-    } else {
-        writeln!(stdout, "planned for {device}\n{}", table_of(&explained))?;
+        return Ok(());
+    }
+    writeln!(stdout, "planned for {device}\n{}", table_of(&explained))?;
+    for Explained { batch, call, .. } in &explained {
+        if let Some(call) = call {
+            call.print(batch, &mut stdout)?;
+        }
     }
     Ok(())
+}
+
+/// The device to plan for where nothing runs: where a GPU was tried and does not work, it is not to be planned for either.
+fn without_gpu(args: &PlanArgs, tried: &Option<Backend>) -> DeviceChoice {
+    if tried.is_some() { DeviceChoice::Cpu } else { args.device.device }
 }
 
 /// A batch and its plan.
@@ -45,6 +76,9 @@ struct Explained {
     plan_us: f64,
     #[serde(flatten)]
     plan: Explanation,
+    /// What was predicted and achieved, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    call: Option<Call>,
 }
 
 /// One column for each plan, because there is more to say of a plan than fits a line.

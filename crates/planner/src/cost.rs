@@ -2,40 +2,49 @@
 
 use std::ops::Range;
 
-use packinfer_abi::{COLUMN_STEP, DIRECT, HeadGroups, NARROW_TILE_ROWS, RowSegment, TileKind, WorkItem};
+use packinfer_abi::{DIRECT, HeadGroups, NARROW_TILE_ROWS, RowSegment, TileKind, WIDE_TILE_ROWS, WorkItem};
 use packinfer_batch::AttentionShape;
+use serde::{Deserialize, Serialize};
 
-use crate::DeviceModel;
+use crate::device::TileTimes;
 use crate::tile::{Division, kind_for};
+use crate::{DeviceModel, KernelFamily};
 
 /// Nanoseconds of one thread block.
 pub(crate) type Ns = u64;
 
-/// Warps that divide the rows of a wide tile.
-const WIDE_WARPS: u32 = 4;
+/// The most parts of a tile's rows that skip columns by themselves.
+const MAX_PARTS: usize = (WIDE_TILE_ROWS / 32) as usize;
 /// Bytes of an element of a partial, or of its log-sum-exp.
 const PARTIAL_ELEMENT_BYTES: u64 = 4;
 
 /// Rows of a tile that skip a step of columns together, because none of them sees any of it.
-fn warp_rows(heads: HeadGroups, kind: TileKind) -> u32 {
+fn rows_together(family: KernelFamily, heads: HeadGroups, kind: TileKind) -> u32 {
     match kind {
-        TileKind::Wide => heads.wide_tile_rows / WIDE_WARPS,
+        // A tile has as many parts, however many rows it has.
+        TileKind::Wide => family.wide_rows_together() * heads.wide_tile_rows / WIDE_TILE_ROWS,
         // The warps of a block share the rows.
         TileKind::Narrow => NARROW_TILE_ROWS,
     }
 }
 
-/// (row, column) pairs that a head group computes of a tile's `columns`: whole steps of whole warps.
-pub(crate) fn issued_pairs(heads: HeadGroups, kind: TileKind, segments: &[RowSegment], columns: Range<u32>) -> u64 {
-    let warp_rows = warp_rows(heads, kind);
-    let mut views = [(u32::MAX, 0); WIDE_WARPS as usize];
+/// (row, column) pairs that a head group computes of a tile's `columns`: whole steps of whole warps or warpgroups.
+pub(crate) fn issued_pairs(
+    family: KernelFamily,
+    heads: HeadGroups,
+    kind: TileKind,
+    segments: &[RowSegment],
+    columns: Range<u32>,
+) -> u64 {
+    let (together, step) = (rows_together(family, heads, kind), family.column_step());
+    let mut views = [(u32::MAX, 0); MAX_PARTS];
     let mut row = 0;
     for segment in segments {
         let row_end = row + segment.num_tokens * heads.heads_per_group;
-        for warp in row / warp_rows..row_end.div_ceil(warp_rows) {
-            let (first_row, last_row) = (row.max(warp * warp_rows), row_end.min((warp + 1) * warp_rows) - 1);
+        for part in row / together..row_end.div_ceil(together) {
+            let (first_row, last_row) = (row.max(part * together), row_end.min((part + 1) * together) - 1);
             let token = |row_of_token| (row_of_token - row) / heads.heads_per_group;
-            let (begin, end) = &mut views[warp as usize];
+            let (begin, end) = &mut views[part as usize];
             *begin = segment.columns(token(first_row)).start.min(*begin);
             *end = segment.columns(token(last_row)).end.max(*end);
         }
@@ -45,9 +54,9 @@ pub(crate) fn issued_pairs(heads: HeadGroups, kind: TileKind, segments: &[RowSeg
         .iter()
         .map(|&(begin, end)| (begin.max(columns.start), end.min(columns.end)))
         .filter(|(begin, end)| begin < end)
-        .map(|(begin, end)| (end - columns.start).div_ceil(COLUMN_STEP) - (begin - columns.start) / COLUMN_STEP)
+        .map(|(begin, end)| (end - columns.start).div_ceil(step) - (begin - columns.start) / step)
         .sum();
-    u64::from(warp_rows) * u64::from(COLUMN_STEP) * u64::from(steps)
+    u64::from(together) * u64::from(step) * u64::from(steps)
 }
 
 /// Rows of a head group in a tile.
@@ -55,26 +64,54 @@ pub(crate) fn num_rows(heads: HeadGroups, segments: &[RowSegment]) -> u32 {
     segments.iter().map(|segment| segment.num_tokens).sum::<u32>() * heads.heads_per_group
 }
 
+/// What one head group of a work item has to do: what the cost model goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ItemWork {
+    /// The kind of its tile.
+    #[serde(with = "TileKindName")]
+    pub tile: TileKind,
+    /// Bytes read from memory and written to it.
+    pub memory_bytes: f64,
+    /// Bytes that are found in the L2 cache.
+    pub cached_bytes: f64,
+    /// Steps of columns.
+    pub steps: u32,
+    /// Floating-point operations, those of a narrow tile included.
+    pub flops: f64,
+}
+
+/// How a [`TileKind`] is written.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "TileKind", rename_all = "lowercase")]
+enum TileKindName {
+    Wide,
+    Narrow,
+}
+
 /// The cost model for one shape: what the parts of a work item take a thread block that has its share of the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CostModel {
+    family: KernelFamily,
     heads: HeadGroups,
-    /// A work item, whatever it does.
+    /// By kind of tile.
+    tiles: [TileCosts; 2],
     item_ns: f64,
-    /// A column of K and V, read from memory.
-    column_ns: f64,
-    /// A column of K and V, found in the L2 cache.
-    cached_column_ns: f64,
-    /// A step of columns, whatever is computed.
+    /// Bytes of a row of K or V, of Q or O.
+    row_bytes: f64,
+    /// Bytes of a row of a partial.
+    partial_row_bytes: f64,
+    byte_ns: f64,
+    cached_byte_ns: f64,
+    flops_per_pair: f64,
+}
+
+/// What the parts of a tile take where memory does not limit.
+#[derive(Clone, Copy, Debug)]
+struct TileCosts {
+    setup_ns: f64,
     step_ns: f64,
-    /// A (row, column) pair.
-    pair_ns: f64,
-    /// A row of Q and one of O.
-    row_ns: f64,
-    /// A row of Q and one of a partial.
-    partial_row_ns: f64,
-    /// A row of a partial that is read to be merged.
-    merged_row_ns: f64,
+    flop_ns: f64,
 }
 
 /// What rows take together, by the number of columns that they all see.
@@ -93,51 +130,87 @@ impl Line {
 
 impl CostModel {
     pub fn new(model: &DeviceModel, shape: AttentionShape, heads: HeadGroups) -> Self {
-        let lanes = f64::from(model.lanes());
-        let (byte_ns, cached_byte_ns) = (1e9 * lanes / model.bytes_per_s, 1e9 * lanes / model.cached_bytes_per_s);
-        let row_bytes = (u64::from(shape.head_dim()) * shape.dtype().size_in_bytes()) as f64;
+        let of_block = |per_s: f64| 1e9 * f64::from(model.lanes()) / per_s;
+        let TileTimes { setup_ns, step_ns } = model.wide;
+        let wide = TileCosts { setup_ns, step_ns, flop_ns: of_block(model.flops_per_s) };
+        let TileTimes { setup_ns, step_ns } = model.narrow;
+        let narrow = TileCosts { setup_ns, step_ns, flop_ns: 0.0 }; // the steps are all alike
         Self {
+            family: model.kernel_family,
             heads,
+            tiles: [wide, narrow],
             item_ns: model.item_ns,
-            column_ns: 2.0 * row_bytes * byte_ns,
-            cached_column_ns: 2.0 * row_bytes * cached_byte_ns,
-            step_ns: model.step_ns,
-            pair_ns: 4.0 * f64::from(shape.head_dim()) * 1e9 * lanes / model.flops_per_s,
-            row_ns: 2.0 * row_bytes * byte_ns,
-            partial_row_ns: (row_bytes + partial_row_bytes(shape) as f64) * byte_ns,
-            merged_row_ns: partial_row_bytes(shape) as f64 * byte_ns,
+            row_bytes: (u64::from(shape.head_dim()) * shape.dtype().size_in_bytes()) as f64,
+            partial_row_bytes: partial_row_bytes(shape) as f64,
+            byte_ns: of_block(model.bytes_per_s),
+            cached_byte_ns: of_block(model.cached_bytes_per_s),
+            flops_per_pair: 4.0 * f64::from(shape.head_dim()),
         }
     }
 
-    /// What an item takes besides its columns.
-    pub fn fixed_ns(&self, num_rows: u32, partial: bool) -> f64 {
-        self.item_ns + f64::from(num_rows) * if partial { self.partial_row_ns } else { self.row_ns }
+    fn tile(&self, kind: TileKind) -> &TileCosts {
+        &self.tiles[kind as usize]
     }
 
-    /// What an item takes for its columns, of which a part of `fresh` is read by no other item of its head group before.
-    pub fn columns_ns(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32) -> f64 {
-        let num_columns = columns.end - columns.start;
-        let read_ns = f64::from(num_columns) * self.read_ns(fresh);
-        let compute_ns = f64::from(num_columns.div_ceil(COLUMN_STEP)) * self.step_ns
-            + issued_pairs(self.heads, kind, segments, columns) as f64 * self.pair_ns;
-        read_ns.max(compute_ns)
+    /// Bytes of rows of Q, and of O or partials.
+    fn row_bytes(&self, num_rows: u32, partial: bool) -> f64 {
+        f64::from(num_rows) * (self.row_bytes + if partial { self.partial_row_bytes } else { self.row_bytes })
     }
 
-    /// What it takes to read a column.
-    fn read_ns(&self, fresh: f32) -> f64 {
+    /// The part of the columns that is read from memory, if a part of `fresh` is read by no other item of its head group before.
+    fn fresh(&self, fresh: f32) -> f64 {
         // The head groups of a KV head share its columns too.
-        let fresh = f64::from(fresh) / f64::from(self.heads.groups_per_kv_head().max(1));
-        fresh * self.column_ns + (1.0 - fresh) * self.cached_column_ns
+        f64::from(fresh) / f64::from(self.heads.groups_per_kv_head().max(1))
+    }
+
+    /// What an item takes besides its columns, if it is its traffic that takes long.
+    pub fn fixed_traffic_ns(&self, num_rows: u32, partial: bool) -> f64 {
+        self.item_ns + self.row_bytes(num_rows, partial) * self.byte_ns
+    }
+
+    /// What an item takes besides its columns, if it is not.
+    pub fn fixed_block_ns(&self, kind: TileKind) -> f64 {
+        self.item_ns + self.tile(kind).setup_ns
+    }
+
+    /// What it takes to read a column, of which a part of `fresh` is read by no other item of its head group before.
+    pub fn read_ns(&self, fresh: f32) -> f64 {
+        let fresh = self.fresh(fresh);
+        2.0 * self.row_bytes * (fresh * self.byte_ns + (1.0 - fresh) * self.cached_byte_ns)
+    }
+
+    /// What an item has to do, if a part of `fresh` of its columns is read by no other item of its head group before.
+    pub fn work(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> ItemWork {
+        let kv_bytes = 2.0 * self.row_bytes * f64::from(columns.end - columns.start);
+        let fresh_bytes = kv_bytes * self.fresh(fresh);
+        ItemWork {
+            tile: kind,
+            memory_bytes: fresh_bytes + self.row_bytes(num_rows(self.heads, segments), partial),
+            cached_bytes: kv_bytes - fresh_bytes,
+            steps: (columns.end - columns.start).div_ceil(self.family.column_step()),
+            flops: issued_pairs(self.family, self.heads, kind, segments, columns) as f64 * self.flops_per_pair,
+        }
+    }
+
+    /// What that takes.
+    pub fn work_ns(&self, work: &ItemWork) -> f64 {
+        let tile = self.tile(work.tile);
+        let traffic_ns = work.memory_bytes * self.byte_ns + work.cached_bytes * self.cached_byte_ns;
+        let block_ns = tile.setup_ns + f64::from(work.steps) * tile.step_ns + work.flops * tile.flop_ns;
+        self.item_ns + traffic_ns.max(block_ns)
     }
 
     /// What query tokens take that are put into tiles by themselves, all see every column, and are merged with what they see elsewhere.
     pub fn shared(&self, division: Division) -> Line {
         let tile = |kind: TileKind, tokens: u32| {
             let rows = tokens * self.heads.heads_per_group;
-            let issued_rows = f64::from(rows.next_multiple_of(warp_rows(self.heads, kind)));
-            let compute_ns = self.step_ns / f64::from(COLUMN_STEP) + issued_rows * self.pair_ns;
-            let fixed_ns = self.fixed_ns(rows, true) + f64::from(rows) * self.merged_row_ns;
-            Line { fixed_ns, column_ns: self.read_ns(division.fresh()).max(compute_ns) }
+            let TileCosts { step_ns, flop_ns, .. } = self.tile(kind);
+            let issued_rows = f64::from(rows.next_multiple_of(rows_together(self.family, self.heads, kind)));
+            let block_ns = step_ns / f64::from(self.family.column_step()) + issued_rows * self.flops_per_pair * flop_ns;
+            let read_ns = self.read_ns(division.fresh());
+            let merge_ns = f64::from(rows) * self.partial_row_bytes * self.byte_ns;
+            let fixed_ns = self.fixed_traffic_ns(rows, true).max(self.fixed_block_ns(kind));
+            Line { fixed_ns: fixed_ns + merge_ns, column_ns: read_ns.max(block_ns) }
         };
         let full = tile(TileKind::Wide, division.tile_tokens);
         let last = match division.remainder {
@@ -148,15 +221,19 @@ impl CostModel {
         Line { fixed_ns: full_tiles * full.fixed_ns + last.fixed_ns, column_ns: full_tiles * full.column_ns + last.column_ns }
     }
 
-    /// What an item takes.
+    /// What an item takes: see [`Self::work`].
     pub fn item(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> Ns {
-        let num_rows = num_rows(self.heads, segments);
-        (self.fixed_ns(num_rows, partial) + self.columns_ns(kind, segments, columns, fresh)) as Ns
+        self.work_ns(&self.work(kind, segments, columns, fresh, partial)) as Ns
+    }
+
+    /// What an item of a plan has to do.
+    pub fn work_of(&self, item: &WorkItem, segments: &[RowSegment], fresh: f32) -> ItemWork {
+        self.work(item.tile, segments, item.column_begin..item.column_end, fresh, item.partial_row != DIRECT)
     }
 
     /// What an item of a plan takes.
     pub fn work_item(&self, item: &WorkItem, segments: &[RowSegment], fresh: f32) -> Ns {
-        self.item(item.tile, segments, item.column_begin..item.column_end, fresh, item.partial_row != DIRECT)
+        self.work_ns(&self.work_of(item, segments, fresh)) as Ns
     }
 }
 
@@ -176,9 +253,14 @@ pub(crate) fn merge_ns(
     if num_tokens == 0 {
         return 0.0;
     }
+    model.merge_ns + merged_bytes(shape, heads, num_tokens, num_partial_rows) / model.bytes_per_s * 1e9
+}
+
+/// Bytes that merging reads and writes.
+pub(crate) fn merged_bytes(shape: AttentionShape, heads: HeadGroups, num_tokens: u64, num_partial_rows: u64) -> f64 {
     let read = num_partial_rows * u64::from(heads.num_groups) * partial_row_bytes(shape);
     let written = num_tokens * shape.qo_elements_per_token() * shape.dtype().size_in_bytes();
-    model.merge_ns + (read + written) as f64 / model.bytes_per_s * 1e9
+    (read + written) as f64
 }
 
 #[cfg(test)]
@@ -199,7 +281,7 @@ mod tests {
 
     #[test]
     fn warps_skip_steps_that_none_of_their_rows_sees() {
-        let pairs = |kind, segments: &[RowSegment], columns| issued_pairs(heads(), kind, segments, columns);
+        let pairs = |kind, segments: &[RowSegment], columns| issued_pairs(KernelFamily::Sm80, heads(), kind, segments, columns);
         let (warp_step, narrow_step) = (32 * 64, 16 * 64);
         // 8 tokens a warp: a prompt of 32 tokens is one step of four warps, then another of the last one.
         assert_eq!(pairs(TileKind::Wide, &[segment(32, 0, 1)], 0..32), 4 * warp_step);
@@ -216,6 +298,8 @@ mod tests {
         // A window of 64 columns: the first of four warps sees columns 50 to 121, the last 74 to 145.
         let window = RowSegment { begin_hold: 0, ..segment(32, 50, 114) };
         assert_eq!(pairs(TileKind::Wide, &[window], 0..145), (2 + 3 + 2 + 2) * warp_step);
+        // A warpgroup of 64 rows sees what either of its requests does, in steps of 128 columns.
+        assert_eq!(issued_pairs(KernelFamily::Sm90a, heads(), TileKind::Wide, &two, 0..200), 2 * 64 * 128);
     }
 
     #[test]

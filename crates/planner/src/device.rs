@@ -1,19 +1,32 @@
 //! How fast a device is: what the cost model knows of it.
 
+use std::ops::RangeInclusive;
+
 use packinfer_abi::ATTENTION_BLOCKS_PER_SM;
 use packinfer_batch::Batch;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use crate::KernelFamily;
+use crate::{Calibration, KernelFamily};
+
+/// More multiprocessors, or anything else that is counted, than any device has.
+const MOST_COUNT: f64 = 65_536.0;
+/// Bytes and operations a second, from a small part of the slowest device to more than the fastest can do.
+const PLAUSIBLE_RATES: RangeInclusive<f64> = 1e9..=1e18;
+/// Nanoseconds of what is not in proportion to an item's work: up to a millisecond.
+const PLAUSIBLE_TIMES: RangeInclusive<f64> = 0.0..=1e6;
 
 /// What a device takes for the parts of a work item.
 ///
 /// The rates are what attention kernels reach, which is less than a data sheet says. A thread block has an equal share of them: the
-/// planner balances work for a device that is full.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+/// planner balances work for a device that is full. A work item takes [`Self::item_ns`], and besides the longer of two times: what its
+/// bytes take at the block's share of the memory and of the cache; and what its [`TileTimes`] and products take.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DeviceModel {
     /// The kernels that it is a model of.
     pub kernel_family: KernelFamily,
+    /// The head dimension that it is a model of. It serves for others too, if there is no model that is closer.
+    pub head_dim: u32,
     /// Multiprocessors.
     pub num_sms: u32,
     /// Blocks of the attention kernel that a multiprocessor works on at a time.
@@ -22,50 +35,49 @@ pub struct DeviceModel {
     pub bytes_per_s: f64,
     /// Bytes a second from the L2 cache, where a tile finds KV that another tile of the same request has read.
     pub cached_bytes_per_s: f64,
-    /// Floating-point operations a second of the tensor cores.
+    /// Floating-point operations a second of the tensor cores, in wide tiles.
     pub flops_per_s: f64,
-    /// Nanoseconds that a work item takes besides: reading its description, filling the pipeline, storing the result.
+    /// Nanoseconds that a work item takes besides, whatever it does and whatever is done beside it.
     pub item_ns: f64,
-    /// Nanoseconds that a step of columns takes besides its products: waiting for the copies and for the other warps.
-    pub step_ns: f64,
-    /// Nanoseconds from the launch of the attention kernel to its first work item.
+    /// Times of wide tiles, besides their products.
+    pub wide: TileTimes,
+    /// Times of narrow tiles, with their products.
+    pub narrow: TileTimes,
+    /// Nanoseconds from the launch of the attention kernel to its first work item, and from its last to the end.
     pub launch_ns: f64,
     /// Nanoseconds that merging takes besides its traffic: one more launch, which waits for the attention kernel.
     pub merge_ns: f64,
 }
 
+/// What a thread block takes for tiles of one kind, where it does not wait for its share of the memory.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TileTimes {
+    /// Nanoseconds of a work item: reading its description, filling the pipeline, storing the result.
+    pub setup_ns: f64,
+    /// Nanoseconds of a step of columns, of which a family of kernels has its own number.
+    pub step_ns: f64,
+}
+
 impl DeviceModel {
-    /// NVIDIA H100 SXM, 80 GB.
+    /// NVIDIA H100 SXM, 80 GB: round figures. [`Self::all_for_device`] knows what was measured.
     pub const H100: Self = Self {
         kernel_family: KernelFamily::Sm80,
+        head_dim: 128,
         num_sms: 132,
         blocks_per_sm: ATTENTION_BLOCKS_PER_SM,
         bytes_per_s: 3.0e12,
         cached_bytes_per_s: 5.5e12,
-        flops_per_s: 4.0e14,
-        item_ns: 2500.0,
-        step_ns: 300.0,
-        launch_ns: 2000.0,
+        flops_per_s: 3.9e14,
+        item_ns: 500.0,
+        wide: TileTimes { setup_ns: 4500.0, step_ns: 200.0 },
+        narrow: TileTimes { setup_ns: 2500.0, step_ns: 500.0 },
+        launch_ns: 4000.0,
         merge_ns: 3000.0,
     };
 
     /// NVIDIA H200 SXM: an H100 with faster memory.
     pub const H200: Self = Self { bytes_per_s: 4.3e12, ..Self::H100 };
-
-    /// The same device with the `sm_90a` kernels instead of the `sm_80` kernels: one block a multiprocessor, which takes items in turn and
-    /// loads for the next while it finishes one; products through `wgmma`.
-    fn with_hopper_kernels(self) -> Self {
-        /// What `wgmma` gives the wide tiles, of what `mma` does.
-        const PRODUCTS: f64 = 1.55;
-        Self {
-            kernel_family: KernelFamily::Sm90a,
-            blocks_per_sm: 1,
-            flops_per_s: self.flops_per_s * PRODUCTS,
-            item_ns: 1500.0,
-            step_ns: 100.0,
-            ..self
-        }
-    }
 
     /// NVIDIA A100 SXM, 80 GB. Its multiprocessors have shared memory for one block.
     pub const A100: Self = Self {
@@ -77,10 +89,49 @@ impl DeviceModel {
         ..Self::H100
     };
 
-    /// The models of a device, one for each family of kernels that it can run.
+    /// NVIDIA H100 on a PCIe card.
+    const H100_PCIE: Self = Self { num_sms: 114, bytes_per_s: 1.8e12, flops_per_s: 2.8e14, ..Self::H100 };
+
+    /// What workstation and inference cards have in common: about 8 GB/s and 1 TFLOP/s for each multiprocessor, and shared memory
+    /// for one block. These are the figures of an RTX 4090.
+    const WORKSTATION: Self = Self {
+        num_sms: 128,
+        blocks_per_sm: 1,
+        bytes_per_s: 0.93e12,
+        cached_bytes_per_s: 3.0e12,
+        flops_per_s: 1.3e14,
+        ..Self::H100
+    };
+
+    /// The same device with the `sm_90a` kernels instead of the `sm_80` kernels: one block a multiprocessor, which takes items in turn and
+    /// loads for the next while it finishes one; products through `wgmma`.
+    fn with_hopper_kernels(self) -> Self {
+        /// What `wgmma` gives the wide tiles, of what `mma` does.
+        const PRODUCTS: f64 = 1.85;
+        Self {
+            kernel_family: KernelFamily::Sm90a,
+            blocks_per_sm: 1,
+            flops_per_s: self.flops_per_s * PRODUCTS,
+            wide: TileTimes { setup_ns: 2500.0, step_ns: 100.0 },
+            narrow: TileTimes { setup_ns: 1500.0, step_ns: 500.0 },
+            ..self
+        }
+    }
+
+    /// The models of a device with the given name, as its driver gives it, and compute capability (major, minor): for each family of kernels
+    /// that it can run, one or one for each of some head dimensions. They are what was measured on a device of that name, or else
+    /// [`Self::estimates_for_device`].
     ///
-    /// See [`Self::for_device`].
+    /// A part of a device, which has fewer multiprocessors, has that part of its rates.
     pub fn all_for_device(name: &str, compute_capability: (u32, u32), num_sms: u32) -> Vec<Self> {
+        match Calibration::measured_models(name) {
+            Some(measured) => measured.into_iter().map(|model| model.with_sms(num_sms)).collect(),
+            None => Self::estimates_for_device(name, compute_capability, num_sms),
+        }
+    }
+
+    /// As [`Self::all_for_device`], from what is known of devices of that name or at least of that compute capability.
+    pub fn estimates_for_device(name: &str, compute_capability: (u32, u32), num_sms: u32) -> Vec<Self> {
         let model = Self::for_device(name, compute_capability, num_sms);
         let families = KernelFamily::ALL.into_iter().filter(|family| family.runs_on(compute_capability));
         let of_family = |family| match family {
@@ -90,10 +141,8 @@ impl DeviceModel {
         families.map(of_family).collect()
     }
 
-    /// The model, with `sm_80` kernels, of a device with the given name, as its driver gives it, and compute capability (major, minor).
-    ///
-    /// A part of a device, which has fewer multiprocessors, has that part of its rates.
-    pub fn for_device(name: &str, compute_capability: (u32, u32), num_sms: u32) -> Self {
+    /// What is known of a device with the `sm_80` kernels.
+    fn for_device(name: &str, compute_capability: (u32, u32), num_sms: u32) -> Self {
         let known = [("H200", Self::H200), ("H100 PCIe", Self::H100_PCIE), ("H100", Self::H100), ("A100", Self::A100)];
         match known.iter().find(|(part, _)| name.contains(part)) {
             Some((_, model)) => model.with_sms(num_sms),
@@ -111,20 +160,6 @@ impl DeviceModel {
         like.with_sms(num_sms)
     }
 
-    /// NVIDIA H100 on a PCIe card.
-    const H100_PCIE: Self = Self { num_sms: 114, bytes_per_s: 1.8e12, flops_per_s: 2.8e14, ..Self::H100 };
-
-    /// What workstation and inference cards have in common: about 8 GB/s and 1 TFLOP/s for each multiprocessor, and shared memory
-    /// for one block. These are the figures of an RTX 4090.
-    const WORKSTATION: Self = Self {
-        num_sms: 128,
-        blocks_per_sm: 1,
-        bytes_per_s: 0.93e12,
-        cached_bytes_per_s: 3.0e12,
-        flops_per_s: 1.3e14,
-        ..Self::H100
-    };
-
     /// The same with another number of multiprocessors, and rates in proportion.
     fn with_sms(self, num_sms: u32) -> Self {
         let num_sms = num_sms.max(1);
@@ -136,6 +171,35 @@ impl DeviceModel {
             flops_per_s: self.flops_per_s * part,
             ..self
         }
+    }
+
+    /// How badly it suits a head dimension: it serves for smaller ones rather than for larger ones, and for those that are close.
+    pub(crate) fn misfit(&self, head_dim: u32) -> (bool, u32) {
+        (self.head_dim < head_dim, self.head_dim.abs_diff(head_dim))
+    }
+
+    /// Its first number that no device has, by name.
+    pub(crate) fn implausible(&self) -> Option<(&'static str, f64)> {
+        let counts = [("head_dim", self.head_dim), ("num_sms", self.num_sms), ("blocks_per_sm", self.blocks_per_sm)];
+        let rates = [
+            ("bytes_per_s", self.bytes_per_s),
+            ("cached_bytes_per_s", self.cached_bytes_per_s),
+            ("flops_per_s", self.flops_per_s),
+        ];
+        let times = [
+            ("item_ns", self.item_ns),
+            ("wide.setup_ns", self.wide.setup_ns),
+            ("wide.step_ns", self.wide.step_ns),
+            ("narrow.setup_ns", self.narrow.setup_ns),
+            ("narrow.step_ns", self.narrow.step_ns),
+            ("launch_ns", self.launch_ns),
+            ("merge_ns", self.merge_ns),
+        ];
+        let counts = counts.map(|(name, count)| (name, f64::from(count))).into_iter();
+        let mut wrong = counts.filter(|(_, count)| !(1.0..=MOST_COUNT).contains(count));
+        let mut wrong_rates = rates.into_iter().filter(|(_, rate)| !PLAUSIBLE_RATES.contains(rate));
+        let mut wrong_times = times.into_iter().filter(|(_, time)| !PLAUSIBLE_TIMES.contains(time));
+        wrong.next().or_else(|| wrong_rates.next()).or_else(|| wrong_times.next())
     }
 
     /// Nanoseconds that a batch takes at least: its bytes or its products, whichever takes longer. Each request reads all KV that all of its
@@ -178,14 +242,14 @@ mod tests {
     #[test]
     fn parts_of_a_device_have_parts_of_its_rates() {
         let half = DeviceModel::for_device("NVIDIA H100 80GB HBM3 MIG 3g.40gb", (9, 0), 66);
-        assert_eq!((half.num_sms, half.bytes_per_s, half.flops_per_s), (66, 1.5e12, 2.0e14));
+        assert_eq!((half.num_sms, half.bytes_per_s, half.flops_per_s), (66, 1.5e12, 1.95e14));
         assert_eq!(half.item_ns, DeviceModel::H100.item_ns);
     }
 
     #[test]
     fn shared_memory_decides_on_blocks_per_sm() {
         for (compute_capability, blocks) in [((8, 0), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 2), ((10, 0), 2), ((12, 0), 1)] {
-            let model = DeviceModel::for_device("some device", compute_capability, 40);
+            let model = DeviceModel::estimates_for_device("some device", compute_capability, 40)[0];
             assert_eq!(model.lanes(), 40 * blocks, "{compute_capability:?}");
         }
         assert_eq!(DeviceModel::generic(0, (9, 0)).num_sms, 1);

@@ -3,7 +3,7 @@
 use packinfer_abi::{KvRun, RowSegment, TileKind};
 use serde::Serialize;
 
-use crate::cost::{CostModel, Ns, issued_pairs, merge_ns, num_rows, partial_row_bytes};
+use crate::cost::{CostModel, ItemWork, Ns, issued_pairs, merge_ns, merged_bytes, num_rows, partial_row_bytes};
 use crate::lanes::Lanes;
 use crate::tile::last_column_end;
 use crate::{DeviceModel, Plan};
@@ -65,9 +65,21 @@ impl Plan {
         self.item_ns(model).map(|time| time as f64 * 1e-3)
     }
 
-    fn item_ns(&self, model: &DeviceModel) -> impl Iterator<Item = Ns> {
+    /// What each work item has to do for one head group with the kernels of `model`, in the order of the items.
+    pub fn work(&self, model: &DeviceModel) -> impl Iterator<Item = ItemWork> {
+        let cost = CostModel::new(model, self.shape, self.heads);
+        self.items.iter().zip(&self.fresh).map(move |(item, &fresh)| cost.work_of(item, self.segments_of(item), fresh))
+    }
+
+    pub(crate) fn item_ns(&self, model: &DeviceModel) -> impl Iterator<Item = Ns> {
         let cost = CostModel::new(model, self.shape, self.heads);
         self.items.iter().zip(&self.fresh).map(move |(item, &fresh)| cost.work_item(item, self.segments_of(item), fresh))
+    }
+
+    /// Bytes that merging reads and writes, if there is anything to merge.
+    pub fn merged_bytes(&self) -> Option<f64> {
+        let (num_tokens, num_rows) = (self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
+        (num_tokens > 0).then(|| merged_bytes(self.shape, self.heads, num_tokens, num_rows))
     }
 
     /// Nanoseconds that `model` expects of the attention call, merging included. Leaves the loads of the device's blocks in `lanes`.
@@ -110,7 +122,7 @@ impl Plan {
             columns += u64::from(item.column_end - item.column_begin);
             fresh_columns += f64::from(fresh) * f64::from(item.column_end - item.column_begin);
             q_rows += u64::from(num_rows(heads, segments));
-            issued += issued_pairs(heads, item.tile, segments, range);
+            issued += issued_pairs(model.kernel_family, heads, item.tile, segments, range);
             // Each tile has one item with its first column.
             if item.column_begin == 0 {
                 tiles[item.tile as usize] += 1;

@@ -3,11 +3,12 @@
 use std::fmt;
 use std::str::FromStr;
 
+use packinfer_abi::COLUMN_STEP;
 use packinfer_batch::AttentionShape;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Kernels compiled for one architecture. All families run the same plans.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum KernelFamily {
     /// For Ampere and later: small blocks, several at a time on a multiprocessor, that overlap each other's loads and products. Best where memory
@@ -22,6 +23,22 @@ pub enum KernelFamily {
 impl KernelFamily {
     /// All families.
     pub const ALL: [Self; 2] = [Self::Sm80, Self::Sm90a];
+
+    /// Columns that a thread block takes at a time.
+    pub(crate) fn column_step(self) -> u32 {
+        match self {
+            Self::Sm80 => COLUMN_STEP,
+            Self::Sm90a => 2 * COLUMN_STEP,
+        }
+    }
+
+    /// Rows of a wide tile that skip a step of columns together, because none of them sees any of it: those of a warp, or of a warpgroup.
+    pub(crate) fn wide_rows_together(self) -> u32 {
+        match self {
+            Self::Sm80 => 32,
+            Self::Sm90a => 64,
+        }
+    }
 
     /// Whether a device of a compute capability, major and minor number, can run them.
     pub fn runs_on(self, compute_capability: (u32, u32)) -> bool {

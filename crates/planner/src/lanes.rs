@@ -25,6 +25,13 @@ impl Lanes {
         self.loads.peek().map_or(0, |least| least.0)
     }
 
+    /// When a second lane is free, if there is one.
+    pub fn second(&self) -> Ns {
+        // The heap's least is the first of its slice, and the next is one of the two below it.
+        let below_least = self.loads.as_slice().iter().skip(1).take(2);
+        below_least.map(|load| load.0).min().unwrap_or(self.least())
+    }
+
     /// When all lanes are free.
     pub fn max(&self) -> Ns {
         self.max
@@ -50,9 +57,14 @@ mod tests {
         for cost in [5, 3, 2, 4] {
             lanes.add(cost); // ends at 5, 3, 5, 9
         }
-        assert_eq!((lanes.least(), lanes.max()), (5, 9));
+        assert_eq!((lanes.least(), lanes.second(), lanes.max()), (5, 9, 9));
         lanes.reset(0);
         lanes.add(7);
-        assert_eq!((lanes.least(), lanes.max()), (7, 7));
+        assert_eq!((lanes.least(), lanes.second(), lanes.max()), (7, 7, 7));
+        lanes.reset(5);
+        for cost in [5, 3, 2, 4, 9] {
+            lanes.add(cost);
+        }
+        assert_eq!((lanes.least(), lanes.second()), (2, 3));
     }
 }

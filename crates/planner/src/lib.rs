@@ -37,25 +37,35 @@
 //! ```
 
 mod append;
+mod calibration;
+mod compare;
 mod cost;
 mod device;
 mod error;
 mod explain;
 mod family;
+mod fit;
 mod items;
 mod lanes;
+mod least_squares;
 mod pack;
 mod plan;
 mod planner;
 mod prefix;
+mod schedule;
 mod share;
 mod split;
 mod tile;
 
 pub use append::{AppendError, Headroom};
-pub use device::DeviceModel;
+pub use calibration::{Calibration, CalibrationError};
+pub use compare::{Comparison, ItemError, KindError};
+pub use cost::ItemWork;
+pub use device::{DeviceModel, TileTimes};
 pub use error::PlanError;
 pub use explain::Explanation;
 pub use family::KernelFamily;
+pub use fit::{BatchError, Fit, ItemTime, Measurement, fit};
 pub use plan::Plan;
 pub use planner::{Packing, Planner};
+pub use schedule::{Schedule, ScheduleSummary, SmLoad, StampError, TaskTime};

@@ -68,8 +68,9 @@ impl Planner {
         Self::choosing(vec![model])
     }
 
-    /// A planner for a device that has several families of kernels, one model each; a default model if there are none. It plans a batch
-    /// for the family that needs the least time for its bytes and products, the first of those that need the same.
+    /// A planner for a device that has several families of kernels, with models of each; a default model if there are none. It plans a batch
+    /// by the model of each family that suits its head dimension, for the family that needs the least time for its bytes and products, the
+    /// first of those that need about the same.
     pub fn choosing(mut models: Vec<DeviceModel>) -> Self {
         if models.is_empty() {
             models.push(DeviceModel::default());
@@ -137,21 +138,28 @@ impl Planner {
         planned.inspect_err(|_| *plan = Plan::empty(shape))
     }
 
-    /// The model that a batch is planned for, of whose KV tokens so many need not be read: the one that needs the least time for its bytes
-    /// and products. Where the bytes are the limit for all, it is the first for decodes and the last for prompts, whose
-    /// Q and O are most of the bytes.
+    /// The model that a batch is planned for, of whose KV tokens so many need not be read: of those that suit its head dimension best, the
+    /// one that needs the least time for its bytes and products. Of those that need about the same it is the first for decodes, and the last
+    /// for prompts, whose Q and O are most of the bytes.
     fn choose(&self, batch: &Batch, repeated_tokens: u64) -> Result<DeviceModel, PlanError> {
+        /// What measurements differ by, as part of them.
+        const SPREAD: f64 = 0.03;
         let shape = batch.shape();
-        let not_supported = PlanError::NotSupported { family: self.models[0].kernel_family, head_dim: shape.head_dim() };
-        let able = || self.models.iter().filter(|model| model.kernel_family.supports(shape)).copied();
+        let better = |a: &DeviceModel, b: &DeviceModel| {
+            a.kernel_family == b.kernel_family && a.misfit(shape.head_dim()) < b.misfit(shape.head_dim())
+        };
+        let suits =
+            |model: &&DeviceModel| model.kernel_family.supports(shape) && !self.models.iter().any(|other| better(other, model));
+        let suiting = || self.models.iter().filter(suits).copied();
         let least_ns = |model: &DeviceModel| model.least_ns(batch, repeated_tokens);
-        let least = able().map(|model| least_ns(&model)).fold(f64::INFINITY, f64::min);
-        let mut best = able().filter(|model| least_ns(model).partial_cmp(&least) != Some(Ordering::Greater));
+        let least = suiting().map(|model| least_ns(&model)).fold(f64::INFINITY, f64::min);
+        let mut best =
+            suiting().filter(|model| least_ns(model).partial_cmp(&(least + least.abs() * SPREAD)) != Some(Ordering::Greater));
         let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();
         let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
         let is_prefill = qo_bytes > kv_tokens.saturating_sub(repeated_tokens) * shape.kv_bytes_per_slot();
         let chosen = if is_prefill { best.next_back() } else { best.next() };
-        chosen.ok_or(not_supported)
+        chosen.ok_or(PlanError::NotSupported { family: self.models[0].kernel_family, head_dim: shape.head_dim() })
     }
 
     /// Makes the plan with what is to be shared; or with nothing shared, if that is not slower.
@@ -219,7 +227,7 @@ impl Planner {
 
     /// Puts the items into the plan: pack after pack, so that tiles that read the same KV run at the same time and find it in the L2
     /// cache; the packs with the longest items first. Of each pack the longest come first, so that the device ends with short ones; but
-    /// items of shared columns go by these.
+    /// items of shared columns go by these. Items whose columns nobody else reads are packs by themselves.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
         self.order.clear();
         if self.packing == Packing::PerRequest {
@@ -231,10 +239,12 @@ impl Planner {
                 let takes = cost.work_item(&item, plan.segments_of(&item), fresh);
                 let longest = &mut self.longest[pack as usize];
                 *longest = takes.max(*longest);
-                let first = if shared { Ns::MAX - Ns::from(item.column_begin) } else { takes };
-                self.order.push((Reverse(0), pack, Reverse(first), index));
+                // Nobody else reads the columns.
+                let alone = fresh == 1.0;
+                let first = if shared && !alone { Ns::MAX - Ns::from(item.column_begin) } else { takes };
+                self.order.push((Reverse(if alone { first } else { 0 }), pack, Reverse(first), index));
             }
-            for place in &mut self.order {
+            for place in self.order.iter_mut().filter(|place| place.0.0 == 0) {
                 place.0 = Reverse(self.longest[place.1 as usize]);
             }
             self.order.sort_unstable();

@@ -41,9 +41,16 @@ pub(crate) struct Splitter {
     /// Tiles with their costs, the longest first.
     order: Vec<(Reverse<Ns>, u32)>,
     lanes: Lanes,
+    /// Head groups that share the lanes.
+    copies: u32,
 }
 
 impl Splitter {
+    /// What an item takes for all head groups that share the lanes.
+    fn times(&self, item: Ns) -> Ns {
+        item.saturating_mul(Ns::from(self.copies))
+    }
+
     /// Tiles with no split at all, in their order.
     pub fn whole(&mut self, tiles: &[Tile]) -> &[Part] {
         self.parts.clear();
@@ -55,8 +62,11 @@ impl Splitter {
     /// The parts of tiles, those of one tile one after the other.
     pub fn split(&mut self, tiles: &[Tile], plan: &Plan, cost: &CostModel) -> &[Part] {
         let model = &plan.model;
-        // All head groups of an item cost the same, so a lane here stands for one lane of each.
-        let num_lanes = (model.lanes() / plan.heads.num_groups.max(1)).max(1);
+        // All head groups of an item cost the same, so a lane here stands for one lane of each; or two head groups share the lanes of two,
+        // where one has not a whole number of them.
+        let groups = plan.heads.num_groups.max(1);
+        self.copies = if model.lanes().is_multiple_of(groups) { 1 } else { 2 };
+        let num_lanes = (model.lanes() * self.copies / groups).max(1);
         self.order.clear();
         self.order.extend(tiles.iter().zip(0..).map(|(tile, index)| {
             let segments = tile.segments(&plan.segments);
@@ -66,8 +76,10 @@ impl Splitter {
         self.lanes.reset(num_lanes);
         let mut total: Ns = 0;
         for &(Reverse(item), _) in &self.order {
-            self.lanes.add(item);
-            total = item.saturating_add(total);
+            for _ in 0..self.copies {
+                self.lanes.add(item);
+                total = item.saturating_add(total);
+            }
         }
         let ideal = total as f64 / f64::from(num_lanes);
         let unsplit = self.lanes.max() as f64;
@@ -95,7 +107,7 @@ impl Splitter {
         let mut end = share(work);
         for &(Reverse(whole), index) in &self.order {
             let tile = &tiles[index as usize];
-            unplaced = unplaced.saturating_sub(whole);
+            unplaced = unplaced.saturating_sub(self.times(whole));
             if tile.siblings == 0 {
                 continue; // It was cut where the first of its siblings was.
             }
@@ -105,12 +117,12 @@ impl Splitter {
                 let left = tile.columns - begin;
                 let rest = tile_cost.part(left, begin > 0);
                 let least = tile_cost.part(tile_cost.least_columns, true);
-                let free_from = self.lanes.least();
+                let free_from = if self.copies > 1 { self.lanes.second() } else { self.lanes.least() };
                 if free_from.saturating_add(least) > end {
                     // All lanes are full: what is left is shared out evenly once more.
-                    end = free_from.saturating_add(least.max(share(unplaced.saturating_add(rest))));
+                    end = free_from.saturating_add(least.max(share(unplaced.saturating_add(self.times(rest)))));
                 }
-                let room = end - free_from;
+                let room = end.saturating_sub(free_from);
                 let mut columns = left;
                 if rest > room {
                     let longest = (end as f64 * LONGEST_PART).max(tile_cost.fixed_partial_ns * WORTHWHILE_PART) as Ns;
@@ -120,7 +132,7 @@ impl Splitter {
                     }
                 }
                 let part = tile_cost.part(columns, columns < tile.columns);
-                for _ in 0..tile.siblings {
+                for _ in 0..tile.siblings * self.copies {
                     self.lanes.add(part);
                     placed = part.saturating_add(placed);
                 }
@@ -163,10 +175,15 @@ struct TileCost {
 impl TileCost {
     fn of(tile: &Tile, plan: &Plan, cost: &CostModel, whole: Ns) -> Self {
         let rows = num_rows(plan.heads, tile.segments(&plan.segments));
-        let fixed_ns = cost.fixed_ns(rows, tile.partial);
-        let fixed_partial_ns = cost.fixed_ns(rows, true);
-        let column_ns = ((whole as f64 - fixed_ns) / f64::from(tile.columns)).max(f64::MIN_POSITIVE);
-        let least_columns = (LEAST_PART * fixed_partial_ns / column_ns) as u32; // saturates
+        let (block_ns, whole) = (cost.fixed_block_ns(tile.kind), whole as f64);
+        let of_traffic = |partial| cost.fixed_traffic_ns(rows, partial);
+        let read_ns = f64::from(tile.columns) * cost.read_ns(tile.fresh);
+        // Costs are rounded to whole nanoseconds.
+        let is_traffic = of_traffic(tile.partial) + read_ns + 1.0 > whole;
+        let fixed_ns = if is_traffic { of_traffic(tile.partial) } else { block_ns };
+        let fixed_partial_ns = if is_traffic { of_traffic(true) } else { block_ns };
+        let column_ns = ((whole - fixed_ns) / f64::from(tile.columns)).max(f64::MIN_POSITIVE);
+        let least_columns = (LEAST_PART * fixed_partial_ns.max(block_ns) / column_ns) as u32; // saturates
         let least_columns = least_columns.clamp(1, Batch::MAX_SLOTS).next_multiple_of(SPLIT_STEP);
         Self { fixed_ns, fixed_partial_ns, column_ns, least_columns }
     }

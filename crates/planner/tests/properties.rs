@@ -2,7 +2,7 @@
 
 use packinfer_abi::TileKind;
 use packinfer_batch::{AttentionShape, Batch, DType, Mask};
-use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, PlanError, Planner};
+use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, PlanError, Planner, TileTimes};
 use proptest::prelude::*;
 
 mod check;
@@ -144,7 +144,12 @@ fn absurd_models_do_no_harm() {
         let absurd = [
             DeviceModel { bytes_per_s: number, ..DeviceModel::H100 },
             DeviceModel { flops_per_s: number, ..DeviceModel::H100 },
-            DeviceModel { item_ns: number, step_ns: number, ..DeviceModel::H100 },
+            DeviceModel { item_ns: number, ..DeviceModel::H100 },
+            DeviceModel {
+                wide: TileTimes { setup_ns: number, step_ns: number },
+                narrow: TileTimes { setup_ns: number, step_ns: number },
+                ..DeviceModel::H100
+            },
             DeviceModel {
                 bytes_per_s: number,
                 cached_bytes_per_s: number,
@@ -198,7 +203,7 @@ fn straggler_does_not_hold_up_the_others() {
     let explanation = checked(&batch, DeviceModel::H100).explain(&DeviceModel::H100);
     assert!(explanation.balance > 0.95, "balance {}", explanation.balance);
     // Not every tile has to be split for that.
-    assert!(explanation.split_tiles < 16, "{} split tiles", explanation.split_tiles);
+    assert!(explanation.split_tiles < 24, "{} split tiles", explanation.split_tiles);
 }
 
 #[test]

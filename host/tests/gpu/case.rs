@@ -4,7 +4,8 @@ use std::io::{self, Write};
 use std::sync::LazyLock;
 
 use packinfer::{
-    AttentionShape, Batch, DevicePlan, Engine, EngineError, EngineOptions, Mask, Plan, RunOptions, Stream, Tensors, Workspace,
+    AttentionShape, Batch, DevicePlan, Engine, EngineError, EngineOptions, Mask, Plan, RunOptions, Stamps, Stream, Tensors,
+    Workspace,
 };
 use packinfer::{DeviceBuffer, Packing};
 use packinfer_cpu::{Inputs, Options, largest_difference, random_elements, reference, relative_error};
@@ -140,15 +141,27 @@ impl<E: Element> DeviceCase<E> {
         workspace: &mut Workspace,
         stream: &Stream,
     ) -> Result<(), EngineError> {
-        let tensors = Tensors {
-            q: self.q.as_slice(),
-            k: self.k.as_slice(),
-            v: self.v.as_slice(),
-            o: self.o.as_mut_slice(),
-            lse: Some(self.lse.as_mut_slice()),
-        };
-        let options = RunOptions { sinks: self.sinks.as_ref().map(DeviceBuffer::as_slice), ..self.options };
+        let (tensors, options) = self.arguments();
         engine.run(plan, workspace, stream, tensors, options)
+    }
+
+    pub fn run_stamped(
+        &mut self,
+        engine: &Engine,
+        plan: &DevicePlan,
+        workspace: &mut Workspace,
+        stream: &Stream,
+        stamps: &mut Stamps,
+    ) -> Result<(), EngineError> {
+        let (tensors, options) = self.arguments();
+        engine.run_stamped(plan, workspace, stream, tensors, options, stamps)
+    }
+
+    fn arguments(&mut self) -> (Tensors<'_, E>, RunOptions<'_>) {
+        let Self { q, k, v, o, lse, sinks, options } = self;
+        let tensors =
+            Tensors { q: q.as_slice(), k: k.as_slice(), v: v.as_slice(), o: o.as_mut_slice(), lse: Some(lse.as_mut_slice()) };
+        (tensors, RunOptions { sinks: sinks.as_ref().map(DeviceBuffer::as_slice), ..*options })
     }
 
     pub fn results(&self) -> Results<E> {

@@ -5,8 +5,10 @@ mod options;
 
 use half::{bf16, f16};
 use packinfer::{
-    AttentionShape, Batch, DType, DeviceSlice, DeviceSliceMut, Engine, EngineError, Headroom, Mask, Packing, RunOptions, Tensors,
+    AttentionShape, Batch, Calibration, DType, DeviceModel, DeviceSlice, DeviceSliceMut, Engine, EngineError, Headroom, Mask,
+    Packing, RunOptions, Tensors,
 };
+use packinfer_planner::Schedule;
 
 use case::{Case, Element, contiguous, engine, paged, shape};
 
@@ -195,6 +197,43 @@ fn batches_without_queries() {
         let case = Case::<bf16>::new(contiguous(shape::<bf16>(4, 128), Mask::Causal, lengths));
         assert_eq!(case.run(engine, Packing::Packed), (vec![], vec![]));
     }
+}
+
+#[test]
+fn every_task_is_stamped() {
+    let Some(engine) = engine() else { return };
+    let case = Case::<bf16>::new(paged(shape::<bf16>(4, 128), Mask::Causal, &MIXED, 16));
+    let stream = engine.stream().expect("a stream");
+    let plan = case.plan(engine, Packing::Packed);
+    let device_plan = engine.upload(&plan, &stream).expect("the plan fits");
+    let mut workspace = engine.workspace().expect("there is room");
+    let mut stamps = engine.stamps(&device_plan).expect("there is room");
+    let mut device = case.on_device(engine);
+    device.run_stamped(engine, &device_plan, &mut workspace, &stream, &mut stamps).expect("the run is right");
+    case.check(&device.results());
+    let schedule = Schedule::achieved(&plan, plan.model(), &stamps.read().expect("the work is done")).expect("good stamps");
+    assert!(schedule.num_sms >= engine.device().multiprocessors);
+    assert!(schedule.span_ns() > 0);
+
+    let other = Case::<bf16>::new(paged(shape::<bf16>(4, 128), Mask::Causal, &PREFILL, 16));
+    let device_plan = engine.upload(&other.plan(engine, Packing::Packed), &stream).expect("the plan fits");
+    let mut device = other.on_device(engine);
+    let error = device.run_stamped(engine, &device_plan, &mut workspace, &stream, &mut stamps).expect_err("another plan");
+    assert!(matches!(error, EngineError::Stamps { .. }), "{error}");
+}
+
+#[test]
+fn calibrations_of_other_devices_are_refused() {
+    let Some(engine) = engine() else { return };
+    let models = engine.device().models();
+    let calibration =
+        |models| Calibration { device: "another".into(), source: "a test".into(), models, fits: vec![], measurements: vec![] };
+    assert!(engine.calibrated_planner(&calibration(models.clone())).is_ok());
+    let halved = models.iter().map(|model| DeviceModel { num_sms: model.num_sms.div_ceil(2), ..*model });
+    let error = engine.calibrated_planner(&calibration(halved.collect())).expect_err("another device");
+    assert!(matches!(error, EngineError::Calibration(_)), "{error}");
+    let error = engine.calibrated_planner(&calibration(vec![])).expect_err("no models");
+    assert!(matches!(error, EngineError::NotCalibrated { .. }), "{error}");
 }
 
 #[test]

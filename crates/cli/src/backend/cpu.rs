@@ -4,7 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use packinfer_cpu::{Element, Outputs, ceilings, execute};
-use packinfer_planner::{DeviceModel, Plan};
+use packinfer_planner::{DeviceModel, Plan, Planner};
 use rayon::prelude::*;
 
 use super::{Attention, Ceilings, Repeat};
@@ -26,17 +26,18 @@ const COLD_CHUNK: usize = 1 << 20;
 /// The threads of this machine.
 pub struct Cpu {
     pub name: String,
+    /// The CPU runs the plans of a GPU: these are its models.
+    models: Vec<DeviceModel>,
 }
 
 impl Cpu {
-    pub fn new() -> Self {
-        let threads = rayon::current_num_threads();
-        Self { name: format!("{}, {threads} threads", processor().unwrap_or_else(|| "CPU".into())) }
+    /// This machine's processor, with the models to plan by.
+    pub fn new(models: Vec<DeviceModel>) -> Self {
+        Self { name: processor_and_threads(), models }
     }
 
-    /// The CPU runs the plans of a GPU.
-    pub fn model(&self) -> DeviceModel {
-        DeviceModel::H100
+    pub fn planner(&self) -> Planner {
+        Planner::choosing(self.models.clone())
     }
 
     pub fn ceilings(&self) -> Ceilings {
@@ -72,6 +73,12 @@ impl Cpu {
         }
         Ok(times)
     }
+}
+
+/// The processor's name and how many threads are used.
+pub fn processor_and_threads() -> String {
+    let threads = rayon::current_num_threads();
+    format!("{}, {threads} threads", processor().unwrap_or_else(|| "CPU".into()))
 }
 
 /// The processor's name, where the system says it.

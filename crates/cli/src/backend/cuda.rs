@@ -1,11 +1,12 @@
 //! The engine on an NVIDIA GPU as a backend.
 
+use std::cell::RefCell;
 use std::time::Duration;
 
-use anyhow::bail;
-use packinfer::{DeviceBuffer, Engine, EngineOptions, KernelFamily, RunOptions, Stream, measure};
+use anyhow::{Context, bail};
+use packinfer::{Calibration, DeviceBuffer, Engine, EngineOptions, KernelFamily, RunOptions, Stream, measure};
 use packinfer_batch::Batch;
-use packinfer_planner::{Plan, Planner};
+use packinfer_planner::{Plan, Planner, Schedule};
 
 use super::{Attention, BackendElement, Ceilings, Repeat};
 use crate::case::Tensors;
@@ -19,19 +20,35 @@ pub struct Cuda {
     pub name: String,
     engine: Engine,
     stream: Stream,
+    planner: Planner,
+}
+
+/// One call of a plan whose tasks were stamped.
+pub struct StampedCall {
+    /// Time of the whole call.
+    pub call: Duration,
+    pub schedule: Schedule,
 }
 
 impl Cuda {
     /// Opens the first GPU, with kernels of a family or those that suit it best.
-    pub fn open(kernel_family: Option<KernelFamily>) -> anyhow::Result<Self> {
+    pub fn open(kernel_family: Option<KernelFamily>, calibration: Option<&Calibration>) -> anyhow::Result<Self> {
         let engine = Engine::new(EngineOptions { kernel_family, ..EngineOptions::default() })?;
         let families: Vec<_> = engine.kernel_families().iter().map(KernelFamily::to_string).collect();
         let name = format!("{}, {} kernels", engine.device().name, families.join(" and "));
-        Ok(Self { name, stream: engine.stream()?, engine })
+        let planner = match calibration {
+            Some(calibration) => engine.calibrated_planner(calibration)?,
+            None => engine.planner(),
+        };
+        Ok(Self { name, stream: engine.stream()?, engine, planner })
+    }
+
+    pub fn engine(&self) -> &Engine {
+        &self.engine
     }
 
     pub fn planner(&self) -> Planner {
-        self.engine.planner()
+        self.planner.clone()
     }
 
     pub fn ceilings(&self) -> anyhow::Result<Ceilings> {
@@ -95,6 +112,36 @@ impl Cuda {
             self.engine.run(&device_plan, &mut workspace, stream, arguments, options)
         })?)
     }
+
+    /// Runs a plan `runs` times from a cold L2 cache, its tasks stamped, and returns the run that took the median time.
+    pub fn stamp<E: BackendElement>(
+        &self,
+        plan: &Plan,
+        tensors: &mut DeviceTensors<E>,
+        runs: usize,
+    ) -> anyhow::Result<StampedCall> {
+        let device_plan = self.engine.upload(plan, &self.stream)?;
+        let mut workspace = self.engine.workspace()?;
+        workspace.reserve(&device_plan)?;
+        let stamps = RefCell::new(self.engine.stamps(&device_plan)?);
+        let mut calls = Vec::with_capacity(runs);
+        measure::time_cold_each(
+            &self.engine,
+            &self.stream,
+            runs,
+            |stream| {
+                let (arguments, options) = tensors.arguments();
+                self.engine.run_stamped(&device_plan, &mut workspace, stream, arguments, options, &mut stamps.borrow_mut())
+            },
+            |call| {
+                calls.push((call, stamps.borrow().read()?));
+                Ok(())
+            },
+        )?;
+        calls.sort_unstable_by_key(|(call, _)| *call);
+        let (call, stamps) = calls.into_iter().nth(runs / 2).context("nothing was measured")?;
+        Ok(StampedCall { call, schedule: Schedule::achieved(plan, plan.model(), &stamps)? })
+    }
 }
 
 /// How many runs that is.
@@ -107,17 +154,17 @@ fn runs(repeat: Repeat) -> usize {
 }
 
 /// Q, K, V, O and sinks on the device.
-struct DeviceTensors<E> {
-    q: DeviceBuffer<E>,
-    k: DeviceBuffer<E>,
-    v: DeviceBuffer<E>,
-    o: DeviceBuffer<E>,
-    sinks: Option<DeviceBuffer<f32>>,
-    logit_soft_cap: Option<f32>,
+pub struct DeviceTensors<E> {
+    pub q: DeviceBuffer<E>,
+    pub k: DeviceBuffer<E>,
+    pub v: DeviceBuffer<E>,
+    pub o: DeviceBuffer<E>,
+    pub sinks: Option<DeviceBuffer<f32>>,
+    pub logit_soft_cap: Option<f32>,
 }
 
 impl<E: BackendElement> DeviceTensors<E> {
-    fn upload(engine: &Engine, tensors: &Tensors<E>) -> anyhow::Result<Self> {
+    pub fn upload(engine: &Engine, tensors: &Tensors<E>) -> anyhow::Result<Self> {
         let Tensors { q, k, v, sinks, logit_soft_cap } = tensors;
         Ok(Self {
             q: engine.copy_of(q)?,

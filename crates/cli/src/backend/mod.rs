@@ -6,15 +6,18 @@ mod cuda;
 use std::io::{Write, stderr};
 use std::time::Duration;
 
+use anyhow::bail;
+use packinfer::EngineError;
 use packinfer_batch::Batch;
 use packinfer_cpu::Element;
-use packinfer_planner::{DeviceModel, KernelFamily, Plan, Planner};
+use packinfer_planner::{Calibration, DeviceModel, KernelFamily, Plan, Planner};
 use serde::Serialize;
 
 use crate::args::{DeviceArgs, DeviceChoice};
 use crate::case::Tensors;
-pub use cpu::Cpu;
-use cuda::Cuda;
+use cpu::Cpu;
+pub use cpu::processor_and_threads;
+pub use cuda::{Cuda, DeviceTensors, StampedCall};
 
 /// What a device can do at best, measured in this process.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -59,19 +62,29 @@ pub enum Backend {
     /// This machine's processor.
     Cpu(Cpu),
     /// A GPU.
-    Cuda(Cuda),
+    Cuda(Box<Cuda>),
 }
 
 impl Backend {
     /// Opens the device of choice. Where any will do and there is no GPU, one line on standard error says why it is the CPU.
-    pub fn open(args: DeviceArgs) -> anyhow::Result<Self> {
+    pub fn open(args: &DeviceArgs) -> anyhow::Result<Self> {
+        let calibration = args.calibration.as_ref().map(Calibration::read).transpose()?;
+        let cpu = || -> anyhow::Result<Self> {
+            let models = calibration.as_ref().map_or_else(h100, |calibration| calibration.models.clone());
+            Ok(Self::Cpu(Cpu::new(of_family(models, args.kernels)?)))
+        };
+        let cuda = || Cuda::open(args.kernels, calibration.as_ref()).map(|cuda| Self::Cuda(Box::new(cuda)));
         match args.device {
-            DeviceChoice::Cpu => Ok(Self::Cpu(Cpu::new())),
-            DeviceChoice::Cuda => Ok(Self::Cuda(Cuda::open(args.kernels)?)),
-            DeviceChoice::Auto => Ok(Cuda::open(args.kernels).map(Self::Cuda).unwrap_or_else(|error| {
+            DeviceChoice::Cpu => cpu(),
+            DeviceChoice::Cuda => cuda(),
+            DeviceChoice::Auto => cuda().or_else(|error| {
+                // A calibration of another device is not to be passed over.
+                if matches!(error.downcast_ref(), Some(EngineError::Calibration(_) | EngineError::NotCalibrated { .. })) {
+                    return Err(error);
+                }
                 let _ = writeln!(stderr(), "packinfer: using the CPU: {error:#}");
-                Self::Cpu(Cpu::new())
-            })),
+                cpu()
+            }),
         }
     }
 
@@ -94,7 +107,7 @@ impl Backend {
     /// A planner for the device.
     pub fn planner(&self) -> Planner {
         match self {
-            Self::Cpu(cpu) => Planner::new(cpu.model()),
+            Self::Cpu(cpu) => cpu.planner(),
             Self::Cuda(cuda) => cuda.planner(),
         }
     }
@@ -150,16 +163,37 @@ impl Backend {
     }
 }
 
-/// The device to plan for where nothing is run, and its name: the first GPU, or an H100 if there is none.
-pub fn device_to_plan_for() -> (String, Planner) {
-    match packinfer::devices().ok().and_then(|devices| devices.into_iter().next()) {
-        Some(device) => {
-            let planner = Planner::choosing(device.models());
-            (device.name, planner)
+/// The device to plan for where nothing is run, and its planner: that of a calibration, or the first GPU, or an H100 if there is none.
+pub fn device_to_plan_for(args: &DeviceArgs) -> anyhow::Result<(String, Planner)> {
+    let (name, models) = if let Some(path) = &args.calibration {
+        let Calibration { device, models, .. } = Calibration::read(path)?;
+        (device, models)
+    } else {
+        let devices = match args.device {
+            DeviceChoice::Cpu => Vec::new(),
+            DeviceChoice::Cuda => packinfer::devices()?,
+            DeviceChoice::Auto => packinfer::devices().unwrap_or_default(),
+        };
+        match devices.into_iter().next() {
+            Some(device) => (device.name.clone(), device.models()),
+            None => ("an H100, as there is no GPU here".into(), h100()),
         }
-        None => {
-            let models = DeviceModel::all_for_device("H100", (9, 0), DeviceModel::H100.num_sms);
-            ("an H100, as there is no GPU here".into(), Planner::choosing(models))
+    };
+    Ok((name, Planner::choosing(of_family(models, args.kernels)?)))
+}
+
+/// What there is to plan by without a GPU.
+fn h100() -> Vec<DeviceModel> {
+    DeviceModel::all_for_device("H100", (9, 0), DeviceModel::H100.num_sms)
+}
+
+/// Those of the models that are of a family, if one is asked for.
+fn of_family(mut models: Vec<DeviceModel>, family: Option<KernelFamily>) -> anyhow::Result<Vec<DeviceModel>> {
+    if let Some(family) = family {
+        models.retain(|model| model.kernel_family == family);
+        if models.is_empty() {
+            bail!("there is no model of the {family} kernels to plan by");
         }
     }
+    Ok(models)
 }

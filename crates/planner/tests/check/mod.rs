@@ -131,7 +131,8 @@ pub fn assert_in_order(batch: &Batch, plan: &Plan, model: &DeviceModel) {
     }
 }
 
-/// For each item, the first KV run of its pack: of tiles that have runs in common, directly or by way of others.
+/// For each item, what stands for its pack, of tiles that have runs in common, directly or by way of others: the pack's first KV run. The
+/// parts of a tile that has none in common with others are packs by themselves.
 fn packs(plan: &Plan) -> Vec<u32> {
     let mut tiles: HashMap<u32, Range<u32>> = HashMap::new();
     for item in plan.items() {
@@ -149,7 +150,13 @@ fn packs(plan: &Plan) -> Vec<u32> {
         }
     }
     let pack_of = |item: &WorkItem| packs[packs.partition_point(|pack| pack.start <= item.run_begin) - 1].start;
-    plan.items().iter().map(pack_of).collect()
+    let mut tiles_of: HashMap<u32, HashSet<u32>> = HashMap::new();
+    for item in plan.items() {
+        tiles_of.entry(pack_of(item)).or_default().insert(item.segment_begin);
+    }
+    let all_runs = plan.runs().len() as u32;
+    let alone = |item: &WorkItem| tiles_of[&pack_of(item)].len() == 1;
+    plan.items().iter().zip(all_runs..).map(|(item, index)| if alone(item) { index } else { pack_of(item) }).collect()
 }
 
 /// Panics unless the ranges are `0..end`, each number in exactly one.

@@ -1,0 +1,103 @@
+//! `packinfer calibrate`: what work items take on this device, and the models that fit.
+
+mod designs;
+mod run;
+
+use std::fs;
+use std::io::{Write, stdout};
+use std::path::Path;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use packinfer_planner::{Calibration, DeviceModel, Fit, Measurement, fit};
+
+use crate::args::CalibrateArgs;
+use crate::table;
+use crate::units::significant;
+
+/// Batches that are listed, those that are fitted worst.
+const NUM_WORST: usize = 8;
+
+/// Measures or reads measurements, fits models to them, prints how well that went and writes what was asked for.
+pub fn run(args: &CalibrateArgs) -> anyhow::Result<()> {
+    // Better to learn now that the file cannot be written.
+    if let Some(path) = &args.json {
+        fs::OpenOptions::new().create(true).append(true).open(path).with_context(|| cannot_write(path))?;
+    }
+    let calibration = match &args.refit {
+        Some(path) => refit(Calibration::read(path)?),
+        None => measure(args)?,
+    };
+    let mut stdout = stdout().lock();
+    writeln!(stdout, "{}\n{}", calibration.device, table_of_models(&calibration.models))?;
+    for fit in &calibration.fits {
+        print_fit(fit, &mut stdout)?;
+    }
+    if let Some(path) = &args.json {
+        fs::write(path, calibration.to_json()).with_context(|| cannot_write(path))?;
+    }
+    Ok(())
+}
+
+fn cannot_write(path: &Path) -> String {
+    format!("cannot write {}", path.display())
+}
+
+fn measure(args: &CalibrateArgs) -> anyhow::Result<Calibration> {
+    let cuda = crate::backend::Cuda::open(args.kernels, None)?;
+    let device = cuda.engine().device();
+    let estimates: Vec<_> = run::models(cuda.engine());
+    let measurements = run::measure(&cuda, &estimates)?;
+    let date = humantime::format_rfc3339_seconds(SystemTime::now());
+    let source = format!("packinfer {} calibrate, {date}", env!("CARGO_PKG_VERSION"));
+    Ok(fitted(device.name.clone(), source, &estimates, measurements))
+}
+
+/// Fits to the measurements of a calibration again, from the models that it has.
+fn refit(calibration: Calibration) -> Calibration {
+    let Calibration { device, source, models, measurements, .. } = calibration;
+    fitted(device, source, &models, measurements)
+}
+
+fn fitted(device: String, source: String, estimates: &[DeviceModel], measurements: Vec<Measurement>) -> Calibration {
+    let (models, fits) = estimates.iter().map(|estimate| fit(estimate, &measurements)).unzip();
+    Calibration { device, source, models, fits, measurements }
+}
+
+fn table_of_models(models: &[DeviceModel]) -> comfy_table::Table {
+    let names = models.iter().map(|model| format!("{}, {}", model.kernel_family, model.head_dim));
+    let header: Vec<_> = std::iter::once("kernels, head dimension".to_owned()).chain(names).collect();
+    let mut table = table::new(&header.iter().map(String::as_str).collect::<Vec<_>>());
+    let mut row = |name: &str, value: fn(&DeviceModel) -> f64| {
+        table.add_row(std::iter::once(name.to_owned()).chain(models.iter().map(value).map(significant)));
+    };
+    row("memory, GB/s", |model| model.bytes_per_s * 1e-9);
+    row("L2 cache, GB/s", |model| model.cached_bytes_per_s * 1e-9);
+    row("wide tiles, TFLOP/s", |model| model.flops_per_s * 1e-12);
+    row("a work item, ns", |model| model.item_ns);
+    row("a wide one by itself, ns", |model| model.wide.setup_ns);
+    row("a step of it, ns", |model| model.wide.step_ns);
+    row("a narrow one by itself, ns", |model| model.narrow.setup_ns);
+    row("a step of it, ns", |model| model.narrow.step_ns);
+    row("launch, ns", |model| model.launch_ns);
+    row("merge, ns", |model| model.merge_ns);
+    table
+}
+
+fn print_fit(fit: &Fit, out: &mut impl Write) -> anyhow::Result<()> {
+    let error = significant(100.0 * fit.median_error);
+    let name = format!("{} kernels, head dimension {}", fit.kernel_family, fit.head_dim);
+    writeln!(out, "\n{name}: median error {error} % over {} batches", fit.batches.len())?;
+    for note in &fit.notes {
+        writeln!(out, "{note}")?;
+    }
+    let mut batches: Vec<_> = fit.batches.iter().collect();
+    batches.sort_by(|a, b| b.error().abs().total_cmp(&a.error().abs()));
+    let mut table = table::new(&["fitted worst", "measured µs", "predicted µs", "error, %"]);
+    for batch in batches.into_iter().take(NUM_WORST) {
+        let times = [batch.measured_ns, batch.predicted_ns].map(|ns| significant(ns * 1e-3));
+        let error = format!("{:+.1}", 100.0 * batch.error());
+        table.add_row(std::iter::once(batch.batch.clone()).chain(times).chain([error]));
+    }
+    Ok(writeln!(out, "{table}")?)
+}

@@ -1,0 +1,128 @@
+//! Fits of measurements that a known model made up.
+
+use super::*;
+
+/// A made-up device that is not like the estimate in anything.
+fn truth() -> DeviceModel {
+    DeviceModel {
+        bytes_per_s: 2.6e12,
+        cached_bytes_per_s: 6.1e12,
+        flops_per_s: 5.3e14,
+        item_ns: 900.0,
+        wide: TileTimes { setup_ns: 4100.0, step_ns: 700.0 },
+        narrow: TileTimes { setup_ns: 1700.0, step_ns: 820.0 },
+        launch_ns: 5200.0,
+        merge_ns: 2300.0,
+        ..DeviceModel::H100
+    }
+}
+
+fn narrow(columns: u32, cached: bool) -> ItemWork {
+    let (rows, columns_bytes) = (2048.0, 512.0 * f64::from(columns));
+    let [memory_bytes, cached_bytes] = if cached { [rows, columns_bytes] } else { [rows + columns_bytes, 0.0] };
+    ItemWork { tile: TileKind::Narrow, memory_bytes, cached_bytes, steps: columns.div_ceil(64), flops: 0.0 }
+}
+
+fn wide(rows: u32, columns: u32, cached: bool) -> ItemWork {
+    let rows = f64::from(rows);
+    let flops = 512.0 * rows * f64::from(columns.next_multiple_of(64));
+    ItemWork {
+        tile: TileKind::Wide,
+        flops,
+        memory_bytes: narrow(columns, cached).memory_bytes + 512.0 * rows,
+        ..narrow(columns, cached)
+    }
+}
+
+/// What the work would take, each time with another error of up to `noise`.
+fn measurements(truth: &DeviceModel, noise: f64) -> Vec<Measurement> {
+    let lengths = [16, 64, 128, 256, 512, 1024, 2048, 4096];
+    let mut works: Vec<Vec<ItemWork>> = Vec::new();
+    works.extend(lengths.map(|columns| vec![narrow(columns, false)]));
+    works.extend(lengths.map(|columns| vec![narrow(columns, true), narrow(2 * columns, true)]));
+    for rows in [32, 64, 128] {
+        works.extend(lengths.map(|columns| vec![wide(rows, columns, true)]));
+        works.extend(lengths.map(|columns| vec![wide(rows, columns, false)]));
+    }
+    let unknowns = unknowns_of(truth);
+    let mut state = 1u32;
+    let mut noisy = |value: f64| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        value * (1.0 + noise * (f64::from(state >> 16) / 32_768.0 - 1.0))
+    };
+    let measure = |(index, works): (usize, Vec<ItemWork>)| {
+        let merged_bytes = (index % 3 == 0).then_some(1e6);
+        let merge_ns = merged_bytes.map_or(0.0, |bytes| truth.merge_ns + bytes / truth.bytes_per_s * 1e9);
+        Measurement {
+            batch: format!("batch {index}"),
+            kernel_family: truth.kernel_family,
+            head_dim: truth.head_dim,
+            call_ns: 1e5 + noisy(truth.launch_ns + merge_ns),
+            items_ns: 1e5,
+            merged_bytes,
+            items: works.into_iter().map(|work| ItemTime { work, tasks: 100, ns: noisy(predict(&work, &unknowns)) }).collect(),
+        }
+    };
+    works.into_iter().enumerate().map(measure).collect()
+}
+
+fn assert_close(found: &DeviceModel, truth: &DeviceModel, tolerance: f64) {
+    let numbers = |model: &DeviceModel| {
+        let unknowns = unknowns_of(model);
+        unknowns.into_iter().chain([model.launch_ns, model.merge_ns]).collect::<Vec<_>>()
+    };
+    for (found, truth) in numbers(found).into_iter().zip(numbers(truth)) {
+        assert!((found / truth - 1.0).abs() < tolerance, "{found}, not {truth}");
+    }
+}
+
+#[test]
+fn a_known_model_is_found_again() {
+    let truth = truth();
+    let (model, fit) = fit(&DeviceModel::H100, &measurements(&truth, 0.0));
+    assert_close(&model, &truth, 0.02);
+    assert!(fit.median_error < 0.002 && fit.notes.is_empty(), "{fit:?}");
+    assert_eq!(fit.batches.len(), 64);
+}
+
+#[test]
+fn noise_is_averaged_out() {
+    let truth = truth();
+    let (model, fit) = fit(&DeviceModel::H100, &measurements(&truth, 0.05));
+    assert_close(&model, &truth, 0.25);
+    assert!(fit.median_error > 0.005 && fit.median_error < 0.05, "{fit:?}");
+    for Measurement { batch, items, .. } in measurements(&truth, 0.0) {
+        for ItemTime { work, ns, .. } in items {
+            let predicted = predict(&work, &unknowns_of(&model));
+            assert!((predicted / ns - 1.0).abs() < 0.05, "{predicted}, not {ns}, in {batch}: {work:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_measured_stays_as_estimated() {
+    let estimate = DeviceModel::H100;
+    let narrow_only: Vec<_> = measurements(&truth(), 0.0).into_iter().take(8).filter(|m| m.merged_bytes.is_none()).collect();
+    let (model, fit) = fit(&estimate, &narrow_only);
+    assert_eq!((model.merge_ns, model.flops_per_s), (estimate.merge_ns, estimate.flops_per_s));
+    assert!((model.wide.step_ns / estimate.wide.step_ns - 1.0).abs() < 1e-6);
+    assert!((model.bytes_per_s / truth().bytes_per_s - 1.0).abs() < 0.02, "{model:?}");
+    assert_eq!(fit.notes, ["no batch with merging: merge_ns stays"]);
+
+    let (nothing, fit) = super::fit(&estimate, &[]);
+    assert_close(&nothing, &estimate, 1e-9);
+    assert_eq!((fit.batches.len(), fit.median_error), (0, 0.0));
+}
+
+#[test]
+fn nonsense_is_not_believed() {
+    let mut absurd = measurements(&truth(), 0.0);
+    for (index, measurement) in absurd.iter_mut().enumerate() {
+        measurement.items.iter_mut().for_each(|item| item.ns = [1e-3, 1e12, f64::NAN, -5.0][index % 4]);
+        measurement.call_ns = 0.0;
+    }
+    let (model, _) = fit(&DeviceModel::H100, &absurd);
+    let (least, most) = (DeviceModel::H100.bytes_per_s / BELIEVED, DeviceModel::H100.bytes_per_s * BELIEVED);
+    assert!((least..=most).contains(&model.bytes_per_s), "{model:?}");
+    assert!(model.launch_ns == 0.0 && model.item_ns.is_finite(), "{model:?}");
+}

@@ -1,0 +1,298 @@
+//! Who does what when: the tasks of an attention call on the multiprocessors, as predicted or as they were.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use packinfer_abi::TaskStamp;
+use serde::Serialize;
+
+use crate::{DeviceModel, Plan};
+
+/// More multiprocessors than any device has.
+const MOST_SMS: u32 = 1 << 16;
+
+/// When and where each task of a call is done. Task `t` is work item `t / num_groups` for head group `t % num_groups`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Schedule {
+    /// Multiprocessors.
+    pub num_sms: u32,
+    /// Lanes of a multiprocessor: blocks that it works on at a time.
+    pub lanes_per_sm: u32,
+    /// All tasks, in the order of the plan.
+    pub tasks: Vec<TaskTime>,
+}
+
+/// When and where a task is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct TaskTime {
+    /// The multiprocessor.
+    pub sm: u32,
+    /// Which of its lanes.
+    pub lane: u32,
+    /// Nanoseconds from the begin of the first task of all.
+    pub begin_ns: u64,
+    /// When its results are stored.
+    pub end_ns: u64,
+    /// How long it keeps its lane: to the begin of the lane's next task, or to its own end if it is the last.
+    pub taken_ns: u64,
+}
+
+/// Why the stamps of a call make no schedule.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StampError {
+    /// Stamps of another plan.
+    #[error("there are {found} stamps, and the plan has {needed} tasks")]
+    Count {
+        /// Stamps.
+        found: usize,
+        /// Tasks.
+        needed: usize,
+    },
+    /// A task that was not done, or stamps of more than one call.
+    #[error("task {task} began at {begin_ns} ns and ended at {end_ns} ns, on multiprocessor {sm}: it has no good stamp")]
+    Stamp {
+        /// The task.
+        task: usize,
+        /// Its begin.
+        begin_ns: u64,
+        /// Its end.
+        end_ns: u64,
+        /// Its multiprocessor.
+        sm: u32,
+    },
+}
+
+impl Schedule {
+    /// What `model` expects: every task goes to the lane that is free first.
+    pub fn predicted(plan: &Plan, model: &DeviceModel) -> Self {
+        let num_lanes = model.lanes();
+        let num_sms = model.num_sms.clamp(1, num_lanes);
+        let mut free: BinaryHeap<_> = (0..num_lanes).map(|lane| Reverse((0u64, lane))).collect();
+        let mut tasks = Vec::new();
+        for taken_ns in plan.item_ns(model) {
+            for _ in 0..plan.heads().num_groups {
+                let Some(mut first) = free.peek_mut() else { continue };
+                let Reverse((begin_ns, lane)) = *first;
+                let end_ns = begin_ns.saturating_add(taken_ns);
+                first.0.0 = end_ns;
+                tasks.push(TaskTime { sm: lane % num_sms, lane: lane / num_sms, begin_ns, end_ns, taken_ns });
+            }
+        }
+        Self { num_sms, lanes_per_sm: num_lanes.div_ceil(num_sms), tasks }
+    }
+
+    /// What the attention kernel noted of a call of the plan, on the device of `model`.
+    ///
+    /// # Errors
+    ///
+    /// Stamps that are not of such a call.
+    pub fn achieved(plan: &Plan, model: &DeviceModel, stamps: &[TaskStamp]) -> Result<Self, StampError> {
+        let needed = plan.items().len() * plan.heads().num_groups as usize;
+        if stamps.len() != needed {
+            return Err(StampError::Count { found: stamps.len(), needed });
+        }
+        for (task, &TaskStamp { begin_ns, end_ns, sm, .. }) in stamps.iter().enumerate() {
+            if begin_ns == 0 || end_ns < begin_ns || sm >= MOST_SMS {
+                return Err(StampError::Stamp { task, begin_ns, end_ns, sm });
+            }
+        }
+        let origin = stamps.iter().map(|stamp| stamp.begin_ns).min().unwrap_or(0);
+        let task = |stamp: &TaskStamp| {
+            let (begin_ns, end_ns) = (stamp.begin_ns - origin, stamp.end_ns - origin);
+            TaskTime { sm: stamp.sm, lane: 0, begin_ns, end_ns, taken_ns: end_ns - begin_ns }
+        };
+        let most_sm = stamps.iter().map(|stamp| stamp.sm + 1).max().unwrap_or(0);
+        let mut schedule = Self {
+            num_sms: model.num_sms.clamp(1, MOST_SMS).max(most_sm),
+            lanes_per_sm: model.lanes().div_ceil(model.num_sms.max(1)).max(1),
+            tasks: stamps.iter().map(task).collect(),
+        };
+        schedule.find_lanes();
+        Ok(schedule)
+    }
+
+    /// Gives each task to the lane of its multiprocessor that ended first, and to each the time until the lane's next begins.
+    fn find_lanes(&mut self) {
+        let mut order: Vec<usize> = (0..self.tasks.len()).collect();
+        order.sort_unstable_by_key(|&task| (self.tasks[task].begin_ns, task));
+        // For each lane, when its last task ended, and which it was.
+        let mut last: Vec<(u64, Option<usize>)> = vec![(0, None); (self.num_sms * self.lanes_per_sm) as usize];
+        for index in order {
+            let TaskTime { sm, begin_ns, end_ns, .. } = self.tasks[index];
+            let lanes = &mut last[(sm * self.lanes_per_sm) as usize..][..self.lanes_per_sm as usize];
+            let Some((lane, before)) = lanes.iter_mut().enumerate().min_by_key(|(_, (end, _))| *end) else { continue };
+            if let Some(before) = before.1.replace(index) {
+                let before = &mut self.tasks[before];
+                before.taken_ns = begin_ns - before.begin_ns;
+            }
+            before.0 = end_ns;
+            self.tasks[index].lane = lane as u32;
+        }
+    }
+
+    /// Nanoseconds from the begin of the first task to the end of the last.
+    pub fn span_ns(&self) -> u64 {
+        self.tasks.iter().map(|task| task.end_ns).max().unwrap_or(0)
+    }
+
+    /// The tasks that were done while every lane had one, with their numbers: they had their share of the device. The first of each lane
+    /// is left out, which found the device empty.
+    pub fn tasks_of_full_device(&self) -> impl Iterator<Item = (usize, &TaskTime)> {
+        let last_begin = self.tasks.iter().map(|task| task.begin_ns).max().unwrap_or(0);
+        let mut is_used = vec![u64::MAX; (self.num_sms * self.lanes_per_sm) as usize];
+        let lane = |task: &TaskTime| (task.sm * self.lanes_per_sm + task.lane) as usize;
+        for task in &self.tasks {
+            let first = &mut is_used[lane(task)];
+            *first = task.begin_ns.min(*first);
+        }
+        let all = self.tasks.iter().enumerate();
+        all.filter(move |(_, task)| task.begin_ns > is_used[lane(task)] && task.begin_ns + task.taken_ns <= last_begin)
+    }
+
+    /// What each multiprocessor does.
+    pub fn loads(&self) -> Vec<SmLoad> {
+        let mut loads: Vec<_> = (0..self.num_sms).map(|sm| SmLoad { sm, tasks: 0, busy_us: 0.0, end_us: 0.0 }).collect();
+        for task in &self.tasks {
+            let load = &mut loads[task.sm as usize];
+            load.tasks += 1;
+            load.busy_us += task.taken_ns as f64 * 1e-3 / f64::from(self.lanes_per_sm);
+            load.end_us = load.end_us.max(task.end_ns as f64 * 1e-3);
+        }
+        loads
+    }
+
+    /// When the lanes end, on average.
+    fn mean_lane_end_ns(&self) -> f64 {
+        let mut ends = vec![0; (self.num_sms * self.lanes_per_sm) as usize];
+        for task in &self.tasks {
+            let end = &mut ends[(task.sm * self.lanes_per_sm + task.lane) as usize];
+            *end = task.end_ns.max(*end);
+        }
+        ends.iter().sum::<u64>() as f64 / ends.len().max(1) as f64
+    }
+
+    /// The schedule in a few numbers.
+    pub fn summary(&self) -> ScheduleSummary {
+        let loads = self.loads();
+        let span_us = self.span_ns() as f64 * 1e-3;
+        let mut busy: Vec<f64> = loads.iter().map(|load| load.busy_us).collect();
+        busy.sort_unstable_by(f64::total_cmp);
+        let mean = |sum: f64| sum / loads.len().max(1) as f64;
+        let mean_busy = mean(busy.iter().sum());
+        let busy_at = |index: usize| busy.get(index).copied().unwrap_or(0.0);
+        ScheduleSummary {
+            span_us,
+            least_busy_us: busy_at(0),
+            median_busy_us: busy_at(busy.len() / 2),
+            most_busy_us: busy_at(busy.len().saturating_sub(1)),
+            idle_at_end_us: span_us - self.mean_lane_end_ns() * 1e-3,
+            utilization: if span_us > 0.0 { mean_busy / span_us } else { 1.0 },
+        }
+    }
+}
+
+/// What a multiprocessor does in a call.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct SmLoad {
+    /// The multiprocessor.
+    pub sm: u32,
+    /// Tasks that it does.
+    pub tasks: u32,
+    /// How long it is busy in µs, a part for each of its lanes.
+    pub busy_us: f64,
+    /// When its last task ends, in µs.
+    pub end_us: f64,
+}
+
+/// A schedule in a few numbers, in µs.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ScheduleSummary {
+    /// From the begin of the first task to the end of the last.
+    pub span_us: f64,
+    /// Busy time of the multiprocessor that is busy least.
+    pub least_busy_us: f64,
+    /// The median of the busy times.
+    pub median_busy_us: f64,
+    /// Busy time of the multiprocessor that is busy most.
+    pub most_busy_us: f64,
+    /// How long a lane waits at the end for the last one, on average.
+    pub idle_at_end_us: f64,
+    /// Busy time over span, on average.
+    pub utilization: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use packinfer_batch::{AttentionShape, Batch, DType, Mask};
+
+    use super::*;
+    use crate::Planner;
+
+    fn plan(requests: u32) -> Plan {
+        let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape");
+        let mut batch = Batch::new(shape, Mask::Causal);
+        for request in 0..requests {
+            batch.push_contiguous(1, 500 + 100 * request, request * 10_000).expect("a good request");
+        }
+        Planner::new(DeviceModel::H100).plan(&batch).expect("a batch that can be planned")
+    }
+
+    /// Stamps as they would be if all went as predicted, from a time on, on a device whose lanes have no numbers.
+    fn stamps(schedule: &Schedule, from: u64) -> Vec<TaskStamp> {
+        let stamp = |task: &TaskTime| TaskStamp {
+            begin_ns: from + task.begin_ns,
+            end_ns: from + task.end_ns,
+            sm: task.sm,
+            ..TaskStamp::default()
+        };
+        schedule.tasks.iter().map(stamp).collect()
+    }
+
+    #[test]
+    fn the_predicted_schedule_is_that_of_the_explanation() {
+        let plan = plan(100);
+        let model = DeviceModel::H100;
+        let schedule = Schedule::predicted(&plan, &model);
+        assert_eq!(schedule.tasks.len(), plan.items().len() * 8);
+        assert_eq!((schedule.num_sms, schedule.lanes_per_sm), (132, 2));
+        let explanation = plan.explain(&model);
+        let summary = schedule.summary();
+        assert!((summary.utilization - explanation.balance).abs() < 1e-9);
+        assert!(summary.span_us <= explanation.predicted_us);
+        assert!(summary.least_busy_us <= summary.median_busy_us && summary.median_busy_us <= summary.most_busy_us);
+        assert_eq!(Schedule::predicted(&self::plan(0), &model).summary().span_us, 0.0);
+    }
+
+    #[test]
+    fn stamps_give_the_schedule_back() {
+        let plan = plan(100);
+        let model = DeviceModel::H100;
+        let predicted = Schedule::predicted(&plan, &model);
+        let achieved = Schedule::achieved(&plan, &model, &stamps(&predicted, 77_000)).expect("good stamps");
+        assert_eq!(achieved.span_ns(), predicted.span_ns());
+        for (achieved, predicted) in achieved.tasks.iter().zip(&predicted.tasks) {
+            assert_eq!((achieved.sm, achieved.begin_ns), (predicted.sm, predicted.begin_ns));
+        }
+        // Between two tasks of a lane there is no pause here, whichever of the lanes they were given to.
+        let busy = |schedule: &Schedule| schedule.tasks.iter().map(|task| task.taken_ns).sum::<u64>();
+        assert_eq!(busy(&achieved), busy(&predicted));
+        assert!(achieved.tasks_of_full_device().count() > 0);
+        assert!(achieved.tasks_of_full_device().all(|(_, task)| task.begin_ns > 0));
+    }
+
+    #[test]
+    fn stamps_of_something_else_are_refused() {
+        let plan = plan(10);
+        let model = DeviceModel::H100;
+        let good = stamps(&Schedule::predicted(&plan, &model), 1);
+        let achieved = |stamps: &[TaskStamp]| Schedule::achieved(&plan, &model, stamps);
+        let error = achieved(&good[1..]).expect_err("one too few").to_string();
+        assert_eq!(error, format!("there are {} stamps, and the plan has {} tasks", good.len() - 1, good.len()));
+        for bad in [TaskStamp::default(), TaskStamp { begin_ns: 9, end_ns: 8, ..good[0] }, TaskStamp { sm: u32::MAX, ..good[0] }]
+        {
+            let error = achieved(&[&[bad], &good[1..]].concat()).expect_err("a bad stamp").to_string();
+            assert!(error.starts_with("task 0 began at "), "{error}");
+        }
+    }
+}
