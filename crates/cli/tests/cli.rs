@@ -227,6 +227,139 @@ fn plan_explains_itself() {
     assert!(plans[0]["plan_us"].as_f64().is_some_and(|us| us > 0.0), "{}", plans[0]);
 }
 
+/// An argument that has the program do without a GPU.
+const NO_GPU: [&str; 2] = ["--device", "cpu"];
+
+#[test]
+fn plan_predicts_a_schedule_without_a_gpu() {
+    let batches = Batches::new();
+    let (path, svg) = (batches.file("small.json", &small()), batches.path("timeline.svg"));
+    let plan = |args: &[&str]| packinfer().arg("plan").args(NO_GPU).args(["--batch"]).arg(&path).args(args).assert();
+    plan(&["--explain"]).success().stdout(predicate::str::contains("nothing was run, as there is no GPU"));
+
+    let timeline = svg.to_str().expect("a path of letters");
+    let output = plan(&["--explain", "--json", "--timeline", timeline]).success();
+    let plans: Vec<Value> = serde_json::from_slice(&output.get_output().stdout).expect("JSON");
+    let call = &plans[0]["call"];
+    assert_eq!(call["predicted"]["call_us"], plans[0]["predicted_us"]);
+    assert!(call["predicted"]["span_us"].as_f64().is_some_and(|us| us > 0.0), "{call}");
+    assert_eq!(call["predicted"]["multiprocessors"].as_array().map(Vec::len), Some(132));
+    assert!(call.get("achieved").is_none(), "{call}");
+    let svg = fs::read_to_string(svg).expect("it was written");
+    roxmltree::Document::parse(&svg).expect("an SVG document");
+
+    plan(&["--timeline", timeline]).code(2).stderr(predicate::str::contains("--explain"));
+    packinfer()
+        .args(["plan", "--explain", "--timeline", timeline])
+        .args(NO_GPU)
+        .arg("--batch")
+        .args([&path, &path])
+        .assert()
+        .code(2)
+        .stderr(predicate::str::contains("--timeline draws the schedule of one batch: 2 were given"));
+}
+
+/// A calibration of a device with 10 multiprocessors, and of one batch that ran on it.
+const CALIBRATION: &str = r#"{"device": "a small device", "source": "a test", "models": [
+    {"kernel_family": "sm_80", "head_dim": 64, "num_sms": 10, "blocks_per_sm": 2, "bytes_per_s": 2e11, "cached_bytes_per_s": 4e11,
+     "flops_per_s": 3e13, "item_ns": 500, "wide": {"setup_ns": 4000, "step_ns": 200}, "narrow": {"setup_ns": 2000, "step_ns": 500},
+     "launch_ns": 4000, "merge_ns": 3000}],
+    "measurements": [{"batch": "decode", "kernel_family": "sm_80", "head_dim": 64, "call_ns": 60000, "items_ns": 55000, "items": [
+      {"work": {"tile": "narrow", "memory_bytes": 100000, "cached_bytes": 0, "steps": 7, "flops": 0}, "tasks": 50, "ns": 10500}]}]}"#;
+
+#[test]
+fn calibrations_are_planned_by() {
+    let batches = Batches::new();
+    let batch = batches.file("small.json", &small());
+    let calibration = batches.text("calibration.json", CALIBRATION);
+    let predicted = |calibration: Option<&Path>| -> f64 {
+        let mut command = packinfer();
+        command.args(["plan", "--json"]).args(NO_GPU).arg("--batch").arg(&batch);
+        calibration.iter().for_each(|path| drop(command.arg("--calibration").arg(path)));
+        let output = command.assert().success();
+        let plans: Vec<Value> = serde_json::from_slice(&output.get_output().stdout).expect("JSON");
+        plans[0]["predicted_us"].as_f64().expect("a number")
+    };
+    assert!(predicted(Some(&calibration)) > 1.5 * predicted(None), "a small device is slower than an H100");
+    for command in ["plan", "verify"] {
+        packinfer()
+            .arg(command)
+            .args(NO_GPU)
+            .arg("--batch")
+            .arg(&batch)
+            .arg("--calibration")
+            .arg(&calibration)
+            .assert()
+            .success();
+    }
+}
+
+#[test]
+fn bad_calibrations_are_refused() {
+    let batches = Batches::new();
+    let batch = batches.file("small.json", &small());
+    let cases = [
+        ("{", "EOF while parsing"),
+        ("[]", "not a calibration: "),
+        (&CALIBRATION.replacen("3e13", "-3e13", 1), "flops_per_s -3e13, which no device has"),
+        (&CALIBRATION.replacen("\"num_sms\"", "\"sms\"", 1), "unknown field `sms`"),
+    ];
+    for (text, message) in cases {
+        let path = batches.text("bad.json", text);
+        for command in ["plan", "verify", "bench"] {
+            packinfer()
+                .arg(command)
+                .args(NO_GPU)
+                .arg("--batch")
+                .arg(&batch)
+                .arg("--calibration")
+                .arg(&path)
+                .assert()
+                .code(2)
+                .stderr(predicate::str::contains(message).and(predicate::str::contains("bad.json")));
+        }
+        packinfer().args(["calibrate", "--refit"]).arg(&path).assert().code(2).stderr(predicate::str::contains(message));
+    }
+    let calibration = batches.text("calibration.json", CALIBRATION);
+    packinfer()
+        .args(["plan", "--kernels", "sm_90a", "--batch"])
+        .arg(&batch)
+        .arg("--calibration")
+        .arg(&calibration)
+        .assert()
+        .code(2)
+        .stderr(predicate::str::contains("there is no model of the sm_90a kernels"));
+}
+
+#[test]
+fn measurements_are_fitted_again() {
+    let batches = Batches::new();
+    let (calibration, out) = (batches.text("calibration.json", CALIBRATION), batches.path("out.json"));
+    packinfer()
+        .args(["calibrate", "--refit"])
+        .arg(&calibration)
+        .arg("--json")
+        .arg(&out)
+        .assert()
+        .success()
+        .stdout(predicate::str::contains("a small device").and(predicate::str::contains("no batch with merging")));
+    let fitted: Value = serde_json::from_str(&fs::read_to_string(&out).expect("it was written")).expect("JSON");
+    assert_eq!(fitted["models"][0]["launch_ns"], 5000.0);
+    assert_eq!(fitted["measurements"][0]["batch"], "decode");
+    assert!(fitted["fits"][0]["median_error"].as_f64().is_some_and(|error| error < 0.01), "{fitted}");
+    // What was written can be read again.
+    packinfer().args(["calibrate", "--refit"]).arg(&out).assert().success();
+}
+
+#[test]
+fn calibrating_needs_a_gpu() {
+    if Path::new("/dev/nvidiactl").exists() {
+        eprintln!("skipped: this machine has an NVIDIA driver");
+        return;
+    }
+    packinfer().arg("calibrate").assert().code(2).stderr(predicate::str::contains("driver"));
+}
+
 #[test]
 fn bench_measures_the_baseline_too() {
     let batches = Batches::new();

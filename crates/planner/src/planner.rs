@@ -162,19 +162,20 @@ impl Planner {
         chosen.ok_or(PlanError::NotSupported { family: self.models[0].kernel_family, head_dim: shape.head_dim() })
     }
 
-    /// Makes the plan with what is to be shared; or with nothing shared, if that is not slower.
+    /// Makes the plan with what is to be shared; or with nothing shared, if that takes no longer, or hardly.
     fn lay_out_sharing(&mut self, batch: &Batch, plan: &mut Plan, heads: HeadGroups, cost: &CostModel) -> Result<(), PlanError> {
-        /// More than what predictions are rounded by.
-        const ROUNDING: f64 = 0.001;
+        /// What sharing must save, as part of the time, to be worth its merges: predictions are not better than that.
+        const WORTHWHILE: f64 = 0.01;
         let planned = self.lay_out(batch, plan, heads, cost);
         let shared_ns = plan.predicted_ns(&plan.model, &mut self.lanes);
-        if planned.is_ok() && shared_ns < plan.model.least_ns(batch, 0) * (1.0 - ROUNDING) {
+        if planned.is_ok() && shared_ns < plan.model.least_ns(batch, 0) * (1.0 - WORTHWHILE) {
             return planned;
         }
         self.sharing.share_nothing();
         let planned_apart = self.lay_out(batch, plan, heads, cost);
         let apart_ns = plan.predicted_ns(&plan.model, &mut self.lanes);
-        if planned.is_err() || (planned_apart.is_ok() && shared_ns.partial_cmp(&apart_ns) != Some(Ordering::Less)) {
+        let most_ns = apart_ns * (1.0 - WORTHWHILE);
+        if planned.is_err() || (planned_apart.is_ok() && shared_ns.partial_cmp(&most_ns) != Some(Ordering::Less)) {
             return planned_apart;
         }
         self.sharing.choose(batch, heads, cost);
