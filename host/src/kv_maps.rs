@@ -6,7 +6,7 @@ use std::mem::transmute;
 use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
 
-use cust::sys::{self, CUresult};
+use cust::sys::{self, CUresult, CUstreamCaptureStatus};
 use packinfer_abi::{KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, TENSOR_MAP_BYTES};
 use packinfer_batch::{AttentionShape, DType};
 
@@ -52,6 +52,7 @@ impl KvMaps {
         if let Some(&address) = self.addresses.get(&tensors) {
             return Ok(address);
         }
+        refuse_in_capture(stream)?;
         let maps = encode(&tensors)?;
         if self.addresses.len() == MOST_PAIRS {
             self.addresses.clear();
@@ -70,6 +71,18 @@ impl KvMaps {
         self.addresses.insert(tensors, address);
         Ok(address)
     }
+}
+
+/// An error if the stream is being captured: the graph would copy the maps again from where they are no more.
+fn refuse_in_capture(stream: &Stream) -> Result<(), EngineError> {
+    let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    // SAFETY: the stream is alive; the argument is a place for its state.
+    unsafe { sys::cuStreamIsCapturing(stream.as_raw(), &mut status) }.doing("asking whether a stream is captured")?;
+    if status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+        return Ok(());
+    }
+    CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        .doing("making tensor maps of a new K and V in a capture (run the same once before)")
 }
 
 /// `cuTensorMapEncodeTiled`, which `cust`'s bindings do not have. Enums are passed as their numbers.
