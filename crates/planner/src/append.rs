@@ -34,6 +34,14 @@ pub enum AppendError {
         /// Requests of the plan.
         requests: usize,
     },
+    /// A slot that cannot be numbered.
+    #[error("request {request} is to go on in slot {slot}: slots are numbered up to {}", Batch::MAX_SLOTS)]
+    BadSlot {
+        /// Index of the request.
+        request: usize,
+        /// The slot.
+        slot: u32,
+    },
     /// A request that would need one KV run more than there is room for.
     #[error(
         "slot {slot} does not follow the KV of request {request}, which has no room for another run: plan with more runs of headroom"
@@ -92,7 +100,8 @@ impl Growth {
 }
 
 impl Plan {
-    /// Notes the items that the last KV tokens of the requests are in.
+    /// Notes the items that the last KV tokens of the requests are in. No other request reads them: they are
+    /// the query tokens' own.
     pub(crate) fn find_tails(&mut self) {
         let Self { growth, items, segments, shared, .. } = self;
         if !growth.is_planned() {
@@ -129,7 +138,7 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// No room for a step or for a KV run, or slots of another number of requests. The plan is as it was.
+    /// No room for a step or for a KV run, slots of another number of requests, or one past [`Batch::MAX_SLOTS`]. The plan is as it was.
     pub fn append(&mut self, slots: &[u32]) -> Result<(), AppendError> {
         let Growth { steps, tails, .. } = &mut self.growth;
         if *steps == 0 {
@@ -140,7 +149,10 @@ impl Plan {
         }
         let follows = |run: KvRun, slot: u32| run.first_slot + run.num_slots == slot;
         for (request, (tail, &slot)) in tails.iter().zip(slots).enumerate() {
-            if slot >= Batch::MAX_SLOTS || !(follows(self.runs[tail.run as usize], slot) || tail.run + 1 < tail.run_limit) {
+            if slot >= Batch::MAX_SLOTS {
+                return Err(AppendError::BadSlot { request, slot });
+            }
+            if !follows(self.runs[tail.run as usize], slot) && tail.run + 1 == tail.run_limit {
                 return Err(AppendError::NoRuns { request, slot });
             }
         }

@@ -86,6 +86,20 @@ proptest! {
     }
 }
 
+/// What requests share they share up to their query token: it has a tile of its own, which grows.
+#[test]
+fn requests_with_the_same_kv_grow_apart() {
+    let mut sequences = vec![Sequence { slots: (0..8192).collect() }; 64];
+    let mut plan = growing(&batch(Mask::Causal, &sequences), Headroom { steps: 2, runs: 1 });
+    assert!(plan.explain(plan.model()).shared_tiles > 0);
+    for step in 0..2 {
+        let slots: Vec<u32> = (0..64).map(|request| 10_000 + 2 * request + step).collect();
+        plan.append(&slots).expect("there is room");
+        sequences.iter_mut().zip(slots).for_each(|(sequence, slot)| sequence.slots.push(slot));
+        assert_valid(&batch(Mask::Causal, &sequences), &plan);
+    }
+}
+
 #[test]
 fn what_cannot_grow_says_so() {
     let mut sequences = vec![Sequence { slots: (0..64).collect() }, Sequence { slots: (64..128).collect() }];
@@ -95,6 +109,8 @@ fn what_cannot_grow_says_so() {
     plan.append(&[1000, 128]).expect("one run more for the first");
     let before = plan.clone();
     assert_eq!(plan.append(&[2000, 129]), Err(AppendError::NoRuns { request: 0, slot: 2000 }));
+    let slot = Batch::MAX_SLOTS;
+    assert_eq!(plan.append(&[1001, slot]), Err(AppendError::BadSlot { request: 1, slot }));
     assert_eq!((plan.runs(), plan.segments(), plan.items()), (before.runs(), before.segments(), before.items()));
     plan.append(&[1001, 129]).expect("it goes on where it was");
     sequences[0].slots.extend([1000, 1001]);
