@@ -65,8 +65,18 @@ pub struct Batch {
     pub time_us: f64,
     /// How many the median is of.
     pub runs: u32,
+    /// Launches of a CUDA graph of the same.
+    pub graph: Option<Graph>,
     /// The same batch, scheduled per request.
     pub baseline: Option<Baseline>,
+}
+
+/// Launches of a CUDA graph.
+#[derive(Debug, Deserialize)]
+pub struct Graph {
+    /// The median.
+    #[serde(deserialize_with = "positive")]
+    pub time_us: f64,
 }
 
 /// The same batch, scheduled in another way.

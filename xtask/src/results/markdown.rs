@@ -49,7 +49,7 @@ fn push_circumstances(page: &mut String, results: &Results, commit: &str, note: 
         page,
         "\nTimes are of one attention call on the device, in µs, planning not included, each from a cold L2 cache. Ours (`{} bench`): the \
          median of {runs} runs. The floor: the time that the batch's distinct bytes take at the copy bandwidth, or its FLOPs at the rate of \
-         the tensor cores, whichever is longer. Per-request: the same kernels without packing and splitting; how much faster the plan is.",
+         the tensor cores, whichever is longer. Graph: launches of a CUDA graph of the same. Per-request: the same kernels without packing and splitting; how much faster the plan is.",
         bench.program
     );
     if let Some(peers) = &results.peers {
@@ -79,27 +79,32 @@ fn push_ceilings(page: &mut String, results: &Results) {
 fn push_table(page: &mut String, results: &Results, table: &Table) {
     let _ = writeln!(page, "## {}\n", table.title);
     let has_kernels = table.rows.iter().any(|row| row.ours.kernels.is_some());
+    let has_graphs = table.rows.iter().any(|row| row.ours.graph.is_some());
     let mut header = vec!["batch"];
     header.extend(has_kernels.then_some("kernels"));
     let left = header.len();
-    header.extend(["floor", "ours", "ours ÷ floor", "per-request ÷ ours"]);
+    header.extend(["floor", "ours"]);
+    header.extend(has_graphs.then_some("graph"));
+    header.extend(["ours ÷ floor", "per-request ÷ ours"]);
     header.extend(results.columns.iter().map(|peer| peer.name));
     header.extend((!results.columns.is_empty()).then_some("ours ÷ best peer"));
     let aligned: Vec<_> = (0..header.len()).map(|column| if column < left { "---" } else { "---:" }).collect();
     let _ = writeln!(page, "| {} |\n| {} |", header.join(" | "), aligned.join(" | "));
     for row in &table.rows {
-        let _ = writeln!(page, "| {} |", cells(row, has_kernels).join(" | "));
+        let _ = writeln!(page, "| {} |", cells(row, has_kernels, has_graphs).join(" | "));
     }
     page.push('\n');
 }
 
-fn cells(row: &Row, has_kernels: bool) -> Vec<String> {
+fn cells(row: &Row, has_kernels: bool, has_graphs: bool) -> Vec<String> {
     const NONE: &str = "-";
     let ours = &row.ours;
     let best = row.best();
     let mut cells = vec![ours.batch.clone()];
     cells.extend(has_kernels.then(|| ours.kernels.clone().unwrap_or(NONE.into())));
-    cells.extend([ours.floor_us, ours.time_us, ours.time_us / ours.floor_us].map(significant));
+    cells.extend([ours.floor_us, ours.time_us].map(significant));
+    cells.extend(has_graphs.then(|| ours.graph.as_ref().map_or(NONE.into(), |graph| significant(graph.time_us))));
+    cells.push(significant(ours.time_us / ours.floor_us));
     cells.push(ours.baseline.as_ref().map_or(NONE.into(), |baseline| significant(baseline.speed_up)));
     cells.extend(row.cells.iter().enumerate().map(|(column, cell)| match *cell {
         Cell::NotApplicable => NONE.into(),
@@ -136,6 +141,7 @@ fn push_peers(page: &mut String, results: &Results) {
 mod tests {
     use serde_json::{Value, from_value, json};
 
+    use super::super::input::Graph;
     use super::super::join::tests::{bench, peers};
     use super::*;
 
@@ -173,6 +179,20 @@ mod tests {
         let page = page_of(None);
         assert!(page.contains("\n| alike | 100 | 110 | 1.10 | 2.50 |\n"), "{page}");
         assert!(!page.contains("peer"), "{page}");
+    }
+
+    #[test]
+    fn graphs_have_a_column_if_there_are_any() {
+        let mut measured = bench("");
+        measured.batches[0].graph = Some(Graph { time_us: 108.0 });
+        let page = page(&Results::new(vec![measured], None).unwrap(), "", None, "");
+        for line in [
+            "| batch | floor | ours | graph | ours ÷ floor |",
+            "| alike | 100 | 110 | 108 | 1.10 |",
+            "| shared | 100 | 150 | - |",
+        ] {
+            assert!(page.contains(line), "no {line:?} in\n{page}");
+        }
     }
 
     #[test]
