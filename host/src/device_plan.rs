@@ -29,9 +29,8 @@ pub struct DevicePlan {
     attention: Kernel,
     pub(crate) merge: Kernel,
     arrays: DeviceBuffer<u8>,
-    staging: PinnedBuffer,
-    /// Happens when the copy from `staging` is done.
-    copied: Event,
+    /// Used in turn, so that the host may write one while the device copies the other.
+    staging: [Staging; 2],
     /// The stream that the plan was uploaded on.
     uploaded_on: Stream,
     /// Other streams that it has run on since.
@@ -44,6 +43,7 @@ impl DevicePlan {
         shared.enter()?;
         let layout = Layout::new(plan)?;
         let (attention, merge) = kernels(shared, &layout)?;
+        stream.check_not_captured("uploading a plan")?;
         let (arrays, staging) = allocate(shared, layout.num_bytes)?;
         let mut device_plan = Self {
             layout,
@@ -51,7 +51,6 @@ impl DevicePlan {
             merge,
             arrays,
             staging,
-            copied: Event::untimed(shared)?,
             uploaded_on: stream.clone(),
             run_on: Mutex::default(),
             shared: shared.clone(),
@@ -63,6 +62,7 @@ impl DevicePlan {
     /// Replaces the plan.
     pub(crate) fn replace(&mut self, plan: &Plan, stream: &Stream) -> Result<(), EngineError> {
         self.shared.enter()?;
+        stream.check_not_captured("uploading a plan")?;
         let layout = Layout::new(plan)?;
         let (attention, merge) = kernels(&self.shared, &layout)?;
         // What runs nothing, lest an error leave half a plan.
@@ -76,7 +76,6 @@ impl DevicePlan {
         }
         run_on.clear();
         self.uploaded_on = stream.clone();
-        self.copied.synchronize()?;
         self.copy(plan, stream)?;
         (self.layout, self.attention, self.merge) = (layout, attention, merge);
         Ok(())
@@ -88,7 +87,9 @@ impl DevicePlan {
         if num_bytes == 0 {
             return Ok(());
         }
-        let staging = self.staging.as_mut_slice();
+        self.staging.swap(0, 1);
+        let [Staging { bytes: staging, copied }, _] = &mut self.staging;
+        copied.synchronize()?;
         for (offset, bytes) in [
             (items, bytes_of(plan.items())),
             (segments, bytes_of(plan.segments())),
@@ -96,14 +97,14 @@ impl DevicePlan {
             (merge_tokens, bytes_of(plan.merge_tokens())),
             (merge_sources, bytes_of(plan.merge_sources())),
         ] {
-            staging[offset..][..bytes.len()].copy_from_slice(bytes);
+            staging.as_mut_slice()[offset..][..bytes.len()].copy_from_slice(bytes);
         }
-        let (to, from) = (self.arrays.address(), self.staging.as_ptr());
-        // SAFETY: both buffers have so many bytes. Neither is freed or, as `replace` waits for `copied`, written by the host
+        let (to, from) = (self.arrays.address(), staging.as_ptr());
+        // SAFETY: both buffers have so many bytes. Neither is freed or, as the next copy from it waits for `copied`, written by the host
         // before the copy is done.
         unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), num_bytes, stream.as_raw()) }
             .doing("copying a plan to the device")?;
-        self.copied.record(stream)
+        copied.record(stream)
     }
 
     /// Has the stream wait for the upload, once, and remembers it.
@@ -249,13 +250,28 @@ fn kernels(shared: &Shared, layout: &Layout) -> Result<(Kernel, Kernel), EngineE
     if !shared.families.contains(&family) {
         return Err(EngineError::KernelFamily { device: shared.info.name.clone(), family });
     }
-    Ok((shared.kernels.get(KernelSource::attention(family, shape))?, shared.kernels.get(KernelSource::merge(shape))?))
+    let merge = KernelSource::merge(shape, shared.can_overlap);
+    Ok((shared.kernels.get(KernelSource::attention(family, shape))?, shared.kernels.get(merge)?))
+}
+
+/// Memory of the host that the arrays of a plan are copied from.
+struct Staging {
+    bytes: PinnedBuffer,
+    /// Happens when the copy is done.
+    copied: Event,
+}
+
+impl Staging {
+    fn new(shared: &Arc<Shared>, num_bytes: usize) -> Result<Self, EngineError> {
+        Ok(Self { bytes: PinnedBuffer::zeroed(shared, num_bytes)?, copied: Event::untimed(shared)? })
+    }
 }
 
 /// Memory for the arrays of a plan, and somewhat larger ones, on both sides.
-fn allocate(shared: &Arc<Shared>, num_bytes: usize) -> Result<(DeviceBuffer<u8>, PinnedBuffer), EngineError> {
+fn allocate(shared: &Arc<Shared>, num_bytes: usize) -> Result<(DeviceBuffer<u8>, [Staging; 2]), EngineError> {
     let capacity = num_bytes.next_power_of_two().max(LEAST_BYTES);
-    Ok((DeviceBuffer::zeroed(shared, capacity, "a plan")?, PinnedBuffer::zeroed(shared, capacity)?))
+    let staging = [Staging::new(shared, capacity)?, Staging::new(shared, capacity)?];
+    Ok((DeviceBuffer::zeroed(shared, capacity, "a plan")?, staging))
 }
 
 /// A type that consists of `u32`s.

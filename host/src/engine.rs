@@ -154,7 +154,7 @@ impl Engine {
     }
 
     /// As [`Self::upload`], into the memory of a plan that is no longer needed. Allocates only if the plan does not fit. The copy
-    /// waits for runs of the old plan on whatever streams, and the host for the old plan's copy.
+    /// waits for runs of the old plan on whatever streams; the host waits only if the copy of the plan before the old one is not done.
     ///
     /// # Errors
     ///

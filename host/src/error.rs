@@ -145,6 +145,12 @@ pub enum EngineError {
         /// The function.
         name: &'static str,
     },
+    /// Something that cannot be captured into a graph.
+    #[error("{doing} cannot be captured into a graph: it has to be done before, as by running the same once on this stream")]
+    Captured {
+        /// What was to be done.
+        doing: &'static str,
+    },
     /// Kernels of a family that the device cannot run.
     #[error("{device} cannot run the {family} kernels")]
     KernelFamily {

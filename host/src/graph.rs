@@ -47,29 +47,32 @@ unsafe impl Send for Graph {}
 impl Engine {
     /// Captures what `work` gives to the stream, instead of doing it.
     ///
-    /// Run the same once before: allocating (a workspace that grows, tensor maps of a new K and V) or waiting for another stream (the plan's
-    /// upload) cannot be captured.
+    /// Run the same once before: what the first run of a plan, workspace, K and V on a stream does besides (a workspace that grows, tensor maps
+    /// that are made, waiting for the stream of the upload) cannot be captured. Other threads that wait for the device meanwhile, as those do that
+    /// allocate its memory, wait for the capture too.
     ///
     /// # Errors
     ///
-    /// What `work` returns, or what the driver reports; the stream can be used again.
+    /// What `work` returns, such as [`EngineError::Captured`], or what the driver reports; the stream can be used again.
     pub fn capture(&self, stream: &Stream, work: impl FnOnce(&Stream) -> Result<(), EngineError>) -> Result<Graph, EngineError> {
-        self.shared().enter()?;
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is alive. Only what this thread does from now on is restricted.
-        unsafe { sys::cuStreamBeginCapture_v2(stream.as_raw(), mode) }.doing("beginning to capture a stream")?;
-        let worked = work(stream);
         let mut graph: CUgraph = ptr::null_mut();
-        // SAFETY: the stream is alive and being captured; the argument is a place for the graph.
-        let captured = unsafe { sys::cuStreamEndCapture(stream.as_raw(), &mut graph) }.doing("capturing a stream");
-        // What went wrong first says more.
-        let exec = worked.and(captured).and_then(|()| instantiate(graph));
+        let captured = self.shared().while_capturing(|| {
+            let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            // SAFETY: the stream is alive. Only what this thread does from now on is restricted.
+            unsafe { sys::cuStreamBeginCapture_v2(stream.as_raw(), mode) }.doing("beginning to capture a stream")?;
+            let worked = work(stream);
+            // SAFETY: the stream is alive and being captured; the argument is a place for the graph.
+            let ended = unsafe { sys::cuStreamEndCapture(stream.as_raw(), &mut graph) }.doing("capturing a stream");
+            // What went wrong first says more.
+            worked.and(ended)
+        });
+        let exec = captured.and_then(|()| instantiate(graph));
+        let made = exec.map(|exec| Graph { exec, shared: self.shared().clone() });
         if !graph.is_null() {
             // SAFETY: nobody else has the graph, and what was made of it does not need it.
             unsafe { sys::cuGraphDestroy(graph) }.doing("dropping a graph")?;
         }
-        let exec = exec?;
-        Ok(Graph { exec, shared: self.shared().clone() })
+        made
     }
 }
 
@@ -88,7 +91,7 @@ impl Graph {
     ///
     /// What was captured would be right to do now: the plans, workspaces and tensors are alive until the work is done, no other work uses the
     /// workspaces at that time, and plans that were uploaded since kept the graph ([`crate::DevicePlan::keeps_graphs`]) and fit the tensors
-    /// (`num_slots`).
+    /// (`num_slots`). Plans are uploaded on the same stream, or on one that waits for it and that it waits for.
     ///
     /// # Errors
     ///

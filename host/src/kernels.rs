@@ -14,7 +14,7 @@ use packinfer_abi::{
 use packinfer_batch::{AttentionShape, DType};
 
 use crate::error::Doing;
-use crate::{EngineError, KernelFamily, Stream};
+use crate::{EngineError, KernelFamily, Stream, overlap};
 
 /// The most thread blocks of a launch.
 pub(crate) const MAX_BLOCKS: u32 = i32::MAX as u32;
@@ -28,6 +28,8 @@ pub(crate) struct KernelSource {
     threads: u32,
     /// Dynamic shared memory of a block.
     shared_bytes: u32,
+    /// Whether it may begin before the launch before it has ended: it then waits by itself.
+    overlaps: bool,
 }
 
 /// The source of a kernel, by architecture and name.
@@ -39,6 +41,7 @@ macro_rules! kernel {
             ptx: include_str!(concat!("../../kernels-gpu/ptx/", $architecture, "/", $name, ".ptx")),
             threads: $threads,
             shared_bytes: $shared_bytes,
+            overlaps: false,
         }
     };
 }
@@ -72,11 +75,14 @@ impl KernelSource {
         }
     }
 
-    /// The kernel that merges a plan's partials.
-    pub fn merge(shape: AttentionShape) -> Self {
+    /// The kernel that merges a plan's partials; one that may begin while the attention kernel is still at work, if launches can overlap.
+    pub fn merge(shape: AttentionShape, overlaps: bool) -> Self {
         macro_rules! merge {
             ($name:literal) => {
-                kernel!("sm_80", $name, MERGE_THREADS, MERGE_SHARED_BYTES)
+                match overlaps {
+                    true => Self { overlaps, ..kernel!("sm_90a", $name, MERGE_THREADS, MERGE_SHARED_BYTES) },
+                    false => kernel!("sm_80", $name, MERGE_THREADS, MERGE_SHARED_BYTES),
+                }
             };
         }
         match (shape.dtype(), shape.head_dim()) {
@@ -125,7 +131,12 @@ impl Kernel {
     /// The stream's context is current. `params` point to the kernel's parameters, which are as it wants them, the memory that
     /// they refer to included, until the work is done.
     pub unsafe fn launch(&self, blocks: u32, params: &mut [*mut c_void], stream: &Stream) -> Result<(), EngineError> {
-        let KernelSource { threads, shared_bytes, .. } = self.source;
+        let KernelSource { threads, shared_bytes, overlaps, .. } = self.source;
+        if overlaps {
+            // SAFETY: as the caller says, and kernels that overlap wait for what comes before.
+            let launched = unsafe { overlap::launch(self.function, blocks, threads, shared_bytes, params, stream.as_raw()) };
+            return launched.map_err(self.source.refused());
+        }
         // SAFETY: the parameters are the kernel's, the caller says, and the driver copies them before it returns.
         let status = unsafe {
             sys::cuLaunchKernel(
@@ -203,7 +214,7 @@ mod tests {
                 let shape = AttentionShape::new(8, 8, head_dim, dtype).expect("a good shape");
                 let families = KernelFamily::ALL.into_iter().filter(|family| family.supports(shape));
                 sources.extend(families.map(|family| KernelSource::attention(family, shape)));
-                sources.push(KernelSource::merge(shape));
+                sources.extend([false, true].map(|overlaps| KernelSource::merge(shape, overlaps)));
             }
         }
         sources
@@ -229,6 +240,14 @@ mod tests {
             };
             let parameter = format!("{}_param_0[{bytes}]", source.name);
             assert!(source.ptx.contains(&parameter), "the PTX was built for another {parameter}");
+        }
+    }
+
+    #[test]
+    fn kernels_that_overlap_wait_by_themselves() {
+        for source in sources() {
+            let waits = source.ptx.matches("griddepcontrol.wait;").count();
+            assert_eq!(waits, usize::from(source.overlaps), "{} for {}", source.name, source.architecture);
         }
     }
 

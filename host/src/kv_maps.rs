@@ -3,15 +3,15 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::mem::transmute;
-use std::ptr::NonNull;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use cust::sys::{self, CUresult, CUstreamCaptureStatus};
+use cust::sys::{self, CUresult};
 use packinfer_abi::{KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, TENSOR_MAP_BYTES};
 use packinfer_batch::{AttentionShape, DType};
 
 use crate::EngineError;
 use crate::context::Shared;
+use crate::entry_point::EntryPoint;
 use crate::error::Doing;
 use crate::memory::DeviceBuffer;
 use crate::stream::Stream;
@@ -52,7 +52,7 @@ impl KvMaps {
         if let Some(&address) = self.addresses.get(&tensors) {
             return Ok(address);
         }
-        refuse_in_capture(stream)?;
+        stream.check_not_captured("making the tensor maps of K and V")?;
         let maps = encode(&tensors)?;
         if self.addresses.len() == MOST_PAIRS {
             self.addresses.clear();
@@ -73,18 +73,6 @@ impl KvMaps {
     }
 }
 
-/// An error if the stream is being captured: the graph would copy the maps again from where they are no more.
-fn refuse_in_capture(stream: &Stream) -> Result<(), EngineError> {
-    let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-    // SAFETY: the stream is alive; the argument is a place for its state.
-    unsafe { sys::cuStreamIsCapturing(stream.as_raw(), &mut status) }.doing("asking whether a stream is captured")?;
-    if status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
-        return Ok(());
-    }
-    CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
-        .doing("making tensor maps of a new K and V in a capture (run the same once before)")
-}
-
 /// `cuTensorMapEncodeTiled`, which `cust`'s bindings do not have. Enums are passed as their numbers.
 type EncodeTiled = unsafe extern "C" fn(
     map: *mut TensorMap,
@@ -102,20 +90,9 @@ type EncodeTiled = unsafe extern "C" fn(
 ) -> CUresult;
 
 fn encode_tiled() -> Result<EncodeTiled, EngineError> {
-    static ADDRESS: OnceLock<usize> = OnceLock::new();
-    const NAME: &std::ffi::CStr = c"cuTensorMapEncodeTiled";
-    let address = match ADDRESS.get() {
-        Some(&address) => address,
-        None => {
-            let found = packinfer_driver::symbol(NAME)?.map_or(0, |symbol: NonNull<c_void>| symbol.as_ptr() as usize);
-            *ADDRESS.get_or_init(|| found)
-        }
-    };
-    if address == 0 {
-        return Err(EngineError::NoEntryPoint { name: "cuTensorMapEncodeTiled" });
-    }
+    static ENTRY_POINT: EntryPoint = EntryPoint::new(c"cuTensorMapEncodeTiled");
     // SAFETY: the driver's entry point of that name has this signature.
-    Ok(unsafe { transmute::<usize, EncodeTiled>(address) })
+    Ok(unsafe { transmute::<usize, EncodeTiled>(ENTRY_POINT.address()?) })
 }
 
 /// Makes the maps: boxes of 1, 2, 4 … slots of one head, as [`packinfer_abi::AttentionParams::kv_maps`] says.

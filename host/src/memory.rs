@@ -11,7 +11,7 @@ use cust::memory::{CopyDestination, DeviceBuffer as Bytes, LockedBuffer};
 use cust::sys;
 
 use crate::EngineError;
-use crate::context::Shared;
+use crate::context::{Shared, check_not_capturing};
 use crate::error::Doing;
 
 /// Elements in device memory, zero at first. It is freed when dropped, after the device has done the work that was given to it.
@@ -25,6 +25,7 @@ pub struct DeviceBuffer<T> {
 impl<T: Pod> DeviceBuffer<T> {
     /// `len` zeros, for what is named in the error if there is no room.
     pub(crate) fn zeroed(shared: &Arc<Shared>, len: usize, what: &'static str) -> Result<Self, EngineError> {
+        check_not_capturing("allocating device memory")?;
         shared.enter()?;
         let num_bytes = len as u64 * size_of::<T>() as u64;
         // SAFETY: bytes have no invalid values, and nobody reads these before they are set to zero.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::ptr;
 use std::sync::Arc;
 
-use cust::sys::{self, CUevent, CUevent_flags, CUstream, CUstream_flags};
+use cust::sys::{self, CUevent, CUevent_flags, CUstream, CUstream_flags, CUstreamCaptureStatus};
 
 use crate::EngineError;
 use crate::context::Shared;
@@ -62,12 +62,29 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// What the driver reports.
+    /// A stream that is being captured into a graph, which the other is not part of; or what the driver reports.
     pub fn wait_for(&self, other: &Stream) -> Result<(), EngineError> {
+        // Within a capture, streams may wait for each other.
+        if !other.is_captured()? {
+            self.check_not_captured("waiting for another stream")?;
+        }
         // Another thread may record the event again in between: it then stands for more work, with the same in it.
         other.inner.event.record(other)?;
         // SAFETY: both are alive.
         unsafe { sys::cuStreamWaitEvent(self.as_raw(), other.inner.event.raw, 0) }.doing("having a stream wait for another")
+    }
+
+    /// Whether what is given to the stream now is captured into a graph.
+    fn is_captured(&self) -> Result<bool, EngineError> {
+        let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: the stream is alive, and the argument is a place for the status.
+        unsafe { sys::cuStreamIsCapturing(self.as_raw(), &mut status) }.doing("asking whether a stream is captured")?;
+        Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// An error if the stream is being captured, for something that a graph must not hold.
+    pub(crate) fn check_not_captured(&self, doing: &'static str) -> Result<(), EngineError> {
+        if self.is_captured()? { Err(EngineError::Captured { doing }) } else { Ok(()) }
     }
 
     /// The driver's handle, a `CUstream`.

@@ -48,13 +48,17 @@ impl Workspace {
 
     /// The parts for a run of the plan, after earlier runs.
     pub(crate) fn parts(&mut self, plan: &DevicePlan, stream: &Stream) -> Result<Parts, EngineError> {
-        self.reserve(plan)?;
-        if let Some(other) = self.used_on.take_if(|other| other != stream) {
-            stream.wait_for(&other)?;
+        let Parts { scheduler, partial_o, partial_lse, num_bytes } = Parts::new(&plan.layout);
+        if num_bytes > self.bytes.len() as u64 {
+            stream.check_not_captured("growing a workspace")?;
+            self.reserve(plan)?;
+        }
+        if let Some(other) = self.used_on.as_ref().filter(|&other| other != stream) {
+            stream.wait_for(other)?;
+            self.used_on = None;
         }
         self.used_on.get_or_insert_with(|| stream.clone());
         let base = self.bytes.address();
-        let Parts { scheduler, partial_o, partial_lse, num_bytes } = Parts::new(&plan.layout);
         Ok(Parts { scheduler: base + scheduler, partial_o: base + partial_o, partial_lse: base + partial_lse, num_bytes })
     }
 

@@ -25,7 +25,6 @@ mod entry;
 pub mod attention;
 pub mod columns;
 pub mod element;
-#[cfg(feature = "sm_80")]
 pub mod merge;
 pub mod mma_rate;
 pub mod ptx;

@@ -2,12 +2,17 @@
 //!
 //! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ wᵢ.
 //! Four warps take every fourth partial each, and are merged the same way. A sink is one more partial, whose O is zero.
+//!
+//! On `sm_90a` the kernel may be launched so that it begins before the attention kernel ends: it waits before it reads partials.
 
 use packinfer_abi::{MERGE_SHARED_BYTES, MERGE_THREADS, MergeParams, MergeToken};
 
 use crate::element::{Bf16, ELEMENT_BYTES, Element, F16};
 use crate::ptx::control::sync_block;
-use crate::ptx::memory::{load_global, load_global_x2, load_shared_f32, store_global, store_global_f32, store_shared_f32};
+#[cfg(feature = "sm_90a")]
+use crate::ptx::control::wait_for_launch_before;
+use crate::ptx::memory::{load_global, load_written, load_written_x2};
+use crate::ptx::memory::{load_shared_f32, store_global, store_global_f32, store_shared_f32};
 use crate::ptx::special::{block_index, dynamic_shared, thread_index};
 use crate::ptx::{math, warp};
 use crate::softmax::LN_2;
@@ -62,6 +67,9 @@ unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize>(params: MergePar
     let first_row =
         u64::from(head_group) * u64::from(params.num_partial_rows) + u64::from(head - head_group * heads.heads_per_group);
 
+    // What was read until here is the plan's, which was there before the attention kernel began.
+    #[cfg(feature = "sm_90a")]
+    wait_for_launch_before();
     let mut merged = Merged::<PAIRS>::NOTHING;
     let mut next = warp;
     while next < num_sources {
@@ -71,11 +79,11 @@ unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize>(params: MergePar
             let source = next + ahead as u32 * WARPS;
             if source < num_sources {
                 let row = first_row + u64::from(load_global(sources + 4 * u64::from(source)));
-                lse_log2[ahead] = f32::from_bits(load_global(params.partial_lse + 4 * row)) / LN_2;
+                lse_log2[ahead] = f32::from_bits(load_written(params.partial_lse + 4 * row)) / LN_2;
                 for (pair, output) in output[ahead].iter_mut().enumerate() {
                     let element = element_of_lane(lane, pair);
                     if element < DIM {
-                        let [a, b] = load_global_x2(params.partial_o + 4 * (row * u64::from(DIM) + u64::from(element)));
+                        let [a, b] = load_written_x2(params.partial_o + 4 * (row * u64::from(DIM) + u64::from(element)));
                         *output = [f32::from_bits(a), f32::from_bits(b)];
                     }
                 }

@@ -1,12 +1,13 @@
 //! The engine against float64 attention. Skipped, with the reason on standard error, where there is no device.
 
 mod case;
+mod graph;
 mod options;
 
 use half::{bf16, f16};
 use packinfer::{
-    AttentionShape, Batch, Calibration, DType, DeviceModel, DeviceSlice, DeviceSliceMut, Engine, EngineError, Headroom, Mask,
-    Packing, RunOptions, Tensors,
+    AttentionShape, Batch, Calibration, DType, DeviceModel, DeviceSlice, DeviceSliceMut, Engine, EngineError, Mask, Packing,
+    RunOptions, Tensors,
 };
 use packinfer_planner::Schedule;
 
@@ -68,51 +69,6 @@ fn decode_contiguous_f16() {
 #[test]
 fn decode_paged_bf16() {
     check_all_shapes::<bf16>(&DECODE, Some(16));
-}
-
-/// A decode step is captured, and its graph launched for the next steps, whose plans are uploaded in between.
-#[test]
-fn captured_steps_grow() {
-    let Some(engine) = engine() else { return };
-    const STEPS: u32 = 20;
-    let lengths: Vec<u32> = (0..40).map(|request| 1 + 97 * request).chain([60_000]).collect();
-    let at_step = |step: u32| {
-        let mut batch = Batch::new(shape::<bf16>(4, 128), Mask::Causal);
-        let mut first_slot = 0;
-        for len in &lengths {
-            batch.push_contiguous(1, len + step, first_slot).expect("good lengths");
-            first_slot += len + STEPS;
-        }
-        batch
-    };
-    let stream = engine.stream().expect("a stream");
-    let headroom = Headroom { steps: STEPS, runs: 0 };
-    let mut plan = engine.planner().with_headroom(headroom).plan(&at_step(0)).expect("the batch can be planned");
-    // The tensors of the last step, which has the most slots.
-    let last = Case::<bf16>::new(at_step(STEPS));
-    let mut device = last.on_device(engine);
-    let mut workspace = engine.workspace().expect("there is room");
-    let mut device_plan = engine.upload(&plan, &stream).expect("the plan fits");
-    device.run(engine, &device_plan, &mut workspace, &stream).expect("the run is right");
-    let run = |stream: &_| device.run(engine, &device_plan, &mut workspace, stream);
-    let graph = engine.capture(&stream, run).expect("the second run needs nothing new");
-    for step in 0..STEPS {
-        let mut first_slot = 0;
-        let slots: Vec<u32> = lengths
-            .iter()
-            .map(|len| {
-                let slot = first_slot + len + step;
-                first_slot += len + STEPS;
-                slot
-            })
-            .collect();
-        plan.append(&slots).expect("there is room");
-        assert!(device_plan.keeps_graphs(&plan).expect("the plan fits"));
-        engine.upload_into(&mut device_plan, &plan, &stream).expect("the plan fits");
-        // SAFETY: everything is alive, and the tensors have all slots.
-        unsafe { graph.launch(&stream) }.expect("the graph can be launched");
-    }
-    last.check(&device.results());
 }
 
 #[test]

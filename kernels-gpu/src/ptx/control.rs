@@ -1,4 +1,4 @@
-//! Barriers and the end of the program.
+//! Barriers, the order of launches, and the end of the program.
 
 use core::arch::asm;
 
@@ -12,6 +12,18 @@ use core::arch::asm;
 #[inline(always)]
 pub unsafe fn sync_block() {
     core::arch::nvptx::_syncthreads();
+}
+
+/// Waits until the launch before this one in the stream is done and all that it wrote can be read. Only needed in a kernel that is launched so
+/// that it may begin before that. PTX ISA, Parallel Synchronization and Communication Instructions: `griddepcontrol.wait`.
+///
+/// # Safety
+///
+/// Nothing that the launch before writes is read or written earlier than here.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn wait_for_launch_before() {
+    asm!("griddepcontrol.wait;", options(nostack));
 }
 
 /// Aborts the kernel with an error. PTX ISA, Miscellaneous Instructions: `trap`.

@@ -39,6 +39,30 @@ pub unsafe fn load_global_x4(address: u64) -> [u32; 4] {
     [a, b, c, d]
 }
 
+/// Loads a word that may have been written since the kernel began.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and readable, and nobody writes it now.
+#[inline(always)]
+pub unsafe fn load_written(address: u64) -> u32 {
+    let value: u32;
+    asm!("ld.global.u32 {0}, [{1}];", out(reg32) value, in(reg64) address, options(pure, readonly, nostack));
+    value
+}
+
+/// Loads two words that may have been written since the kernel began.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and readable, and nobody writes it now.
+#[inline(always)]
+pub unsafe fn load_written_x2(address: u64) -> [u32; 2] {
+    let (a, b): (u32, u32);
+    asm!("ld.global.v2.u32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg64) address, options(pure, readonly, nostack));
+    [a, b]
+}
+
 /// Stores one word.
 ///
 /// # Safety

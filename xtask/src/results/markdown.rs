@@ -49,7 +49,8 @@ fn push_circumstances(page: &mut String, results: &Results, commit: &str, note: 
         page,
         "\nTimes are of one attention call on the device, in µs, planning not included, each from a cold L2 cache. Ours (`{} bench`): the \
          median of {runs} runs. The floor: the time that the batch's distinct bytes take at the copy bandwidth, or its FLOPs at the rate of \
-         the tensor cores, whichever is longer. Graph: launches of a CUDA graph of the same. Per-request: the same kernels without packing and splitting; how much faster the plan is.",
+         the tensor cores, whichever is longer. Graph: launches of a CUDA graph of the same. Per-request: the same kernels without packing \
+         and splitting; how much faster the plan is.",
         bench.program
     );
     if let Some(peers) = &results.peers {
