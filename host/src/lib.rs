@@ -56,12 +56,12 @@ mod workspace;
 
 pub use device::{DeviceInfo, devices, driver_version};
 pub use device_plan::DevicePlan;
-pub use element::Element;
+pub use element::{Element, KvElement};
 pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;
 pub use graph::Graph;
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
-pub use packinfer_batch::{AttentionShape, Batch, BatchError, DType, KvRun, Mask, Request};
+pub use packinfer_batch::{AttentionShape, Batch, BatchError, DType, KvDType, KvRun, Mask, Request};
 pub use packinfer_planner::{
     AppendError, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan, PlanError,
     Planner,

@@ -6,7 +6,8 @@
 //! * [`random_elements`] makes inputs.
 //! * [`ceilings`] measures what the machine can do at best.
 //!
-//! Everything is generic over the [`Element`] type, `half::bf16` or `half::f16`.
+//! Everything is generic over the [`Element`] type, `half::bf16` or `half::f16`, and over the [`KvElement`] type of K and V, the same or
+//! `float8::F8E4M3`.
 //!
 //! ```
 //! use half::bf16;
@@ -41,7 +42,7 @@ mod tile;
 
 pub use buffers::{Inputs, Outputs};
 pub use compare::{largest_difference, relative_error};
-pub use element::Element;
+pub use element::{Element, KvElement, Number};
 pub use error::CpuError;
 pub use execute::execute;
 pub use options::Options;
