@@ -246,8 +246,8 @@ fn plan_predicts_a_schedule_without_a_gpu() {
     assert!(call["predicted"]["span_us"].as_f64().is_some_and(|us| us > 0.0), "{call}");
     assert_eq!(call["predicted"]["multiprocessors"].as_array().map(Vec::len), Some(132));
     assert!(call.get("achieved").is_none(), "{call}");
-    let svg = fs::read_to_string(svg).expect("it was written");
-    roxmltree::Document::parse(&svg).expect("an SVG document");
+    let document = fs::read_to_string(&svg).expect("it was written");
+    roxmltree::Document::parse(&document).expect("an SVG document");
 
     plan(&["--timeline", timeline]).code(2).stderr(predicate::str::contains("--explain"));
     packinfer()
@@ -260,11 +260,11 @@ fn plan_predicts_a_schedule_without_a_gpu() {
         .stderr(predicate::str::contains("--timeline draws the schedule of one batch: 2 were given"));
 }
 
-/// A calibration of a device with 10 multiprocessors, and of one batch that ran on it.
+/// A calibration of a device with 10 multiprocessors, which is said to launch slowly, and one batch that ran on it.
 const CALIBRATION: &str = r#"{"device": "a small device", "source": "a test", "models": [
     {"kernel_family": "sm_80", "head_dim": 64, "num_sms": 10, "blocks_per_sm": 2, "bytes_per_s": 2e11, "cached_bytes_per_s": 4e11,
      "flops_per_s": 3e13, "item_ns": 500, "wide": {"setup_ns": 4000, "step_ns": 200}, "narrow": {"setup_ns": 2000, "step_ns": 500},
-     "launch_ns": 4000, "merge_ns": 3000}],
+     "launch_ns": 400000, "merge_ns": 3000}],
     "measurements": [{"batch": "decode", "kernel_family": "sm_80", "head_dim": 64, "call_ns": 60000, "items_ns": 55000, "items": [
       {"work": {"tile": "narrow", "memory_bytes": 100000, "cached_bytes": 0, "steps": 7, "flops": 0}, "tasks": 50, "ns": 10500}]}]}"#;
 
@@ -276,12 +276,15 @@ fn calibrations_are_planned_by() {
     let predicted = |calibration: Option<&Path>| -> f64 {
         let mut command = packinfer();
         command.args(["plan", "--json"]).args(NO_GPU).arg("--batch").arg(&batch);
-        calibration.iter().for_each(|path| drop(command.arg("--calibration").arg(path)));
+        if let Some(path) = calibration {
+            command.arg("--calibration").arg(path);
+        }
         let output = command.assert().success();
         let plans: Vec<Value> = serde_json::from_slice(&output.get_output().stdout).expect("JSON");
         plans[0]["predicted_us"].as_f64().expect("a number")
     };
-    assert!(predicted(Some(&calibration)) > 1.5 * predicted(None), "a small device is slower than an H100");
+    // It takes 400 µs to launch.
+    assert!(predicted(Some(&calibration)) > 400.0 && predicted(None) < 400.0);
     for command in ["plan", "verify"] {
         packinfer()
             .arg(command)

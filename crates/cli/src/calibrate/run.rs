@@ -1,7 +1,7 @@
 //! Runs the designs, and tells what their work items took.
 
 use half::bf16;
-use packinfer::Engine;
+use packinfer::{DeviceBuffer, Engine, EngineError};
 use packinfer_abi::WorkItem;
 use packinfer_batch::{AttentionShape, DType};
 use packinfer_cpu::random_elements;
@@ -18,7 +18,7 @@ const HEADS: (u32, u32) = (32, 8);
 const HEAD_DIMS: [u32; 2] = [64, 128];
 /// Bytes of K and V: several times what an L2 cache holds.
 const KV_BYTES: u64 = 512 << 20;
-/// Random elements, which are repeated in K and V: products of zeros would take less power, and time.
+/// Random elements, which are repeated in every tensor: products of zeros would take less power, and time.
 const RANDOM_ELEMENTS: usize = 1 << 20;
 /// Runs of a design, of which the one with the median time is taken.
 const RUNS: usize = 9;
@@ -55,20 +55,22 @@ pub fn measure(cuda: &Cuda, models: &[DeviceModel]) -> anyhow::Result<Vec<Measur
 fn pool(engine: &Engine, shape: AttentionShape, num_slots: u32) -> anyhow::Result<DeviceTensors<bf16>> {
     memory::check("K and V take", KV_BYTES / 2)?;
     let len = num_slots as usize * shape.kv_elements_per_slot() as usize;
-    let of_seed = |seed| {
-        let random: Vec<bf16> = random_elements(RANDOM_ELEMENTS, seed);
-        engine.copy_of(&random.repeat(len.div_ceil(RANDOM_ELEMENTS))[..len])
-    };
     Ok(DeviceTensors {
         q: engine.zeros(0)?,
-        k: of_seed(1)?,
-        v: of_seed(2)?,
+        k: random(engine, len, 1)?,
+        v: random(engine, len, 2)?,
         o: engine.zeros(0)?,
         sinks: None,
         k_scales: None,
         v_scales: None,
         logit_soft_cap: None,
     })
+}
+
+/// A tensor of random elements, which repeat themselves.
+fn random(engine: &Engine, len: usize, seed: u64) -> Result<DeviceBuffer<bf16>, EngineError> {
+    let random: Vec<bf16> = random_elements(RANDOM_ELEMENTS, seed);
+    engine.copy_of(&random.repeat(len.div_ceil(RANDOM_ELEMENTS))[..len])
 }
 
 fn measure_design(
@@ -82,7 +84,7 @@ fn measure_design(
     let batch = design.batch(shape, model, num_slots)?;
     let plan = Planner::new(*model).with_packing(Packing::Unshared).plan(&batch)?;
     let qo_len = batch.num_query_tokens() as usize * shape.qo_elements_per_token() as usize;
-    tensors.q = cuda.engine().copy_of(&random_elements::<bf16>(qo_len, 3))?;
+    tensors.q = random(cuda.engine(), qo_len, 3)?;
     tensors.o = cuda.engine().zeros(qo_len)?;
     let StampedCall { call, schedule } = cuda.stamp(&plan, tensors, RUNS)?;
     Ok(Measurement {
