@@ -25,7 +25,7 @@
 //!
 //! let qo_len = batch.num_query_tokens() as usize * shape.qo_elements_per_token() as usize;
 //! let kv_len = batch.num_slots() as usize * shape.kv_elements_per_slot() as usize;
-//! let (k, v) = (engine.zeros(kv_len)?, engine.zeros(kv_len)?);
+//! let (k, v) = (engine.zeros::<bf16>(kv_len)?, engine.zeros::<bf16>(kv_len)?);
 //! let q = engine.copy_of(&vec![bf16::ONE; qo_len])?;
 //! let mut o = engine.zeros(qo_len)?;
 //! let mut workspace = engine.workspace()?;

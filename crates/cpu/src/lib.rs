@@ -19,7 +19,7 @@
 //! batch.push_contiguous(1, 100, 0)?; // a decode request
 //! batch.push_contiguous(5, 5, 100)?; // a prompt
 //!
-//! let (q, k, v) = (random_elements(6 * 8 * 64, 1), random_elements(105 * 2 * 64, 2), random_elements(105 * 2 * 64, 3));
+//! let [q, k, v] = [(6 * 8, 1), (105 * 2, 2), (105 * 2, 3)].map(|(rows, seed)| random_elements::<bf16>(rows * 64, seed));
 //! let inputs = Inputs { q: &q, k: &k, v: &v, options: Options::default() };
 //! let mut o = vec![bf16::ZERO; q.len()];
 //! execute(&Planner::default().plan(&batch)?, inputs, Outputs { o: &mut o, lse: None })?;

@@ -138,9 +138,9 @@ kernel! {
 
     /// Attention in bf16, K and V in e4m3, head dimension 96.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
-    #[expect("bar.sync" = 4, "mma.sync" = 216)]
+    #[expect("bar.sync" = 4, "mma.sync" = 120)]
     fn attention_bf16_e4m3_d96(params: AttentionParams) {
-        attention::<Bf16, E4m3, 12, 6, 2, 8, 2>(params)
+        attention::<Bf16, E4m3, 12, 6, 2, 4, 2>(params)
     }
 
     /// Attention in bf16, K and V in e4m3, head dimension 128.
@@ -166,9 +166,9 @@ kernel! {
 
     /// Attention in f16, K and V in e4m3, head dimension 96.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
-    #[expect("bar.sync" = 4, "mma.sync" = 216)]
+    #[expect("bar.sync" = 4, "mma.sync" = 120)]
     fn attention_f16_e4m3_d96(params: AttentionParams) {
-        attention::<F16, E4m3, 12, 6, 2, 8, 2>(params)
+        attention::<F16, E4m3, 12, 6, 2, 4, 2>(params)
     }
 
     /// Attention in f16, K and V in e4m3, head dimension 128.
