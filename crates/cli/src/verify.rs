@@ -3,7 +3,7 @@
 use std::io::{Write, stdout};
 
 use anyhow::Context;
-use packinfer_batch::Batch;
+use packinfer_batch::{Batch, KvDType};
 use packinfer_cpu::{Element, KvElement, largest_difference, reference, relative_error};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -25,12 +25,11 @@ const SAMPLED_ROWS: u32 = 16;
 
 /// Runs and compares the batches, and says whether all are within tolerance.
 pub fn run(args: &VerifyArgs) -> anyhow::Result<bool> {
-    let mut backend = Backend::open(&args.device)?;
     let mut cases = Case::read_all(&args.batch, args.seed, args.matrix)?;
+    let mut backend = Backend::open(&args.device)?;
     // Of a matrix, what the kernels that are to be used have; what a file asks for is an error where they do not.
     cases.retain(|case| !args.matrix || backend.supports(case));
-    let mut table =
-        table::new(&["batch", "dtype", "KV", "tokens", "compared", "error", "worst request", "LSE error", "tolerance", ""]);
+    let mut table = table::new(&["batch", "dtype", "tokens", "compared", "error", "worst request", "LSE error", "tolerance", ""]);
     let mut all_within = true;
     let progress = Progress::new(cases.len());
     for case in &cases {
@@ -65,10 +64,11 @@ impl Comparison {
     }
 
     fn cells(&self, case: &Case) -> Vec<String> {
+        let (dtype, kv_dtype) = (case.batch.shape().dtype(), case.batch.shape().kv_dtype());
+        let types = if kv_dtype == KvDType::Same { dtype.to_string() } else { format!("{dtype}, KV {kv_dtype}") };
         vec![
             case.name.clone(),
-            case.batch.shape().dtype().to_string(),
-            case.batch.shape().kv_dtype().to_string(),
+            types,
             case.batch.num_query_tokens().to_string(),
             self.rows.to_string(),
             format!("{:.1e}", self.error),
