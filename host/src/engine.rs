@@ -14,7 +14,7 @@ use crate::run::{self, RunOptions, Tensors};
 use crate::stamps::Stamps;
 use crate::stream::Stream;
 use crate::workspace::Workspace;
-use crate::{DeviceInfo, Element, EngineError, device};
+use crate::{DeviceInfo, Element, EngineError, KvElement, device};
 
 /// Which device an [`Engine`] uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -172,12 +172,12 @@ impl Engine {
     ///
     /// Tensors of another type or of other lengths than the plan's, or at addresses that are not multiples of 16; a softmax scale
     /// or a soft-cap that is no positive number; objects of another device; or what the driver reports.
-    pub fn run<E: Element>(
+    pub fn run<E: Element, K: KvElement<E>>(
         &self,
         plan: &DevicePlan,
         workspace: &mut Workspace,
         stream: &Stream,
-        tensors: Tensors<'_, E>,
+        tensors: Tensors<'_, E, K>,
         options: RunOptions<'_>,
     ) -> Result<(), EngineError> {
         self.check("the stream", stream.shared())?;
@@ -202,13 +202,13 @@ impl Engine {
     /// # Errors
     ///
     /// As [`Self::run`], and stamps of a plan with another number of tasks.
-    pub fn run_stamped<E: Element>(
+    pub fn run_stamped<E: Element, K: KvElement<E>>(
         &self,
         plan: &DevicePlan,
         workspace: &mut Workspace,
         stream: &Stream,
-        tensors: Tensors<'_, E>,
-        options: RunOptions,
+        tensors: Tensors<'_, E, K>,
+        options: RunOptions<'_>,
         stamps: &mut Stamps,
     ) -> Result<(), EngineError> {
         self.check("the stream", stream.shared())?;

@@ -2,7 +2,7 @@
 
 use cust::error::CudaError;
 use cust::sys::CUresult;
-use packinfer_batch::DType;
+use packinfer_batch::{DType, KvDType};
 use packinfer_driver::LoadError;
 use packinfer_planner::CalibrationError;
 
@@ -106,6 +106,20 @@ pub enum EngineError {
         found: DType,
         /// Type of the plan.
         needed: DType,
+    },
+    /// K and V of another type than the plan.
+    #[error("K and V are of type \"{found}\", and the plan was made for \"{needed}\"")]
+    KvDType {
+        /// Type of the tensors.
+        found: KvDType,
+        /// Type of the plan.
+        needed: KvDType,
+    },
+    /// Scales of K or V that have none.
+    #[error("{option} are given, but K and V are not in FP8: only there they have scales")]
+    NoScales {
+        /// The option.
+        option: &'static str,
     },
     /// A softmax scale or a soft-cap that is no positive number.
     #[error("{what} {value}: it must be finite and greater than 0")]

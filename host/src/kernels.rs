@@ -11,7 +11,7 @@ use packinfer_abi::{
     ATTENTION_SHARED_BYTES, ATTENTION_THREADS, HOPPER_SHARED_BYTES, HOPPER_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS,
     MMA_RATE_THREADS, WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
 };
-use packinfer_batch::{AttentionShape, DType};
+use packinfer_batch::{AttentionShape, DType, KvDType};
 
 use crate::error::Doing;
 use crate::{EngineError, KernelFamily, Stream, overlap};
@@ -57,6 +57,18 @@ impl KernelSource {
         macro_rules! sm_90a {
             ($name:literal) => {
                 kernel!("sm_90a", $name, HOPPER_THREADS, HOPPER_SHARED_BYTES)
+            };
+        }
+        if shape.kv_dtype() == KvDType::E4m3 {
+            return match (shape.dtype(), shape.head_dim()) {
+                (DType::Bf16, 64) => sm_80!("attention_bf16_e4m3_d64"),
+                (DType::Bf16, 96) => sm_80!("attention_bf16_e4m3_d96"),
+                (DType::Bf16, 128) => sm_80!("attention_bf16_e4m3_d128"),
+                (DType::Bf16, _) => sm_80!("attention_bf16_e4m3_d256"),
+                (DType::F16, 64) => sm_80!("attention_f16_e4m3_d64"),
+                (DType::F16, 96) => sm_80!("attention_f16_e4m3_d96"),
+                (DType::F16, 128) => sm_80!("attention_f16_e4m3_d128"),
+                (DType::F16, _) => sm_80!("attention_f16_e4m3_d256"),
             };
         }
         match (family, shape.dtype(), shape.head_dim()) {
@@ -212,8 +224,10 @@ mod tests {
         for dtype in [DType::Bf16, DType::F16] {
             for head_dim in AttentionShape::HEAD_DIMS {
                 let shape = AttentionShape::new(8, 8, head_dim, dtype).expect("a good shape");
-                let families = KernelFamily::ALL.into_iter().filter(|family| family.supports(shape));
-                sources.extend(families.map(|family| KernelSource::attention(family, shape)));
+                for shape in [KvDType::Same, KvDType::E4m3].map(|kv_dtype| shape.with_kv_dtype(kv_dtype)) {
+                    let families = KernelFamily::ALL.into_iter().filter(|family| family.supports(shape));
+                    sources.extend(families.map(|family| KernelSource::attention(family, shape)));
+                }
                 sources.extend([false, true].map(|overlaps| KernelSource::merge(shape, overlaps)));
             }
         }

@@ -25,7 +25,7 @@
 //!
 //! let qo_len = batch.num_query_tokens() as usize * shape.qo_elements_per_token() as usize;
 //! let kv_len = batch.num_slots() as usize * shape.kv_elements_per_slot() as usize;
-//! let (k, v) = (engine.zeros(kv_len)?, engine.zeros(kv_len)?);
+//! let (k, v) = (engine.zeros::<bf16>(kv_len)?, engine.zeros::<bf16>(kv_len)?);
 //! let q = engine.copy_of(&vec![bf16::ONE; qo_len])?;
 //! let mut o = engine.zeros(qo_len)?;
 //! let mut workspace = engine.workspace()?;
@@ -58,12 +58,12 @@ mod workspace;
 
 pub use device::{DeviceInfo, devices, driver_version};
 pub use device_plan::DevicePlan;
-pub use element::Element;
+pub use element::{Element, KvElement};
 pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;
 pub use graph::Graph;
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
-pub use packinfer_batch::{AttentionShape, Batch, BatchError, DType, KvRun, Mask, Request};
+pub use packinfer_batch::{AttentionShape, Batch, BatchError, DType, KvDType, KvRun, Mask, Request};
 pub use packinfer_planner::{
     AppendError, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan, PlanError,
     Planner,

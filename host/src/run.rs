@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use std::ptr;
 
 use packinfer_abi::{AttentionParams, DeviceAddress, MergeParams};
+use packinfer_batch::KvDType;
 
 use crate::device_plan::{DevicePlan, Layout};
 use crate::kv_maps::KvTensors;
@@ -12,20 +13,20 @@ use crate::memory::{DeviceSlice, DeviceSliceMut};
 use crate::stamps::Stamps;
 use crate::stream::Stream;
 use crate::workspace::Workspace;
-use crate::{Element, EngineError, KernelFamily};
+use crate::{Element, EngineError, KernelFamily, KvElement};
 
 /// What the tensors' addresses must be a multiple of, in bytes: the kernels load and store 16 bytes at a time.
 const ALIGNMENT: u64 = 16;
 
 /// What attention reads and writes.
 #[derive(Debug)]
-pub struct Tensors<'a, E> {
+pub struct Tensors<'a, E, K = E> {
     /// Q, `[tokens, num_qo_heads, head_dim]`.
     pub q: DeviceSlice<'a, E>,
     /// K, `[slots, num_kv_heads, head_dim]`.
-    pub k: DeviceSlice<'a, E>,
+    pub k: DeviceSlice<'a, K>,
     /// V, like K.
-    pub v: DeviceSlice<'a, E>,
+    pub v: DeviceSlice<'a, K>,
     /// O, like Q.
     pub o: DeviceSliceMut<'a, E>,
     /// Log-sum-exp of the logits, those of sinks included, natural logarithm, `[tokens, num_qo_heads]`; or not wanted.
@@ -41,20 +42,25 @@ pub struct RunOptions<'a> {
     pub logit_soft_cap: Option<f32>,
     /// A further logit of each query head, `[num_qo_heads]`, in its softmax, to which no V belongs.
     pub sinks: Option<DeviceSlice<'a, f32>>,
+    /// What K in FP8 is multiplied with, `[num_kv_heads]`; 1 if `None`.
+    pub k_scales: Option<DeviceSlice<'a, f32>>,
+    /// What V in FP8 is multiplied with, `[num_kv_heads]`; 1 if `None`.
+    pub v_scales: Option<DeviceSlice<'a, f32>>,
 }
 
 /// Gives the launches of a checked run to the stream, whose context is current; its tasks are noted in `stamps`, if they are given.
-pub(crate) fn run<E: Element>(
+pub(crate) fn run<E: Element, K: KvElement<E>>(
     plan: &DevicePlan,
     workspace: &mut Workspace,
     stream: &Stream,
-    tensors: &Tensors<'_, E>,
+    tensors: &Tensors<'_, E, K>,
     options: RunOptions<'_>,
     stamps: Option<&mut Stamps>,
 ) -> Result<(), EngineError> {
     let layout = &plan.layout;
     tensors.check(layout)?;
-    let Logits { scale_log2, soft_cap_log2, sinks } = options.logits(layout)?;
+    let Logits { scale_log2, soft_cap_log2 } = options.logits(layout)?;
+    let PerHead { sinks, k_scales, v_scales } = options.per_head(layout)?;
     let family = plan.family_for(options.logit_soft_cap.is_some())?;
     if layout.attention_tasks == 0 {
         return Ok(());
@@ -89,6 +95,8 @@ pub(crate) fn run<E: Element>(
         scale_log2,
         soft_cap_log2,
         sinks,
+        k_scales,
+        v_scales,
         stamps,
     };
     // SAFETY: the kernel has this one parameter. The plan is on the device when the stream gets there, its indices are within
@@ -122,7 +130,13 @@ fn parameter<T>(value: &T) -> *mut c_void {
 struct Logits {
     scale_log2: f32,
     soft_cap_log2: f32,
+}
+
+/// Addresses of a number for each head, or zero.
+struct PerHead {
     sinks: DeviceAddress,
+    k_scales: DeviceAddress,
+    v_scales: DeviceAddress,
 }
 
 impl RunOptions<'_> {
@@ -133,19 +147,35 @@ impl RunOptions<'_> {
                 return Err(EngineError::NotPositive { what, value });
             }
         }
-        if let Some(sinks) = &self.sinks {
-            check_length("sinks", "[num_qo_heads]", sinks.len, layout.shape.num_qo_heads().into())?;
-            check_alignment("sinks", sinks.address)?;
-        }
         let (scale_log2, soft_cap_log2) = match self.logit_soft_cap {
             Some(cap) => (cap * LOG2_E, 2.0 * LOG2_E * (scale / cap)),
             None => (scale * LOG2_E, 0.0),
         };
-        Ok(Logits { scale_log2, soft_cap_log2, sinks: self.sinks.map_or(0, |sinks| sinks.address) })
+        Ok(Logits { scale_log2, soft_cap_log2 })
+    }
+
+    fn per_head(&self, layout: &Layout) -> Result<PerHead, EngineError> {
+        let shape = layout.shape;
+        for (option, given) in [("k_scales", self.k_scales), ("v_scales", self.v_scales)] {
+            if given.is_some() && shape.kv_dtype() == KvDType::Same {
+                return Err(EngineError::NoScales { option });
+            }
+        }
+        let address = |tensor, heads, per_head: Option<DeviceSlice<'_, f32>>, num_heads: u32| -> Result<u64, EngineError> {
+            let Some(per_head) = per_head else { return Ok(0) };
+            check_length(tensor, heads, per_head.len, num_heads.into())?;
+            check_alignment(tensor, per_head.address)?;
+            Ok(per_head.address)
+        };
+        Ok(PerHead {
+            sinks: address("sinks", "[num_qo_heads]", self.sinks, shape.num_qo_heads())?,
+            k_scales: address("k_scales", "[num_kv_heads]", self.k_scales, shape.num_kv_heads())?,
+            v_scales: address("v_scales", "[num_kv_heads]", self.v_scales, shape.num_kv_heads())?,
+        })
     }
 }
 
-impl<E: Element> Tensors<'_, E> {
+impl<E: Element, K: KvElement<E>> Tensors<'_, E, K> {
     fn kv(&self, layout: &Layout) -> KvTensors {
         let slots = |len: usize| len as u64 / layout.shape.kv_elements_per_slot();
         KvTensors {
@@ -159,6 +189,9 @@ impl<E: Element> Tensors<'_, E> {
         let shape = layout.shape;
         if E::DTYPE != shape.dtype() {
             return Err(EngineError::DType { found: E::DTYPE, needed: shape.dtype() });
+        }
+        if K::KV_DTYPE != shape.kv_dtype() {
+            return Err(EngineError::KvDType { found: K::KV_DTYPE, needed: shape.kv_dtype() });
         }
         let tokens = u64::from(layout.num_query_tokens);
         for (tensor, len) in [("Q", self.q.len), ("O", self.o.len)] {

@@ -8,6 +8,7 @@
 //! | [`softmax`] | online softmax over score fragments |
 //! | [`shared_tile`] | a swizzled tile in shared memory |
 //! | [`element`] | bf16 and f16 |
+//! | [`stored`] | how K and V are stored: as Q is, or in FP8 |
 //! | [`mma_rate`] | measures the tensor cores |
 //! | [`ptx`] | one function an instruction, one file a family; the only place with assembly |
 //!
@@ -31,6 +32,8 @@ pub mod ptx;
 pub mod rows;
 pub mod shared_tile;
 pub mod softmax;
+#[cfg(feature = "sm_80")]
+pub mod stored;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {

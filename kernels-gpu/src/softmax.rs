@@ -20,6 +20,12 @@ pub fn row_of_lane(block: usize, half: usize, lane: u32) -> u32 {
     16 * block as u32 + 8 * half as u32 + lane / 4
 }
 
+/// Of a row's elements, the first of the two that the lane holds in fragment `block`.
+#[inline(always)]
+pub fn element_of_lane(block: usize, lane: u32) -> u32 {
+    8 * block as u32 + lane % 4 * 2
+}
+
 /// ln 2: the kernels' logarithms are to base 2 until they are written.
 pub const LN_2: f32 = core::f32::consts::LN_2;
 
@@ -75,13 +81,32 @@ impl RowSum {
     }
 }
 
+/// What becomes of the products of queries and keys.
+#[derive(Clone, Copy)]
+pub struct Logits {
+    /// As [`AttentionParams::scale_log2`].
+    pub scale_log2: f32,
+    /// As [`AttentionParams::soft_cap_log2`].
+    pub soft_cap_log2: f32,
+}
+
+impl Logits {
+    /// Of products that must be multiplied with `factor` first.
+    #[inline(always)]
+    pub fn of(params: &AttentionParams, factor: f32) -> Self {
+        // With a soft-cap, the scale stands inside the hyperbolic tangent, and what is left outside is the cap.
+        let inside = if params.soft_cap_log2 != 0.0 { 1.0 } else { factor };
+        Self { scale_log2: params.scale_log2 * inside, soft_cap_log2: params.soft_cap_log2 * factor }
+    }
+}
+
 /// Bounds scores, if the launch asks for a soft-cap: each becomes the hyperbolic tangent of its part of the cap.
 #[inline(always)]
-pub fn soft_cap<const FRAGMENTS: usize>(params: &AttentionParams, scores: &mut [Fragment; FRAGMENTS]) {
-    if params.soft_cap_log2 != 0.0 {
+pub fn soft_cap<const FRAGMENTS: usize>(logits: Logits, scores: &mut [Fragment; FRAGMENTS]) {
+    if logits.soft_cap_log2 != 0.0 {
         for fragment in scores {
             for score in fragment {
-                *score = math::tanh_of_half_log2(*score * params.soft_cap_log2);
+                *score = math::tanh_of_half_log2(*score * logits.soft_cap_log2);
             }
         }
     }

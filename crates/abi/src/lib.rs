@@ -288,6 +288,10 @@ pub struct AttentionParams {
     pub soft_cap_log2: f32,
     /// Sinks, natural logarithm, `[num_qo_heads]` float32: a further logit of each row. Or zero.
     pub sinks: DeviceAddress,
+    /// What K is multiplied with, `[num_kv_heads]` float32, where it is stored in FP8; or zero, for 1.
+    pub k_scales: DeviceAddress,
+    /// As `k_scales`, of V.
+    pub v_scales: DeviceAddress,
     /// A [`TaskStamp`] for each task, `[num_items, num_groups]`; or zero.
     pub stamps: DeviceAddress,
 }

@@ -1,7 +1,7 @@
 //! The batch that is there without a file.
 
 use crate::file::RequestLengths;
-use crate::{BatchFile, DType};
+use crate::{BatchFile, DType, KvDType};
 
 impl BatchFile {
     /// A mixed batch, as a server that chunks its prefill sees it: two chunks of long prompts, 48 decode requests of 64 to 3,870
@@ -17,6 +17,7 @@ impl BatchFile {
             num_kv_heads: 8,
             head_dim: 128,
             dtype: DType::Bf16,
+            kv_dtype: KvDType::Same,
             page_size: 16,
             causal: true,
             window: None,

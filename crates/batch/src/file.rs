@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AttentionShape, Batch, BatchError, DType, Mask};
+use crate::{AttentionShape, Batch, BatchError, DType, KvDType, Mask};
 
 /// One attention call of one layer, as a file says it.
 ///
@@ -40,8 +40,11 @@ pub struct BatchFile {
     pub num_kv_heads: u32,
     /// Elements of a head.
     pub head_dim: u32,
-    /// Element type.
+    /// Element type of Q and O.
     pub dtype: DType,
+    /// Element type of K and V.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub kv_dtype: KvDType,
     /// Slots of a page.
     pub page_size: u32,
     /// Whether a query token sees no tokens after it. The query tokens are the last of the KV tokens then.
@@ -54,7 +57,7 @@ pub struct BatchFile {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logit_soft_cap: Option<f32>,
     /// Whether each query head has a sink: a further logit in its softmax, to which no V belongs.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub sinks: bool,
     /// Tokens of a block, a multiple of `page_size`. Needed where a request names blocks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -80,8 +83,8 @@ fn causal_by_default() -> bool {
     true
 }
 
-fn is_false(value: &bool) -> bool {
-    !value
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl BatchFile {
@@ -124,13 +127,14 @@ impl BatchFile {
         format!("{}[{}]}}\n", head.trim_end_matches("[]}"), requests.join(",\n"))
     }
 
-    /// Heads, head dimension, element type.
+    /// Heads, head dimension, element types.
     ///
     /// # Errors
     ///
     /// See [`AttentionShape::new`].
     pub fn shape(&self) -> Result<AttentionShape, BatchError> {
-        AttentionShape::new(self.num_qo_heads, self.num_kv_heads, self.head_dim, self.dtype)
+        let shape = AttentionShape::new(self.num_qo_heads, self.num_kv_heads, self.head_dim, self.dtype)?;
+        Ok(shape.with_kv_dtype(self.kv_dtype))
     }
 
     /// Which KV tokens a query token sees.

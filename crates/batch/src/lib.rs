@@ -27,4 +27,4 @@ pub use batch::{Batch, Mask, Request};
 pub use error::BatchError;
 pub use file::{BatchFile, BatchFileError, RequestLengths};
 pub use packinfer_abi::KvRun;
-pub use shape::{AttentionShape, DType};
+pub use shape::{AttentionShape, DType, KvDType};

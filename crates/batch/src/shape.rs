@@ -33,13 +33,34 @@ impl fmt::Display for DType {
     }
 }
 
-/// Head counts, head dimension and element type of an attention call.
+/// Element type of K and V.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvDType {
+    /// That of Q and O.
+    #[default]
+    Same,
+    /// FP8: 4 bits of exponent, 3 of fraction, no infinities; K and V have a scale for each KV head.
+    E4m3,
+}
+
+impl fmt::Display for KvDType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            KvDType::Same => "same",
+            KvDType::E4m3 => "e4m3",
+        })
+    }
+}
+
+/// Head counts, head dimension and element types of an attention call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AttentionShape {
     num_qo_heads: u32,
     num_kv_heads: u32,
     head_dim: u32,
     dtype: DType,
+    kv_dtype: KvDType,
 }
 
 impl AttentionShape {
@@ -67,7 +88,12 @@ impl AttentionShape {
         if !Self::HEAD_DIMS.contains(&head_dim) {
             return Err(BatchError::HeadDim { head_dim });
         }
-        Ok(Self { num_qo_heads, num_kv_heads, head_dim, dtype })
+        Ok(Self { num_qo_heads, num_kv_heads, head_dim, dtype, kv_dtype: KvDType::Same })
+    }
+
+    /// The same shape with K and V of another type.
+    pub fn with_kv_dtype(self, kv_dtype: KvDType) -> Self {
+        Self { kv_dtype, ..self }
     }
 
     /// Query heads.
@@ -85,9 +111,22 @@ impl AttentionShape {
         self.head_dim
     }
 
-    /// Element type.
+    /// Element type of Q and O.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Element type of K and V.
+    pub fn kv_dtype(&self) -> KvDType {
+        self.kv_dtype
+    }
+
+    /// Bytes of one element of K or V.
+    pub fn kv_element_bytes(&self) -> u64 {
+        match self.kv_dtype {
+            KvDType::Same => self.dtype.size_in_bytes(),
+            KvDType::E4m3 => 1,
+        }
     }
 
     /// Query heads of one KV head.
@@ -129,7 +168,7 @@ impl AttentionShape {
 
     /// Bytes of K and V together in one slot.
     pub fn kv_bytes_per_slot(&self) -> u64 {
-        2 * self.kv_elements_per_slot() * self.dtype.size_in_bytes()
+        2 * self.kv_elements_per_slot() * self.kv_element_bytes()
     }
 
     /// Bytes of Q and O together for one token.

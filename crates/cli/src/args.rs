@@ -74,6 +74,10 @@ pub struct VerifyArgs {
     /// Where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// Runs each batch in all element types and head dimensions, and with each option: a sliding window, a soft-cap, sinks, KV in FP8, and all of
+    /// these together.
+    #[arg(long)]
+    pub matrix: bool,
     /// Query tokens of every request to compare; all of them by default, or 16 where that would take long.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rows: Option<u32>,

@@ -6,22 +6,23 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use half::{bf16, f16};
-use packinfer_batch::{Batch, DType};
+use packinfer_batch::{Batch, DType, KvDType};
 use packinfer_planner::KernelFamily;
 use serde::Serialize;
 
 use crate::args::{Baseline, BenchArgs};
-use crate::backend::{Backend, BackendElement, Ceilings, Repeat};
+use crate::backend::{Backend, BackendElement, BackendKv, Ceilings, Repeat};
 use crate::case::Case;
 use crate::planning::{self, Planned};
 use crate::progress::Progress;
 use crate::table;
+use crate::types::with_types;
 use crate::units::significant;
 
 /// Measures the batches.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
-    let cases = if args.batch.is_empty() { vec![Case::builtin(args.seed)?] } else { Case::read_all(&args.batch, args.seed)? };
+    let cases =
+        if args.batch.is_empty() { vec![Case::builtin(args.seed)?] } else { Case::read_all(&args.batch, args.seed, false)? };
     // Better to learn now that the file cannot be written than after minutes of measuring.
     let out = match &args.json {
         Some(path) => Some((path, File::create(path).with_context(|| cannot_write(path))?)),
@@ -40,10 +41,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     for case in &cases {
         progress.step();
         progress.doing(case.name.clone());
-        let measured = match case.batch.shape().dtype() {
-            DType::Bf16 => measure::<bf16>(case, &mut backend, &report.ceilings, args),
-            DType::F16 => measure::<f16>(case, &mut backend, &report.ceilings, args),
-        };
+        let measured = with_types!(case.batch.shape(), measure(case, &mut backend, &report.ceilings, args));
         report.batches.push(measured.with_context(|| case.name.clone())?);
     }
     drop(progress);
@@ -73,6 +71,7 @@ struct Report {
 struct Measured {
     batch: String,
     dtype: DType,
+    kv_dtype: KvDType,
     requests: usize,
     query_tokens: u32,
     /// The kernels that ran, on a GPU.
@@ -130,7 +129,7 @@ impl Timing {
     }
 }
 
-fn measure<E: BackendElement>(
+fn measure<E: BackendElement, K: BackendKv<E>>(
     case: &Case,
     backend: &mut Backend,
     ceilings: &Ceilings,
@@ -138,7 +137,7 @@ fn measure<E: BackendElement>(
 ) -> anyhow::Result<Measured> {
     let batch = &case.batch;
     backend.check_fits(batch)?;
-    let tensors = case.tensors::<E>(args.seed)?;
+    let tensors = case.tensors::<E, K>(args.seed)?;
     let Planned { plan, plan_us } = planning::packed(batch, backend.planner())?;
     let kernels = backend.kernels(&plan);
     let mut plans = vec![plan];
@@ -168,6 +167,7 @@ impl Measured {
         Self {
             batch: name,
             dtype: batch.shape().dtype(),
+            kv_dtype: batch.shape().kv_dtype(),
             requests: batch.requests().len(),
             query_tokens: batch.num_query_tokens(),
             kernels,

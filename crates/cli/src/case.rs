@@ -1,11 +1,12 @@
 //! Batches to work on, and their Q, K and V.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use anyhow::Context;
 use half::f16;
-use packinfer_batch::{Batch, BatchFile};
-use packinfer_cpu::{Element, Inputs, Options, random_elements};
+use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType};
+use packinfer_cpu::{Element, Inputs, KvElement, Options, random_elements};
 
 use crate::memory;
 
@@ -19,14 +20,20 @@ pub struct Case {
 }
 
 impl Case {
-    /// Reads batch files. Their pages are in an order that `seed` says.
-    pub fn read_all(paths: &[PathBuf], seed: u64) -> anyhow::Result<Vec<Self>> {
-        let read = |path: &PathBuf| {
-            let case = Self::of(&BatchFile::read(path)?, seed).with_context(|| path.display().to_string())?;
+    /// Reads batch files. Their pages are in an order that `seed` says. With `matrix`, each file is read once for each pair of element type and head
+    /// dimension and each option.
+    pub fn read_all(paths: &[PathBuf], seed: u64, matrix: bool) -> anyhow::Result<Vec<Self>> {
+        let mut cases = Vec::new();
+        for path in paths {
             let stem = || path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            Ok(Self { name: if case.name.is_empty() { stem() } else { case.name }, ..case })
-        };
-        paths.iter().map(read).collect()
+            let mut file = BatchFile::read(path)?;
+            file.name.get_or_insert_with(stem);
+            let files = if matrix { variants(&file) } else { vec![file] };
+            for file in &files {
+                cases.push(Self::of(file, seed).with_context(|| path.display().to_string())?);
+            }
+        }
+        Ok(cases)
     }
 
     /// The batch that is built in.
@@ -40,7 +47,7 @@ impl Case {
     }
 
     /// Random Q, K and V for the batch, if they and O fit into memory.
-    pub fn tensors<E: Element>(&self, seed: u64) -> anyhow::Result<Tensors<E>> {
+    pub fn tensors<E: Element, K: KvElement<E>>(&self, seed: u64) -> anyhow::Result<Tensors<E, K>> {
         let shape = self.batch.shape();
         memory::check("Q, K, V and O take", self.batch.tensor_bytes())?;
         let qo_elements = u64::from(self.batch.num_query_tokens()) * shape.qo_elements_per_token();
@@ -54,27 +61,64 @@ impl Case {
             k: random_elements(k.try_into()?, seed.wrapping_add(1)),
             v: random_elements(v.try_into()?, seed.wrapping_add(2)),
             sinks: sinks.map(|sinks| sinks.iter().map(|&sink| SINK_SPREAD * f32::from(sink)).collect()),
+            k_scales: (K::KV_DTYPE == KvDType::E4m3).then(|| scales(shape.num_kv_heads())),
+            v_scales: (K::KV_DTYPE == KvDType::E4m3).then(|| scales(shape.num_kv_heads())),
             logit_soft_cap: self.logit_soft_cap,
         })
     }
+}
+
+/// Scales of FP8, another for each head.
+fn scales(num_kv_heads: u32) -> Vec<f32> {
+    (0..num_kv_heads).map(|head| 0.5 + head as f32 / num_kv_heads as f32).collect()
+}
+
+/// A batch file in all element types and head dimensions, and with each of the options.
+fn variants(file: &BatchFile) -> Vec<BatchFile> {
+    /// Shorter than most requests, and no multiple of a step of columns.
+    const WINDOW: u32 = 100;
+    let mut files = Vec::new();
+    for dtype in [DType::Bf16, DType::F16] {
+        for head_dim in AttentionShape::HEAD_DIMS {
+            let name = file.name.as_deref().unwrap_or_default();
+            let plain =
+                |option| BatchFile { name: Some(format!("{name} d{head_dim} {option}")), dtype, head_dim, ..file.clone() };
+            files.push(plain("as it is"));
+            files.push(BatchFile { causal: true, window: NonZeroU32::new(WINDOW), ..plain("window") });
+            files.push(BatchFile { logit_soft_cap: Some(2.0), ..plain("soft-cap") });
+            files.push(BatchFile { sinks: true, ..plain("sinks") });
+            files.push(BatchFile { kv_dtype: KvDType::E4m3, ..plain("FP8 KV") });
+            let all = BatchFile { logit_soft_cap: Some(2.0), sinks: true, kv_dtype: KvDType::E4m3, ..plain("all options") };
+            files.push(BatchFile { causal: true, window: NonZeroU32::new(WINDOW), ..all });
+        }
+    }
+    files
 }
 
 /// Standard deviation of sinks: some weigh as much as a request of thousands of tokens, some next to nothing.
 const SINK_SPREAD: f32 = 5.0;
 
 /// Q, K and V of a batch, and how attention is computed from them.
-pub struct Tensors<E> {
+pub struct Tensors<E, K = E> {
     pub q: Vec<E>,
-    pub k: Vec<E>,
-    pub v: Vec<E>,
+    pub k: Vec<K>,
+    pub v: Vec<K>,
     pub sinks: Option<Vec<f32>>,
+    pub k_scales: Option<Vec<f32>>,
+    pub v_scales: Option<Vec<f32>>,
     pub logit_soft_cap: Option<f32>,
 }
 
-impl<E> Tensors<E> {
+impl<E, K> Tensors<E, K> {
     /// The tensors, with the default softmax scale.
-    pub fn inputs(&self) -> Inputs<'_, E> {
-        let options = Options { scale: None, logit_soft_cap: self.logit_soft_cap, sinks: self.sinks.as_deref() };
+    pub fn inputs(&self) -> Inputs<'_, E, K> {
+        let options = Options {
+            scale: None,
+            logit_soft_cap: self.logit_soft_cap,
+            sinks: self.sinks.as_deref(),
+            k_scales: self.k_scales.as_deref(),
+            v_scales: self.v_scales.as_deref(),
+        };
         Inputs { q: &self.q, k: &self.k, v: &self.v, options }
     }
 }

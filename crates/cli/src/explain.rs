@@ -2,14 +2,13 @@
 
 use std::io::Write;
 
-use half::{bf16, f16};
-use packinfer_batch::DType;
 use packinfer_planner::{Comparison, ItemError, KindError, Plan, Schedule, ScheduleSummary, SmLoad};
 use serde::Serialize;
 
-use crate::backend::{Backend, BackendElement, Cuda, DeviceTensors, StampedCall};
+use crate::backend::{Backend, BackendElement, BackendKv, Cuda, DeviceTensors, StampedCall};
 use crate::case::Case;
 use crate::table;
+use crate::types::with_types;
 use crate::units::significant;
 
 /// Runs of which the one with the median time is shown.
@@ -55,10 +54,7 @@ impl Call {
         let predicted = Times::new(plan.explain(model).predicted_us, Schedule::predicted(plan, model));
         let Backend::Cuda(cuda) = backend else { return Ok(Self { predicted, achieved: None, comparison: None }) };
         backend.check_fits(&case.batch)?;
-        let StampedCall { call, schedule } = match plan.shape().dtype() {
-            DType::Bf16 => stamp::<bf16>(case, plan, cuda)?,
-            DType::F16 => stamp::<f16>(case, plan, cuda)?,
-        };
+        let StampedCall { call, schedule } = with_types!(plan.shape(), stamp(case, plan, cuda))?;
         let comparison = Some(Comparison::new(plan, model, &schedule));
         Ok(Self { predicted, achieved: Some(Times::new(call.as_secs_f64() * 1e6, schedule)), comparison })
     }
@@ -104,8 +100,8 @@ impl Call {
     }
 }
 
-fn stamp<E: BackendElement>(case: &Case, plan: &Plan, cuda: &Cuda) -> anyhow::Result<StampedCall> {
-    let mut tensors = DeviceTensors::upload(cuda.engine(), &case.tensors::<E>(SEED)?)?;
+fn stamp<E: BackendElement, K: BackendKv<E>>(case: &Case, plan: &Plan, cuda: &Cuda) -> anyhow::Result<StampedCall> {
+    let mut tensors = DeviceTensors::upload(cuda.engine(), &case.tensors::<E, K>(SEED)?)?;
     cuda.stamp(plan, &mut tensors, RUNS)
 }
 

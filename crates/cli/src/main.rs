@@ -17,6 +17,7 @@ mod planning;
 mod progress;
 mod table;
 mod timeline;
+mod types;
 mod units;
 mod verify;
 

@@ -3,19 +3,19 @@
 use std::io::{Write, stdout};
 
 use anyhow::Context;
-use half::{bf16, f16};
-use packinfer_batch::{Batch, DType};
-use packinfer_cpu::{Element, largest_difference, reference, relative_error};
+use packinfer_batch::{Batch, KvDType};
+use packinfer_cpu::{Element, KvElement, largest_difference, reference, relative_error};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use crate::args::VerifyArgs;
-use crate::backend::{Attention, Backend, BackendElement};
+use crate::backend::{Attention, Backend, BackendElement, BackendKv};
 use crate::case::Case;
 use crate::memory;
 use crate::planning;
 use crate::progress::Progress;
 use crate::table;
+use crate::types::with_types;
 
 /// FLOPs up to which all rows are compared: a dozen seconds of float64 on two cores.
 const MOST_FLOPS_OF_ALL_ROWS: f64 = 1e11;
@@ -25,16 +25,15 @@ const SAMPLED_ROWS: u32 = 16;
 
 /// Runs and compares the batches, and says whether all are within tolerance.
 pub fn run(args: &VerifyArgs) -> anyhow::Result<bool> {
-    let cases = Case::read_all(&args.batch, args.seed)?;
+    let mut cases = Case::read_all(&args.batch, args.seed, args.matrix)?;
     let mut backend = Backend::open(&args.device)?;
+    // Of a matrix, what the kernels that are to be used have; what a file asks for is an error where they do not.
+    cases.retain(|case| !args.matrix || backend.supports(case));
     let mut table = table::new(&["batch", "dtype", "tokens", "compared", "error", "worst request", "LSE error", "tolerance", ""]);
     let mut all_within = true;
     let progress = Progress::new(cases.len());
     for case in &cases {
-        let compared = match case.batch.shape().dtype() {
-            DType::Bf16 => compare::<bf16>(case, &mut backend, args, &progress),
-            DType::F16 => compare::<f16>(case, &mut backend, args, &progress),
-        };
+        let compared = with_types!(case.batch.shape(), compare(case, &mut backend, args, &progress));
         let compared = compared.with_context(|| case.name.clone())?;
         all_within &= compared.is_within_tolerance();
         table.add_row(compared.cells(case));
@@ -65,9 +64,11 @@ impl Comparison {
     }
 
     fn cells(&self, case: &Case) -> Vec<String> {
+        let (dtype, kv_dtype) = (case.batch.shape().dtype(), case.batch.shape().kv_dtype());
+        let types = if kv_dtype == KvDType::Same { dtype.to_string() } else { format!("{dtype}, KV {kv_dtype}") };
         vec![
             case.name.clone(),
-            case.batch.shape().dtype().to_string(),
+            types,
             case.batch.num_query_tokens().to_string(),
             self.rows.to_string(),
             format!("{:.1e}", self.error),
@@ -79,7 +80,7 @@ impl Comparison {
     }
 }
 
-fn compare<E: BackendElement>(
+fn compare<E: BackendElement, K: BackendKv<E>>(
     case: &Case,
     backend: &mut Backend,
     args: &VerifyArgs,
@@ -88,7 +89,7 @@ fn compare<E: BackendElement>(
     let batch = &case.batch;
     backend.check_fits(batch)?;
     progress.doing(format!("{}: Q, K, V", case.name));
-    let tensors = case.tensors::<E>(args.seed)?;
+    let tensors = case.tensors::<E, K>(args.seed)?;
     progress.doing(format!("{}: attention", case.name));
     let attention = backend.attend(&planning::packed(batch, backend.planner())?.plan, &tensors)?;
     progress.doing(format!("{}: float64 attention", case.name));
@@ -98,9 +99,9 @@ fn compare<E: BackendElement>(
     compare_rows(batch, &tensors.inputs(), &attention, rows, args.seed)
 }
 
-fn compare_rows<E: Element>(
+fn compare_rows<E: Element, K: KvElement<E>>(
     batch: &Batch,
-    inputs: &packinfer_cpu::Inputs<'_, E>,
+    inputs: &packinfer_cpu::Inputs<'_, E, K>,
     attention: &Attention<E>,
     rows_per_request: u32,
     seed: u64,
@@ -164,6 +165,7 @@ fn choose_tokens(batch: &Batch, most: u32, seed: u64) -> Vec<Vec<u32>> {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
     use packinfer_batch::{BatchFile, RequestLengths};
 
     use super::*;
@@ -193,7 +195,7 @@ mod tests {
     #[test]
     fn a_wrong_element_is_found() {
         let case = Case { name: "x".into(), batch: batch(), logit_soft_cap: None, sinks: false };
-        let tensors = case.tensors::<bf16>(1).expect("a few bytes");
+        let tensors = case.tensors::<bf16, bf16>(1).expect("a few bytes");
         let all: Vec<u32> = (0..case.batch.num_query_tokens()).collect();
         let exact = reference::attention(&case.batch, tensors.inputs(), &all).expect("good inputs");
         let right = || Attention {

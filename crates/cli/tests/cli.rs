@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use assert_cmd::Command;
-use packinfer_batch::{BatchFile, DType, RequestLengths};
+use packinfer_batch::{BatchFile, DType, KvDType, RequestLengths};
 use predicates::prelude::*;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -52,6 +52,7 @@ fn small() -> BatchFile {
         num_kv_heads: 2,
         head_dim: 64,
         dtype: DType::F16,
+        kv_dtype: KvDType::Same,
         page_size: 16,
         causal: true,
         window: None,

@@ -3,17 +3,17 @@
 use packinfer_batch::AttentionShape;
 
 use crate::options::Logits;
-use crate::{CpuError, Element, Options};
+use crate::{CpuError, Element, KvElement, Options};
 
 /// What attention reads.
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a, E> {
+pub struct Inputs<'a, E, K = E> {
     /// Q, `[tokens, num_qo_heads, head_dim]`.
     pub q: &'a [E],
     /// K, `[slots, num_kv_heads, head_dim]`.
-    pub k: &'a [E],
+    pub k: &'a [K],
     /// V, like K.
-    pub v: &'a [E],
+    pub v: &'a [K],
     /// How attention is computed.
     pub options: Options<'a>,
 }
@@ -27,11 +27,14 @@ pub struct Outputs<'a, E> {
     pub lse: Option<&'a mut [f32]>,
 }
 
-impl<E: Element> Inputs<'_, E> {
+impl<E: Element, K: KvElement<E>> Inputs<'_, E, K> {
     /// Checks types, lengths and options.
     pub(crate) fn check(&self, shape: AttentionShape, num_query_tokens: u32, num_slots: u32) -> Result<Logits, CpuError> {
         if E::DTYPE != shape.dtype() {
             return Err(CpuError::DType { found: E::DTYPE, needed: shape.dtype() });
+        }
+        if K::KV_DTYPE != shape.kv_dtype() {
+            return Err(CpuError::KvDType { found: K::KV_DTYPE, needed: shape.kv_dtype() });
         }
         check_length("Q", "[tokens, num_qo_heads, head_dim]", self.q.len(), num_query_tokens, shape.qo_elements_per_token())?;
         let needed = u64::from(num_slots) * shape.kv_elements_per_slot();

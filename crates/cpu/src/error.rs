@@ -1,6 +1,6 @@
 //! What can be wrong with a call.
 
-use packinfer_batch::DType;
+use packinfer_batch::{DType, KvDType};
 
 /// Buffers or options that do not fit the plan or the batch.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -37,6 +37,14 @@ pub enum CpuError {
         found: DType,
         /// Type of the shape.
         needed: DType,
+    },
+    /// K and V of another element type.
+    #[error("K and V are of type \"{found}\", but the shape says \"{needed}\"")]
+    KvDType {
+        /// Type of the buffers.
+        found: KvDType,
+        /// Type of the shape.
+        needed: KvDType,
     },
     /// A softmax scale or a soft-cap that is no positive number.
     #[error("{what} {value}: it must be finite and greater than 0")]

@@ -9,7 +9,7 @@ use packinfer_planner::Plan;
 
 use crate::options::Logits;
 use crate::tile::Tile;
-use crate::{CpuError, Element, Inputs, Outputs};
+use crate::{CpuError, Element, Inputs, KvElement, Outputs};
 
 /// Runs a plan on rayon's threads: every work item for every head group as the attention kernel does it, then the merges.
 ///
@@ -18,20 +18,29 @@ use crate::{CpuError, Element, Inputs, Outputs};
 /// # Errors
 ///
 /// Buffers of other lengths or another type than the plan's, or options that are out of range.
-pub fn execute<E: Element>(plan: &Plan, inputs: Inputs<'_, E>, outputs: Outputs<'_, E>) -> Result<(), CpuError> {
+pub fn execute<E: Element, K: KvElement<E>>(
+    plan: &Plan,
+    inputs: Inputs<'_, E, K>,
+    outputs: Outputs<'_, E>,
+) -> Result<(), CpuError> {
     let logits = inputs.check(plan.shape(), plan.num_query_tokens(), plan.num_slots())?;
     outputs.check(plan.shape(), plan.num_query_tokens())?;
     match plan.shape().head_dim() {
-        64 => run::<E, 64>(plan, inputs, outputs, logits),
-        96 => run::<E, 96>(plan, inputs, outputs, logits),
-        128 => run::<E, 128>(plan, inputs, outputs, logits),
-        256 => run::<E, 256>(plan, inputs, outputs, logits),
+        64 => run::<E, K, 64>(plan, inputs, outputs, logits),
+        96 => run::<E, K, 96>(plan, inputs, outputs, logits),
+        128 => run::<E, K, 128>(plan, inputs, outputs, logits),
+        256 => run::<E, K, 256>(plan, inputs, outputs, logits),
         head_dim => return Err(CpuError::HeadDim { head_dim }),
     }
     Ok(())
 }
 
-fn run<E: Element, const D: usize>(plan: &Plan, inputs: Inputs<'_, E>, outputs: Outputs<'_, E>, logits: Logits) {
+fn run<E: Element, K: KvElement<E>, const D: usize>(
+    plan: &Plan,
+    inputs: Inputs<'_, E, K>,
+    outputs: Outputs<'_, E>,
+    logits: Logits,
+) {
     let heads = plan.heads();
     let num_partials = heads.num_groups as usize * plan.num_partial_rows() as usize;
     let destination = Mutex::new(Destination {

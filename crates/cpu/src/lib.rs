@@ -6,7 +6,8 @@
 //! * [`random_elements`] makes inputs.
 //! * [`ceilings`] measures what the machine can do at best.
 //!
-//! Everything is generic over the [`Element`] type, `half::bf16` or `half::f16`.
+//! Everything is generic over the [`Element`] type, `half::bf16` or `half::f16`, and over the [`KvElement`] type of K and V, the same or
+//! `float8::F8E4M3`.
 //!
 //! ```
 //! use half::bf16;
@@ -18,7 +19,7 @@
 //! batch.push_contiguous(1, 100, 0)?; // a decode request
 //! batch.push_contiguous(5, 5, 100)?; // a prompt
 //!
-//! let (q, k, v) = (random_elements(6 * 8 * 64, 1), random_elements(105 * 2 * 64, 2), random_elements(105 * 2 * 64, 3));
+//! let [q, k, v] = [(6 * 8, 1), (105 * 2, 2), (105 * 2, 3)].map(|(rows, seed)| random_elements::<bf16>(rows * 64, seed));
 //! let inputs = Inputs { q: &q, k: &k, v: &v, options: Options::default() };
 //! let mut o = vec![bf16::ZERO; q.len()];
 //! execute(&Planner::default().plan(&batch)?, inputs, Outputs { o: &mut o, lse: None })?;
@@ -41,7 +42,7 @@ mod tile;
 
 pub use buffers::{Inputs, Outputs};
 pub use compare::{largest_difference, relative_error};
-pub use element::Element;
+pub use element::{Element, KvElement, Number};
 pub use error::CpuError;
 pub use execute::execute;
 pub use options::Options;

@@ -13,6 +13,10 @@ pub struct Options<'a> {
     pub logit_soft_cap: Option<f32>,
     /// A further logit of each query head, `[num_qo_heads]`, in its softmax, to which no V belongs.
     pub sinks: Option<&'a [f32]>,
+    /// What K is multiplied with, `[num_kv_heads]`; 1 if `None`.
+    pub k_scales: Option<&'a [f32]>,
+    /// What V is multiplied with, `[num_kv_heads]`; 1 if `None`.
+    pub v_scales: Option<&'a [f32]>,
 }
 
 /// What becomes of the product of a query and a key.
@@ -23,6 +27,16 @@ pub(crate) struct Logits {
 }
 
 impl Options<'_> {
+    /// Scale of K of a KV head.
+    pub(crate) fn k_scale(&self, kv_head: usize) -> f32 {
+        self.k_scales.map_or(1.0, |scales| scales[kv_head])
+    }
+
+    /// Scale of V of a KV head.
+    pub(crate) fn v_scale(&self, kv_head: usize) -> f32 {
+        self.v_scales.map_or(1.0, |scales| scales[kv_head])
+    }
+
     pub(crate) fn check(&self, shape: AttentionShape) -> Result<Logits, CpuError> {
         let scale = self.scale.unwrap_or((shape.head_dim() as f32).sqrt().recip());
         for (what, value) in [("softmax scale", scale), ("logit soft-cap", self.logit_soft_cap.unwrap_or(1.0))] {
@@ -30,11 +44,15 @@ impl Options<'_> {
                 return Err(CpuError::NotPositive { what, value });
             }
         }
-        if let Some(sinks) = self.sinks
-            && sinks.len() != shape.num_qo_heads() as usize
-        {
-            let (found, needed) = (sinks.len(), shape.num_qo_heads().into());
-            return Err(CpuError::Length { buffer: "sinks", shape: "[num_qo_heads]", found, needed });
+        for (buffer, per_head, heads, num_heads) in [
+            ("sinks", self.sinks, "[num_qo_heads]", shape.num_qo_heads()),
+            ("k_scales", self.k_scales, "[num_kv_heads]", shape.num_kv_heads()),
+            ("v_scales", self.v_scales, "[num_kv_heads]", shape.num_kv_heads()),
+        ] {
+            let found = per_head.map_or(num_heads as usize, <[f32]>::len);
+            if found != num_heads as usize {
+                return Err(CpuError::Length { buffer, shape: heads, found, needed: num_heads.into() });
+            }
         }
         Ok(Logits { scale, soft_cap: self.logit_soft_cap })
     }

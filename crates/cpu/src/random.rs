@@ -4,14 +4,14 @@ use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
-use crate::Element;
+use crate::Number;
 
 /// Elements that one generator makes: enough to be worth a task.
 const CHUNK: usize = 1 << 16;
 
 /// `len` random elements, evenly distributed with mean 0 and variance 1. The same seed gives the same elements, whatever the
 /// number of threads.
-pub fn random_elements<E: Element>(len: usize, seed: u64) -> Vec<E> {
+pub fn random_elements<E: Number>(len: usize, seed: u64) -> Vec<E> {
     // 16 random bits are evenly distributed over -2^15 .. 2^15, whose standard deviation is 2^15 / √3.
     let scale = 3f32.sqrt() / f32::from(1u16 << 15);
     let mut elements = vec![E::default(); len];

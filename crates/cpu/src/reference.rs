@@ -9,7 +9,7 @@ use packinfer_batch::{AttentionShape, Batch, Request};
 use rayon::prelude::*;
 
 use crate::options::Logits;
-use crate::{CpuError, Element, Inputs};
+use crate::{CpuError, Element, Inputs, KvElement, Number};
 
 /// Rows, over tokens and heads, for which K and V are converted together.
 const ROWS_TOGETHER: usize = 64;
@@ -31,7 +31,11 @@ pub struct Reference {
 /// # Errors
 ///
 /// Buffers of other lengths or another type than the batch's, options that are out of range, or a token that does not exist.
-pub fn attention<E: Element>(batch: &Batch, inputs: Inputs<'_, E>, tokens: &[u32]) -> Result<Reference, CpuError> {
+pub fn attention<E: Element, K: KvElement<E>>(
+    batch: &Batch,
+    inputs: Inputs<'_, E, K>,
+    tokens: &[u32],
+) -> Result<Reference, CpuError> {
     let shape = batch.shape();
     let num_query_tokens = batch.num_query_tokens();
     let logits = inputs.check(shape, num_query_tokens, batch.num_slots())?;
@@ -51,10 +55,10 @@ pub fn attention<E: Element>(batch: &Batch, inputs: Inputs<'_, E>, tokens: &[u32
         }
     }
     parts.into_par_iter().with_max_len(1).for_each(|part| match shape.head_dim() {
-        64 => part.attend::<E, 64>(batch, &inputs, logits),
-        96 => part.attend::<E, 96>(batch, &inputs, logits),
-        128 => part.attend::<E, 128>(batch, &inputs, logits),
-        _ => part.attend::<E, 256>(batch, &inputs, logits),
+        64 => part.attend::<E, K, 64>(batch, &inputs, logits),
+        96 => part.attend::<E, K, 96>(batch, &inputs, logits),
+        128 => part.attend::<E, K, 128>(batch, &inputs, logits),
+        _ => part.attend::<E, K, 256>(batch, &inputs, logits),
     });
     Ok(Reference { o, lse })
 }
@@ -89,19 +93,19 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    fn attend<E: Element, const D: usize>(mut self, batch: &Batch, inputs: &Inputs<'_, E>, logits: Logits) {
+    fn attend<E: Element, K: KvElement<E>, const D: usize>(mut self, batch: &Batch, inputs: &Inputs<'_, E, K>, logits: Logits) {
         for kv_head in 0..batch.shape().num_kv_heads() as usize {
-            attend_head::<E, D>(&mut self, batch, inputs, logits, kv_head);
+            attend_head::<E, K, D>(&mut self, batch, inputs, logits, kv_head);
         }
     }
 }
 
 /// Attention for the query heads of one KV head.
 #[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
-fn attend_head<E: Element, const D: usize>(
+fn attend_head<E: Element, K: KvElement<E>, const D: usize>(
     part: &mut Part<'_>,
     batch: &Batch,
-    inputs: &Inputs<'_, E>,
+    inputs: &Inputs<'_, E, K>,
     logits: Logits,
     kv_head: usize,
 ) {
@@ -109,11 +113,12 @@ fn attend_head<E: Element, const D: usize>(
     let slots = || batch.runs_of(part.request).iter().flat_map(|run| run.first_slot..run.first_slot + run.num_slots);
     let index = |slot: u32| slot as usize * shape.num_kv_heads() as usize + kv_head;
 
-    let mut rows = rows::<E, D>(part, batch, kv_head, inputs);
+    let scales = [inputs.options.k_scale(kv_head), inputs.options.v_scale(kv_head)].map(f64::from);
+    let mut rows = rows::<E, D>(part, batch, kv_head, inputs.q, inputs.options.sinks);
     for (column, slot) in slots().enumerate() {
-        let k = row::<E, D>(inputs.k, index(slot));
+        let k = row::<K, D>(inputs.k, index(slot));
         for row in rows.iter_mut().filter(|row| row.sees.contains(&column)) {
-            row.scores.push(logits.of(dot(&row.q, &k)));
+            row.scores.push(logits.of(scales[0] * dot(&row.q, &k)));
         }
     }
     for row in &mut rows {
@@ -125,7 +130,7 @@ fn attend_head<E: Element, const D: usize>(
     }
     let (o_rows, _) = part.o.as_chunks_mut::<D>();
     for (column, slot) in slots().enumerate() {
-        let v = row::<E, D>(inputs.v, index(slot));
+        let v = row::<K, D>(inputs.v, index(slot)).map(|v| scales[1] * v);
         for row in rows.iter().filter(|row| row.sees.contains(&column)) {
             let p = row.scores[column - row.sees.start];
             for (o, v) in o_rows[row.output].iter_mut().zip(&v) {
@@ -160,7 +165,13 @@ struct Row<const D: usize> {
 }
 
 /// The rows of a part for the query heads of a KV head.
-fn rows<E: Element, const D: usize>(part: &Part<'_>, batch: &Batch, kv_head: usize, inputs: &Inputs<'_, E>) -> Vec<Row<D>> {
+fn rows<E: Element, const D: usize>(
+    part: &Part<'_>,
+    batch: &Batch,
+    kv_head: usize,
+    q: &[E],
+    sinks: Option<&[f32]>,
+) -> Vec<Row<D>> {
     let shape = batch.shape();
     let (num_qo_heads, ratio) = (shape.num_qo_heads() as usize, shape.gqa_ratio() as usize);
     let heads = kv_head * ratio..(kv_head + 1) * ratio;
@@ -168,8 +179,8 @@ fn rows<E: Element, const D: usize>(part: &Part<'_>, batch: &Batch, kv_head: usi
         let sees = part.request.sees(token - part.request.first_token, batch.mask());
         let sees = sees.start as usize..sees.end as usize;
         heads.clone().map(move |head| Row {
-            q: row(inputs.q, token as usize * num_qo_heads + head),
-            sink: inputs.options.sinks.map_or(f64::NEG_INFINITY, |sinks| sinks[head].into()),
+            q: row(q, token as usize * num_qo_heads + head),
+            sink: sinks.map_or(f64::NEG_INFINITY, |sinks| sinks[head].into()),
             scores: Vec::with_capacity(sees.len()),
             sees: sees.clone(),
             output: index * num_qo_heads + head,
@@ -180,10 +191,10 @@ fn rows<E: Element, const D: usize>(part: &Part<'_>, batch: &Batch, kv_head: usi
 
 /// Row `index` of a matrix with `D` columns.
 #[inline(always)]
-fn row<E: Element, const D: usize>(elements: &[E], index: usize) -> [f64; D] {
+fn row<N: Number, const D: usize>(elements: &[N], index: usize) -> [f64; D] {
     let mut row = [0.0; D];
     for (to, &element) in row.iter_mut().zip(&elements[index * D..]) {
-        *to = element.into();
+        *to = element.to_f64();
     }
     row
 }

@@ -5,7 +5,7 @@ use packinfer_abi::{COLUMN_STEP, HeadGroups, KvRun, WIDE_TILE_ROWS, WorkItem};
 use packinfer_planner::Plan;
 
 use crate::options::Logits;
-use crate::{Element, Inputs};
+use crate::{Element, Inputs, KvElement};
 
 /// Columns of a step.
 const STEP: usize = COLUMN_STEP as usize;
@@ -63,34 +63,36 @@ impl<const D: usize> Tile<D> {
     }
 
     /// Does `item` for a head group: afterwards `rows` and `o` hold its result, normalised.
-    pub(crate) fn attend<E: Element>(
+    pub(crate) fn attend<E: Element, K: KvElement<E>>(
         &mut self,
         plan: &Plan,
         item: &WorkItem,
         group: u32,
-        inputs: &Inputs<'_, E>,
+        inputs: &Inputs<'_, E, K>,
         logits: Logits,
     ) {
         let heads = plan.heads();
-        self.load_rows(plan, item, group, inputs, logits.scale);
         let kv_head = group / heads.groups_per_kv_head();
+        let k_scale = inputs.options.k_scale(kv_head as usize);
+        self.load_rows(plan, item, group, inputs.q, logits.scale * k_scale);
         let mut slots = plan.runs()[item.run_begin as usize..].iter().flat_map(slots_of).skip(item.run_skip as usize);
         for column in (item.column_begin..item.column_end).step_by(STEP) {
             let columns = STEP.min((item.column_end - column) as usize);
             for (index, slot) in slots.by_ref().take(columns).enumerate() {
                 let at = (slot as usize * heads.num_kv_heads as usize + kv_head as usize) * D;
-                E::widen(&inputs.k[at..][..D], &mut self.k[index]);
-                E::widen(&inputs.v[at..][..D], &mut self.v[index]);
+                K::widen(&inputs.k[at..][..D], &mut self.k[index]);
+                K::widen(&inputs.v[at..][..D], &mut self.v[index]);
             }
             step(&mut self.rows, &mut self.o, &self.q, &self.k, &self.v, column, logits.soft_cap);
         }
+        let v_scale = inputs.options.v_scale(kv_head as usize);
         for (row, o) in self.rows.iter().zip(&mut self.o) {
-            let normaliser = if row.sum > 0.0 { row.sum.recip() } else { 1.0 };
+            let normaliser = if row.sum > 0.0 { v_scale / row.sum } else { 1.0 };
             o.iter_mut().for_each(|o| *o *= normaliser);
         }
     }
 
-    fn load_rows<E: Element>(&mut self, plan: &Plan, item: &WorkItem, group: u32, inputs: &Inputs<'_, E>, scale: f32) {
+    fn load_rows<E: Element>(&mut self, plan: &Plan, item: &WorkItem, group: u32, q: &[E], scale: f32) {
         let HeadGroups { num_qo_heads, heads_per_group, .. } = plan.heads();
         self.rows.clear();
         self.q.clear();
@@ -108,9 +110,9 @@ impl<const D: usize> Tile<D> {
                         sum: 0.0,
                     });
                     let at = (token as usize * num_qo_heads as usize + head as usize) * D;
-                    let mut q = [0.0; D];
-                    E::widen(&inputs.q[at..][..D], &mut q);
-                    self.q.push(q.map(|q| q * scale));
+                    let mut row = [0.0; D];
+                    E::widen(&q[at..][..D], &mut row);
+                    self.q.push(row.map(|q| q * scale));
                 }
             }
         }

@@ -2,10 +2,12 @@
 
 use std::num::NonZeroU32;
 
+use float8::F8E4M3;
 use half::{bf16, f16};
-use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, Mask, RequestLengths};
+use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType, Mask, RequestLengths};
 use packinfer_cpu::{
-    CpuError, Element, Inputs, Options, Outputs, execute, largest_difference, random_elements, reference, relative_error,
+    CpuError, Element, Inputs, KvElement, Options, Outputs, execute, largest_difference, random_elements, reference,
+    relative_error,
 };
 use packinfer_planner::{DeviceModel, Packing, Plan, Planner};
 use proptest::prelude::*;
@@ -24,13 +26,13 @@ fn per_request(batch: &Batch) -> Plan {
 }
 
 /// Q, K, V for a batch.
-struct Tensors<E> {
+struct Tensors<E, K = E> {
     q: Vec<E>,
-    k: Vec<E>,
-    v: Vec<E>,
+    k: Vec<K>,
+    v: Vec<K>,
 }
 
-impl<E: Element> Tensors<E> {
+impl<E: Element, K: KvElement<E>> Tensors<E, K> {
     fn random(batch: &Batch) -> Self {
         let shape = batch.shape();
         let q = u64::from(batch.num_query_tokens()) * shape.qo_elements_per_token();
@@ -38,25 +40,27 @@ impl<E: Element> Tensors<E> {
         Self { q: random_elements(q as usize, 1), k: random_elements(kv as usize, 2), v: random_elements(kv as usize, 3) }
     }
 
-    fn inputs(&self) -> Inputs<'_, E> {
+    fn inputs(&self) -> Inputs<'_, E, K> {
         Inputs { q: &self.q, k: &self.k, v: &self.v, options: Options::default() }
     }
 }
 
 /// O and LSE of a plan. They are filled with NaN before, so what is not written shows.
-fn run<E: Element>(plan: &Plan, inputs: Inputs<'_, E>) -> (Vec<E>, Vec<f32>) {
+fn run<E: Element, K: KvElement<E>>(plan: &Plan, inputs: Inputs<'_, E, K>) -> (Vec<E>, Vec<f32>) {
     let mut o = vec![E::from_f32(f32::NAN); inputs.q.len()];
     let mut lse = vec![f32::NAN; inputs.q.len() / plan.shape().head_dim() as usize];
     execute(plan, inputs, Outputs { o: &mut o, lse: Some(&mut lse) }).expect("buffers that fit");
     (o, lse)
 }
 
-fn exact<E: Element>(batch: &Batch, inputs: Inputs<'_, E>) -> reference::Reference {
+fn exact<E: Element, K: KvElement<E>>(batch: &Batch, inputs: Inputs<'_, E, K>) -> reference::Reference {
     let tokens: Vec<u32> = (0..batch.num_query_tokens()).collect();
     reference::attention(batch, inputs, &tokens).expect("buffers that fit")
 }
 
-fn assert_exact<E: Element>(batch: &Batch, plan: &Plan, inputs: Inputs<'_, E>) {
+fn assert_exact<E: Element, K: KvElement<E>>(batch: &Batch, plan: &Plan, options: Options<'_>) {
+    let tensors = Tensors::<E, K>::random(batch);
+    let inputs = Inputs { options, ..tensors.inputs() };
     let (o, lse) = run(plan, inputs);
     let exact = exact(batch, inputs);
     let error = relative_error(&o, &exact.o);
@@ -78,9 +82,11 @@ fn assert_plans_exact(batch: &Batch) {
 
 fn assert_plans_exact_with(batch: &Batch, options: Options<'_>) {
     for plan in [packed_for(batch, 1), packed(batch), shared(batch), per_request(batch)] {
-        match batch.shape().dtype() {
-            DType::Bf16 => assert_exact(batch, &plan, Inputs { options, ..Tensors::<bf16>::random(batch).inputs() }),
-            DType::F16 => assert_exact(batch, &plan, Inputs { options, ..Tensors::<f16>::random(batch).inputs() }),
+        match (batch.shape().dtype(), batch.shape().kv_dtype()) {
+            (DType::Bf16, KvDType::Same) => assert_exact::<bf16, bf16>(batch, &plan, options),
+            (DType::Bf16, KvDType::E4m3) => assert_exact::<bf16, F8E4M3>(batch, &plan, options),
+            (DType::F16, KvDType::Same) => assert_exact::<f16, f16>(batch, &plan, options),
+            (DType::F16, KvDType::E4m3) => assert_exact::<f16, F8E4M3>(batch, &plan, options),
         }
     }
 }
@@ -100,19 +106,23 @@ fn batch(shape: AttentionShape, mask: Mask, lengths: &[(u32, u32)]) -> Batch {
 
 /// Query heads of [`any_batch`], at the most.
 const MOST_QO_HEADS: usize = 60;
+/// KV heads, as well.
+const MOST_KV_HEADS: usize = 3;
 
 /// Any batch that a test has time for: prompts, chunks, decodes and empty requests, pages of several sizes, prefixes shared at up to
 /// four levels.
 fn any_batch() -> impl Strategy<Value = Batch> {
     let heads = (1..=3u32, prop::sample::select(vec![1u32, 2, 3, 4, 7, 8, 16, 20]));
-    let format = (prop::sample::select(AttentionShape::HEAD_DIMS.to_vec()), prop_oneof![Just(DType::Bf16), Just(DType::F16)]);
+    let dtype = prop::sample::select(vec![DType::Bf16, DType::F16]);
+    let kv_dtype = prop::sample::select(vec![KvDType::Same, KvDType::E4m3]);
+    let format = (prop::sample::select(AttentionShape::HEAD_DIMS.to_vec()), dtype, kv_dtype);
     let mask = (any::<bool>(), prop::option::of(prop_oneof![1..20u32, 20..700u32].prop_filter_map("not zero", NonZeroU32::new)));
     let query_len = prop_oneof![1 => Just(0), 4 => Just(1u32), 2 => 2..20u32, 1 => 20..150u32];
     let request = (query_len, prop_oneof![Just(0u32), 1..100u32, 100..1500u32], prop::collection::vec(0..2u64, 0..5));
     let requests = prop::collection::vec(request, 0..10);
     let pages = (prop::sample::select(vec![1u32, 7, 16]), prop::sample::select(vec![2u32, 10]));
     (heads, format, mask, pages, requests, any::<u64>()).prop_map(
-        |((num_kv_heads, ratio), (head_dim, dtype), (causal, window), (page_size, block_pages), requests, seed)| {
+        |((num_kv_heads, ratio), (head_dim, dtype, kv_dtype), (causal, window), (page_size, block_pages), requests, seed)| {
             let block_tokens = block_pages * page_size;
             let requests = requests.into_iter().map(|(query_len, cached, mut blocks)| {
                 let kv_len = query_len + cached;
@@ -126,6 +136,7 @@ fn any_batch() -> impl Strategy<Value = Batch> {
                 num_kv_heads,
                 head_dim,
                 dtype,
+                kv_dtype,
                 page_size,
                 causal: causal || window.is_some(),
                 window,
@@ -147,10 +158,13 @@ proptest! {
         batch in any_batch(),
         scale in prop::option::of(0.01..1f32),
         logit_soft_cap in prop::option::of(0.1..50f32),
+        kv_scales in [0.1..2f32, 0.01..100f32].map(|scale| prop::option::of(prop::collection::vec(scale, MOST_KV_HEADS))),
         sinks in prop::option::of(prop::collection::vec(-10.0..10f32, MOST_QO_HEADS)),
     ) {
-        let sinks = sinks.as_ref().map(|sinks| &sinks[..batch.shape().num_qo_heads() as usize]);
-        assert_plans_exact_with(&batch, Options { scale, logit_soft_cap, sinks });
+        let shape = batch.shape();
+        let sinks = sinks.as_ref().map(|sinks| &sinks[..shape.num_qo_heads() as usize]);
+        let [k_scales, v_scales] = kv_scales.each_ref().map(|scales| Some(&scales.as_ref()?[..shape.num_kv_heads() as usize]));
+        assert_plans_exact_with(&batch, Options { scale, logit_soft_cap, sinks, k_scales, v_scales });
     }
 }
 
@@ -307,6 +321,11 @@ fn buffers_that_do_not_fit_are_refused() {
     let outputs = Outputs { o: &mut vec![bf16::ZERO; o], lse: None };
     let error = CpuError::DType { found: DType::Bf16, needed: DType::F16 };
     assert_eq!(execute(&plan, other_type.inputs(), outputs), Err(error));
+
+    let fp8 = Tensors::<f16, F8E4M3>::random(&batch);
+    let outputs = Outputs { o: &mut vec![f16::ZERO; o], lse: None };
+    let error = CpuError::KvDType { found: KvDType::E4m3, needed: KvDType::Same };
+    assert_eq!(execute(&plan, fp8.inputs(), outputs), Err(error));
 
     let error = CpuError::NoSuchToken { token: 3, num_query_tokens: 3 };
     assert_eq!(reference::attention(&batch, good, &[0, 3]), Err(error));

@@ -99,6 +99,8 @@ pub(crate) struct CostModel {
     item_ns: f64,
     /// Bytes of a row of K or V, of Q or O.
     row_bytes: f64,
+    /// Of K, or of V.
+    kv_row_bytes: f64,
     /// Bytes of a row of a partial.
     partial_row_bytes: f64,
     byte_ns: f64,
@@ -141,6 +143,7 @@ impl CostModel {
             tiles: [wide, narrow],
             item_ns: model.item_ns,
             row_bytes: (u64::from(shape.head_dim()) * shape.dtype().size_in_bytes()) as f64,
+            kv_row_bytes: (u64::from(shape.head_dim()) * shape.kv_element_bytes()) as f64,
             partial_row_bytes: partial_row_bytes(shape) as f64,
             byte_ns: of_block(model.bytes_per_s),
             cached_byte_ns: of_block(model.cached_bytes_per_s),
@@ -176,12 +179,12 @@ impl CostModel {
     /// What it takes to read a column, of which a part of `fresh` is read by no other item of its head group before.
     pub fn read_ns(&self, fresh: f32) -> f64 {
         let fresh = self.fresh(fresh);
-        2.0 * self.row_bytes * (fresh * self.byte_ns + (1.0 - fresh) * self.cached_byte_ns)
+        2.0 * self.kv_row_bytes * (fresh * self.byte_ns + (1.0 - fresh) * self.cached_byte_ns)
     }
 
     /// What an item has to do, if a part of `fresh` of its columns is read by no other item of its head group before.
     pub fn work(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> ItemWork {
-        let kv_bytes = 2.0 * self.row_bytes * f64::from(columns.end - columns.start);
+        let kv_bytes = 2.0 * self.kv_row_bytes * f64::from(columns.end - columns.start);
         let fresh_bytes = kv_bytes * self.fresh(fresh);
         ItemWork {
             tile: kind,

@@ -149,7 +149,7 @@ impl Plan {
             partial_rows: self.num_partial_rows,
             predicted_us: predicted_ns * 1e-3,
             balance: if lanes.max() == 0 { 1.0 } else { mean_load / lanes.max() as f64 },
-            kv_bytes: columns * groups * 2 * row_bytes,
+            kv_bytes: columns * groups * 2 * u64::from(shape.head_dim()) * shape.kv_element_bytes(),
             kv_memory_bytes: (fresh_columns * shape.kv_bytes_per_slot() as f64) as u64,
             distinct_kv_bytes: distinct_slots(&self.runs) * shape.kv_bytes_per_slot(),
             qo_bytes: q_rows * groups * row_bytes + u64::from(self.num_query_tokens) * shape.qo_bytes_per_token() / 2,

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use packinfer_abi::COLUMN_STEP;
-use packinfer_batch::AttentionShape;
+use packinfer_batch::{AttentionShape, KvDType};
 use serde::{Deserialize, Serialize};
 
 /// Kernels compiled for one architecture. All families run the same plans.
@@ -54,7 +54,7 @@ impl KernelFamily {
     pub fn supports(self, shape: AttentionShape) -> bool {
         match self {
             Self::Sm80 => true,
-            Self::Sm90a => matches!(shape.head_dim(), 64 | 128),
+            Self::Sm90a => matches!(shape.head_dim(), 64 | 128) && shape.kv_dtype() == KvDType::Same,
         }
     }
 

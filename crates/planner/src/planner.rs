@@ -165,7 +165,11 @@ impl Planner {
         let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
         let is_prefill = qo_bytes > kv_tokens.saturating_sub(repeated_tokens) * shape.kv_bytes_per_slot();
         let chosen = if is_prefill { best.next_back() } else { best.next() };
-        chosen.ok_or(PlanError::NotSupported { family: self.models[0].kernel_family, head_dim: shape.head_dim() })
+        chosen.ok_or(PlanError::NotSupported {
+            family: self.models[0].kernel_family,
+            head_dim: shape.head_dim(),
+            kv_dtype: shape.kv_dtype(),
+        })
     }
 
     /// Makes the plan with what is to be shared; or with nothing shared, if that takes no longer, or hardly.

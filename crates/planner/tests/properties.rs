@@ -1,7 +1,7 @@
 //! Every plan does all of the work, and none of it twice.
 
 use packinfer_abi::TileKind;
-use packinfer_batch::{AttentionShape, Batch, DType, Mask};
+use packinfer_batch::{AttentionShape, Batch, DType, KvDType, Mask};
 use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, PlanError, Planner, TileTimes};
 use proptest::prelude::*;
 
@@ -264,5 +264,7 @@ fn kernels_that_cannot_are_not_chosen() {
     let plan = Planner::choosing(models).plan(&batch).expect("a batch that can be planned");
     assert_eq!(plan.model().kernel_family, KernelFamily::Sm80);
     let error = Planner::new(hopper).plan(&batch).expect_err("no such kernels");
-    assert_eq!(error, PlanError::NotSupported { family: KernelFamily::Sm90a, head_dim: 256 });
+    assert_eq!(error, PlanError::NotSupported { family: KernelFamily::Sm90a, head_dim: 256, kv_dtype: KvDType::Same });
+    let fp8 = contiguous(shape(8, 4).with_kv_dtype(KvDType::E4m3), Mask::Causal, [(8192, 8192)]);
+    assert!(Planner::new(hopper).plan(&fp8).is_err());
 }

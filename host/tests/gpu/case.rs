@@ -14,6 +14,10 @@ use packinfer_cpu::{Inputs, Options, largest_difference, random_elements, refere
 pub trait Element: packinfer::Element + packinfer_cpu::Element {}
 impl<T: packinfer::Element + packinfer_cpu::Element> Element for T {}
 
+/// A type of K and V of the engine and of the reference.
+pub trait KvElement<E: Element>: packinfer::KvElement<E> + packinfer_cpu::KvElement<E> {}
+impl<E: Element, K: packinfer::KvElement<E> + packinfer_cpu::KvElement<E>> KvElement<E> for K {}
+
 /// Largest absolute error of the log-sum-exp: the scores are products of the same elements, summed in float32.
 const LSE_TOLERANCE: f64 = 1e-3;
 
@@ -50,41 +54,56 @@ pub fn engine() -> Option<&'static Engine> {
 pub type Results<E> = (Vec<E>, Vec<f32>);
 
 /// A batch with random tensors.
-pub struct Case<E> {
+pub struct Case<E, K = E> {
     pub batch: Batch,
     pub scale: Option<f32>,
     pub logit_soft_cap: Option<f32>,
     /// A logit for each query head.
     pub sinks: Option<Vec<f32>>,
     q: Vec<E>,
-    k: Vec<E>,
-    v: Vec<E>,
+    /// Numbers for each KV head.
+    pub k_scales: Option<Vec<f32>>,
+    pub v_scales: Option<Vec<f32>>,
+    k: Vec<K>,
+    v: Vec<K>,
 }
 
-impl<E: Element> Case<E> {
+impl<E: Element, K: KvElement<E>> Case<E, K> {
     pub fn new(batch: Batch) -> Self {
         let shape = batch.shape();
         let qo_len = batch.num_query_tokens() as usize * shape.qo_elements_per_token() as usize;
         let kv_len = batch.num_slots() as usize * shape.kv_elements_per_slot() as usize;
-        let [q, k, v] = [(qo_len, 1), (kv_len, 2), (kv_len, 3)].map(|(len, seed)| random_elements(len, seed));
-        Self { batch, scale: None, logit_soft_cap: None, sinks: None, q, k, v }
+        Self {
+            batch,
+            scale: None,
+            logit_soft_cap: None,
+            sinks: None,
+            k_scales: None,
+            v_scales: None,
+            q: random_elements(qo_len, 1),
+            k: random_elements(kv_len, 2),
+            v: random_elements(kv_len, 3),
+        }
     }
 
     pub fn plan(&self, engine: &Engine, packing: Packing) -> Plan {
         engine.planner().with_packing(packing).plan(&self.batch).expect("the batch can be planned")
     }
 
-    pub fn on_device(&self, engine: &Engine) -> DeviceCase<E> {
+    pub fn on_device(&self, engine: &Engine) -> DeviceCase<E, K> {
         let lse_len = self.batch.num_query_tokens() as usize * self.batch.shape().num_qo_heads() as usize;
-        let copy_of = |elements: &[E]| engine.copy_of(elements).expect("there is room");
+        let per_head =
+            |numbers: &Option<Vec<f32>>| numbers.as_ref().map(|numbers| engine.copy_of(numbers).expect("there is room"));
         DeviceCase {
-            q: copy_of(&self.q),
-            k: copy_of(&self.k),
-            v: copy_of(&self.v),
+            q: engine.copy_of(&self.q).expect("there is room"),
+            k: engine.copy_of(&self.k).expect("there is room"),
+            v: engine.copy_of(&self.v).expect("there is room"),
             o: engine.zeros(self.q.len()).expect("there is room"),
             lse: engine.zeros(lse_len).expect("there is room"),
-            sinks: self.sinks.as_ref().map(|sinks| engine.copy_of(sinks).expect("there is room")),
-            options: RunOptions { softmax_scale: self.scale, logit_soft_cap: self.logit_soft_cap, sinks: None },
+            sinks: per_head(&self.sinks),
+            k_scales: per_head(&self.k_scales),
+            v_scales: per_head(&self.v_scales),
+            options: RunOptions { softmax_scale: self.scale, logit_soft_cap: self.logit_soft_cap, ..RunOptions::default() },
         }
     }
 
@@ -99,7 +118,13 @@ impl<E: Element> Case<E> {
 
     /// Compares results with exact attention.
     pub fn check(&self, (o, lse): &Results<E>) {
-        let options = Options { scale: self.scale, logit_soft_cap: self.logit_soft_cap, sinks: self.sinks.as_deref() };
+        let options = Options {
+            scale: self.scale,
+            logit_soft_cap: self.logit_soft_cap,
+            sinks: self.sinks.as_deref(),
+            k_scales: self.k_scales.as_deref(),
+            v_scales: self.v_scales.as_deref(),
+        };
         let inputs = Inputs { q: &self.q, k: &self.k, v: &self.v, options };
         let tokens: Vec<u32> = (0..self.batch.num_query_tokens()).collect();
         let exact = reference::attention(&self.batch, inputs, &tokens).expect("the inputs are right");
@@ -122,18 +147,20 @@ impl<E: Element> Case<E> {
 }
 
 /// The tensors of a case on the device.
-pub struct DeviceCase<E> {
+pub struct DeviceCase<E, K = E> {
     pub q: DeviceBuffer<E>,
-    pub k: DeviceBuffer<E>,
-    pub v: DeviceBuffer<E>,
+    pub k: DeviceBuffer<K>,
+    pub v: DeviceBuffer<K>,
     pub o: DeviceBuffer<E>,
     pub lse: DeviceBuffer<f32>,
     pub sinks: Option<DeviceBuffer<f32>>,
-    /// All but the sinks.
+    pub k_scales: Option<DeviceBuffer<f32>>,
+    pub v_scales: Option<DeviceBuffer<f32>>,
+    /// All but these.
     pub options: RunOptions<'static>,
 }
 
-impl<E: Element> DeviceCase<E> {
+impl<E: Element, K: KvElement<E>> DeviceCase<E, K> {
     pub fn run(
         &mut self,
         engine: &Engine,
@@ -157,11 +184,13 @@ impl<E: Element> DeviceCase<E> {
         engine.run_stamped(plan, workspace, stream, tensors, options, stamps)
     }
 
-    fn arguments(&mut self) -> (Tensors<'_, E>, RunOptions<'_>) {
-        let Self { q, k, v, o, lse, sinks, options } = self;
+    fn arguments(&mut self) -> (Tensors<'_, E, K>, RunOptions<'_>) {
+        let Self { q, k, v, o, lse, sinks, k_scales, v_scales, options } = self;
         let tensors =
             Tensors { q: q.as_slice(), k: k.as_slice(), v: v.as_slice(), o: o.as_mut_slice(), lse: Some(lse.as_mut_slice()) };
-        (tensors, RunOptions { sinks: sinks.as_ref().map(DeviceBuffer::as_slice), ..*options })
+        let [sinks, k_scales, v_scales] =
+            [sinks, k_scales, v_scales].map(|per_head| per_head.as_ref().map(DeviceBuffer::as_slice));
+        (tensors, RunOptions { sinks, k_scales, v_scales, ..*options })
     }
 
     pub fn results(&self) -> Results<E> {

@@ -1,7 +1,8 @@
 //! What attention can be asked for besides the plain softmax of all scores.
 
+use float8::F8E4M3;
 use half::{bf16, f16};
-use packinfer::{EngineError, Mask, Packing};
+use packinfer::{AttentionShape, EngineError, KernelFamily, KvDType, Mask, Packing};
 
 use crate::case::{Case, Element, contiguous, engine, paged, shape};
 use crate::{DECODE, MIXED, PREFILL, head_dims};
@@ -83,4 +84,64 @@ fn sinks_of_another_length_are_an_error() {
     let mut workspace = engine.workspace().expect("there is room");
     let error = case.on_device(engine).run(engine, &plan, &mut workspace, &stream).expect_err("too few sinks");
     assert!(matches!(error, EngineError::TensorLength { tensor: "sinks", found: 7, needed: 8, .. }), "{error}");
+}
+
+/// A case with K and V in FP8, each head with scales of its own.
+fn in_fp8<E: Element>(gqa_ratio: u32, head_dim: u32, mask: Mask, lengths: &[(u32, u32)]) -> Case<E, F8E4M3> {
+    let shape = shape::<E>(gqa_ratio, head_dim).with_kv_dtype(KvDType::E4m3);
+    let mut case = Case::new(paged(shape, mask, lengths, 16));
+    case.k_scales = Some(vec![0.3, 1.7]);
+    case.v_scales = Some(vec![5.0, 0.02]);
+    case
+}
+
+/// Whether the engine has kernels for K and V in FP8.
+fn has_fp8(engine: &packinfer::Engine) -> bool {
+    engine.kernel_families().contains(&KernelFamily::Sm80)
+}
+
+#[test]
+fn kv_in_fp8() {
+    let Some(engine) = engine().filter(|engine| has_fp8(engine)) else { return };
+    for packing in [Packing::Packed, Packing::PerRequest] {
+        for (lengths, head_dim) in iproduct(&[&MIXED[..], &PREFILL, &DECODE], &AttentionShape::HEAD_DIMS) {
+            for gqa_ratio in [1, 4, 7] {
+                let case = in_fp8::<bf16>(gqa_ratio, head_dim, Mask::Causal, lengths);
+                case.check(&case.run(engine, packing));
+                let case = in_fp8::<f16>(gqa_ratio, head_dim, Mask::Causal, lengths);
+                case.check(&case.run(engine, packing));
+            }
+        }
+    }
+}
+
+#[test]
+fn kv_in_fp8_with_all_options() {
+    let Some(engine) = engine().filter(|engine| has_fp8(engine)) else { return };
+    for head_dim in AttentionShape::HEAD_DIMS {
+        let mut case = in_fp8::<bf16>(4, head_dim, Mask::Window(100.try_into().expect("not zero")), &MIXED);
+        case.logit_soft_cap = Some(3.0);
+        case.sinks = Some((0..8).map(|head| 2.0 * head as f32 - 6.0).collect());
+        case.check(&case.run(engine, Packing::Packed));
+        case.k_scales = None;
+        case.v_scales = None;
+        case.check(&case.run(engine, Packing::Packed));
+    }
+}
+
+#[test]
+fn kv_of_another_type_is_an_error() {
+    let Some(engine) = engine().filter(|engine| has_fp8(engine)) else { return };
+    let stream = engine.stream().expect("a stream");
+    let mut workspace = engine.workspace().expect("there is room");
+    let fp8 = in_fp8::<bf16>(4, 128, Mask::Causal, &PREFILL);
+    let mut same = Case::<bf16>::new(contiguous(shape::<bf16>(4, 128), Mask::Causal, &PREFILL));
+    let plan = engine.upload(&fp8.plan(engine, Packing::Packed), &stream).expect("the plan fits");
+    let error = same.on_device(engine).run(engine, &plan, &mut workspace, &stream).expect_err("another type");
+    assert!(matches!(error, EngineError::KvDType { found: KvDType::Same, needed: KvDType::E4m3 }), "{error}");
+
+    same.k_scales = Some(vec![1.0, 1.0]);
+    let plan = engine.upload(&same.plan(engine, Packing::Packed), &stream).expect("the plan fits");
+    let error = same.on_device(engine).run(engine, &plan, &mut workspace, &stream).expect_err("no scales in bf16");
+    assert!(matches!(error, EngineError::NoScales { option: "k_scales" }), "{error}");
 }

@@ -69,7 +69,8 @@ pub unsafe fn finish<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
     scale_rows(output, &factors);
 }
 
-/// Stores the warp's rows of a partial O: each quad of lanes writes 32 bytes at a time.
+/// Stores the warp's rows of a partial O: each quad of lanes writes 32 bytes at a time. `element` says which the first of a lane's elements in a
+/// block of 8 is.
 ///
 /// # Safety
 ///
@@ -81,14 +82,15 @@ pub unsafe fn partial<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
     first_row: u32,
     rows: &[[Row; ROWS_PER_LANE]; ROW_BLOCKS],
     output: &[[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
+    element: impl Fn(usize, u32) -> u32,
 ) {
     for block in 0..ROW_BLOCKS {
         for half in 0..ROWS_PER_LANE {
             if rows[block][half].exists() {
                 let row = task.partial_index(first_row + row_of_lane(block, half, lane));
-                let address = task.params.partial_o + row * (8 * DIM_BLOCKS as u64 * 4) + u64::from(lane % 4 * 8);
+                let address = task.params.partial_o + row * (8 * DIM_BLOCKS as u64 * 4);
                 for (dim, fragment) in output[block].iter().enumerate() {
-                    store_global_f32x2(address + 32 * dim as u64, fragment[2 * half], fragment[2 * half + 1]);
+                    store_global_f32x2(address + 4 * u64::from(element(dim, lane)), fragment[2 * half], fragment[2 * half + 1]);
                 }
             }
         }

@@ -46,13 +46,21 @@ impl<const WARPS: usize, const BLOCKS: usize> WarpResults<WARPS, BLOCKS> {
     ///
     /// # Safety
     ///
-    /// Reached by all lanes of the warp; the results are read after a barrier. There are `BLOCKS` fragments.
+    /// Reached by all lanes of the warp; the results are read after a barrier. There are `BLOCKS` fragments, and `element` says which the
+    /// first of a lane's elements in each is.
     #[inline(always)]
-    pub unsafe fn write(&self, warp: u32, lane: u32, fragments: &[Fragment], sums: &[RowSum; ROWS_PER_LANE]) {
+    pub unsafe fn write(
+        &self,
+        warp: u32,
+        lane: u32,
+        fragments: &[Fragment],
+        sums: &[RowSum; ROWS_PER_LANE],
+        element: impl Fn(usize, u32) -> u32,
+    ) {
         for (half, sum) in sums.iter().enumerate() {
             let row = row_of_lane(0, half, lane);
             for (block, fragment) in fragments.iter().enumerate() {
-                let address = self.output(warp, row, 8 * block as u32 + lane % 4 * 2);
+                let address = self.output(warp, row, element(block, lane));
                 store_shared_f32x2(address, fragment[2 * half], fragment[2 * half + 1]);
             }
             if lane % 4 == 0 {

@@ -7,6 +7,7 @@ pub mod math;
 pub mod mbarrier;
 pub mod memory;
 pub mod mma;
+pub mod packed;
 pub mod special;
 #[cfg(feature = "sm_90a")]
 pub mod tma;

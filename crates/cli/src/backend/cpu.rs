@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use packinfer_cpu::{Element, Outputs, ceilings, execute};
+use packinfer_cpu::{Element, KvElement, Outputs, ceilings, execute};
 use packinfer_planner::{DeviceModel, Plan, Planner};
 use rayon::prelude::*;
 
@@ -44,7 +44,7 @@ impl Cpu {
         Ceilings { copy_bytes_per_s: ceilings::copy_bandwidth(), flops_per_s: ceilings::multiply_add_rate() }
     }
 
-    pub fn attend<E: Element>(&self, plan: &Plan, tensors: &Tensors<E>) -> anyhow::Result<Attention<E>> {
+    pub fn attend<E: Element, K: KvElement<E>>(&self, plan: &Plan, tensors: &Tensors<E, K>) -> anyhow::Result<Attention<E>> {
         let shape = plan.shape();
         let partial_bytes =
             u64::from(plan.num_partial_rows()) * u64::from(plan.heads().num_groups) * 4 * u64::from(shape.head_dim() + 1);
@@ -56,7 +56,12 @@ impl Cpu {
     }
 
     /// Times runs of a plan from cold caches.
-    pub fn time<E: Element>(&self, plan: &Plan, tensors: &Tensors<E>, repeat: Repeat) -> anyhow::Result<Vec<Duration>> {
+    pub fn time<E: Element, K: KvElement<E>>(
+        &self,
+        plan: &Plan,
+        tensors: &Tensors<E, K>,
+        repeat: Repeat,
+    ) -> anyhow::Result<Vec<Duration>> {
         let (runs, patience) = match repeat {
             Repeat::Times(runs) => (runs, Duration::MAX),
             Repeat::Default => (USUAL_RUNS, PATIENCE),

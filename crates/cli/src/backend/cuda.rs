@@ -8,7 +8,7 @@ use packinfer::{Calibration, DeviceBuffer, Engine, EngineOptions, KernelFamily, 
 use packinfer_batch::Batch;
 use packinfer_planner::{Plan, Planner, Schedule};
 
-use super::{Attention, BackendElement, Ceilings, Repeat};
+use super::{Attention, BackendElement, BackendKv, Ceilings, Repeat};
 use crate::case::Tensors;
 use crate::units::gigabytes;
 
@@ -66,7 +66,11 @@ impl Cuda {
         Ok(())
     }
 
-    pub fn attend<E: BackendElement>(&self, plan: &Plan, tensors: &Tensors<E>) -> anyhow::Result<Attention<E>> {
+    pub fn attend<E: BackendElement, K: BackendKv<E>>(
+        &self,
+        plan: &Plan,
+        tensors: &Tensors<E, K>,
+    ) -> anyhow::Result<Attention<E>> {
         let mut tensors = DeviceTensors::upload(&self.engine, tensors)?;
         let lse_len = plan.num_query_tokens() as usize * plan.shape().num_qo_heads() as usize;
         let mut lse = self.engine.zeros(lse_len)?;
@@ -78,10 +82,10 @@ impl Cuda {
         Ok(Attention { o: tensors.o.download()?, lse: lse.download()? })
     }
 
-    pub fn time<E: BackendElement>(
+    pub fn time<E: BackendElement, K: BackendKv<E>>(
         &self,
         plans: &[Plan],
-        tensors: &Tensors<E>,
+        tensors: &Tensors<E, K>,
         repeat: Repeat,
     ) -> anyhow::Result<Vec<Vec<Duration>>> {
         let mut tensors = DeviceTensors::upload(&self.engine, tensors)?;
@@ -98,10 +102,10 @@ impl Cuda {
     }
 
     /// Times the launches of a graph of the plan's run, in the same way.
-    pub fn time_replays<E: BackendElement>(
+    pub fn time_replays<E: BackendElement, K: BackendKv<E>>(
         &self,
         plan: &Plan,
-        tensors: &Tensors<E>,
+        tensors: &Tensors<E, K>,
         repeat: Repeat,
     ) -> anyhow::Result<Vec<Duration>> {
         let mut tensors = DeviceTensors::upload(&self.engine, tensors)?;
@@ -114,10 +118,10 @@ impl Cuda {
     }
 
     /// Runs a plan `runs` times from a cold L2 cache, its tasks stamped, and returns the run that took the median time.
-    pub fn stamp<E: BackendElement>(
+    pub fn stamp<E: BackendElement, K: BackendKv<E>>(
         &self,
         plan: &Plan,
-        tensors: &mut DeviceTensors<E>,
+        tensors: &mut DeviceTensors<E, K>,
         runs: usize,
     ) -> anyhow::Result<StampedCall> {
         let device_plan = self.engine.upload(plan, &self.stream)?;
@@ -153,33 +157,39 @@ fn runs(repeat: Repeat) -> usize {
     runs as usize
 }
 
-/// Q, K, V, O and sinks on the device.
-pub struct DeviceTensors<E> {
+/// Q, K, V, O, sinks and scales on the device.
+pub struct DeviceTensors<E, K = E> {
     pub q: DeviceBuffer<E>,
-    pub k: DeviceBuffer<E>,
-    pub v: DeviceBuffer<E>,
+    pub k: DeviceBuffer<K>,
+    pub v: DeviceBuffer<K>,
     pub o: DeviceBuffer<E>,
     pub sinks: Option<DeviceBuffer<f32>>,
+    pub k_scales: Option<DeviceBuffer<f32>>,
+    pub v_scales: Option<DeviceBuffer<f32>>,
     pub logit_soft_cap: Option<f32>,
 }
 
-impl<E: BackendElement> DeviceTensors<E> {
-    pub fn upload(engine: &Engine, tensors: &Tensors<E>) -> anyhow::Result<Self> {
-        let Tensors { q, k, v, sinks, logit_soft_cap } = tensors;
+impl<E: BackendElement, K: BackendKv<E>> DeviceTensors<E, K> {
+    pub fn upload(engine: &Engine, tensors: &Tensors<E, K>) -> anyhow::Result<Self> {
+        let Tensors { q, k, v, sinks, k_scales, v_scales, logit_soft_cap } = tensors;
+        let per_head = |numbers: &Option<Vec<f32>>| numbers.as_ref().map(|numbers| engine.copy_of(numbers)).transpose();
         Ok(Self {
             q: engine.copy_of(q)?,
             k: engine.copy_of(k)?,
             v: engine.copy_of(v)?,
             o: engine.zeros(q.len())?,
-            sinks: sinks.as_ref().map(|sinks| engine.copy_of(sinks)).transpose()?,
+            sinks: per_head(sinks)?,
+            k_scales: per_head(k_scales)?,
+            v_scales: per_head(v_scales)?,
             logit_soft_cap: *logit_soft_cap,
         })
     }
 
-    fn arguments(&mut self) -> (packinfer::Tensors<'_, E>, RunOptions<'_>) {
-        let Self { q, k, v, o, sinks, logit_soft_cap } = self;
-        let sinks = sinks.as_ref().map(DeviceBuffer::as_slice);
-        let options = RunOptions { logit_soft_cap: *logit_soft_cap, sinks, ..RunOptions::default() };
+    fn arguments(&mut self) -> (packinfer::Tensors<'_, E, K>, RunOptions<'_>) {
+        let Self { q, k, v, o, sinks, k_scales, v_scales, logit_soft_cap } = self;
+        let [sinks, k_scales, v_scales] =
+            [sinks, k_scales, v_scales].map(|per_head| per_head.as_ref().map(DeviceBuffer::as_slice));
+        let options = RunOptions { softmax_scale: None, logit_soft_cap: *logit_soft_cap, sinks, k_scales, v_scales };
         (packinfer::Tensors { q: q.as_slice(), k: k.as_slice(), v: v.as_slice(), o: o.as_mut_slice(), lse: None }, options)
     }
 }

@@ -9,12 +9,12 @@ use std::time::Duration;
 use anyhow::bail;
 use packinfer::EngineError;
 use packinfer_batch::Batch;
-use packinfer_cpu::Element;
+use packinfer_cpu::{Element, KvElement};
 use packinfer_planner::{Calibration, DeviceModel, KernelFamily, Plan, Planner};
 use serde::Serialize;
 
 use crate::args::{DeviceArgs, DeviceChoice};
-use crate::case::Tensors;
+use crate::case::{Case, Tensors};
 use cpu::Cpu;
 pub use cpu::processor_and_threads;
 pub use cuda::{Cuda, DeviceTensors, StampedCall};
@@ -56,6 +56,11 @@ pub struct Attention<E> {
 pub trait BackendElement: Element + packinfer::Element {}
 
 impl<E: Element + packinfer::Element> BackendElement for E {}
+
+/// A type of K and V of every backend.
+pub trait BackendKv<E: BackendElement>: KvElement<E> + packinfer::KvElement<E> {}
+
+impl<E: BackendElement, K: KvElement<E> + packinfer::KvElement<E>> BackendKv<E> for K {}
 
 /// Where attention runs.
 pub enum Backend {
@@ -112,6 +117,18 @@ impl Backend {
         }
     }
 
+    /// Whether the device has kernels for a case.
+    pub fn supports(&self, case: &Case) -> bool {
+        match self {
+            Self::Cpu(_) => true,
+            Self::Cuda(cuda) => cuda
+                .engine()
+                .kernel_families()
+                .iter()
+                .any(|family| family.supports(case.batch.shape()) && (case.logit_soft_cap.is_none() || family.has_soft_cap())),
+        }
+    }
+
     /// Checks that the device has room for a batch, as far as that is not the memory of this machine.
     pub fn check_fits(&self, batch: &Batch) -> anyhow::Result<()> {
         match self {
@@ -129,7 +146,11 @@ impl Backend {
     }
 
     /// Runs a plan once.
-    pub fn attend<E: BackendElement>(&mut self, plan: &Plan, tensors: &Tensors<E>) -> anyhow::Result<Attention<E>> {
+    pub fn attend<E: BackendElement, K: BackendKv<E>>(
+        &mut self,
+        plan: &Plan,
+        tensors: &Tensors<E, K>,
+    ) -> anyhow::Result<Attention<E>> {
         match self {
             Self::Cpu(cpu) => cpu.attend(plan, tensors),
             Self::Cuda(cuda) => cuda.attend(plan, tensors),
@@ -137,10 +158,10 @@ impl Backend {
     }
 
     /// Times runs of each of some plans of one batch, from cold caches.
-    pub fn time<E: BackendElement>(
+    pub fn time<E: BackendElement, K: BackendKv<E>>(
         &mut self,
         plans: &[Plan],
-        tensors: &Tensors<E>,
+        tensors: &Tensors<E, K>,
         repeat: Repeat,
     ) -> anyhow::Result<Vec<Vec<Duration>>> {
         match self {
@@ -150,10 +171,10 @@ impl Backend {
     }
 
     /// Times launches of a CUDA graph of a plan's run, in the same way; not on the CPU.
-    pub fn time_replays<E: BackendElement>(
+    pub fn time_replays<E: BackendElement, K: BackendKv<E>>(
         &mut self,
         plan: &Plan,
-        tensors: &Tensors<E>,
+        tensors: &Tensors<E, K>,
         repeat: Repeat,
     ) -> anyhow::Result<Option<Vec<Duration>>> {
         match self {

@@ -61,6 +61,8 @@ fn pool(engine: &Engine, shape: AttentionShape, num_slots: u32) -> anyhow::Resul
         v: random(engine, len, 2)?,
         o: engine.zeros(0)?,
         sinks: None,
+        k_scales: None,
+        v_scales: None,
         logit_soft_cap: None,
     })
 }

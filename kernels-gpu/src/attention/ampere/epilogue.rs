@@ -2,13 +2,18 @@
 
 use crate::attention::store;
 use crate::attention::task::{Task, row_chunk};
-use crate::element::Element;
+use crate::element::{ELEMENT_BYTES, Element};
+use crate::ptx::cp_async::CHUNK_BYTES;
 use crate::ptx::memory::{load_shared_x4, store_global_x4, store_shared};
 use crate::ptx::mma::Fragment;
 use crate::ptx::warp;
 use crate::rows::NO_ROW;
 use crate::shared_tile::SharedTile;
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, row_of_lane};
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, row_of_lane, scale_rows};
+use crate::stored::Stored;
+
+/// Elements of a chunk of Q or O.
+const CHUNK_ELEMENTS: u32 = CHUNK_BYTES / ELEMENT_BYTES;
 
 /// Finishes the rows of a warp, the tile's from `first_row` on, and stores them. `staging` holds as many rows.
 ///
@@ -16,7 +21,7 @@ use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, row_of_lane};
 ///
 /// Reached by all lanes of the warp; no other warp uses the rows of `staging`.
 #[inline(always)]
-pub unsafe fn rows<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+pub unsafe fn rows<E: Element, KV: Stored<E>, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
     task: &Task,
     lane: u32,
     first_row: u32,
@@ -25,11 +30,16 @@ pub unsafe fn rows<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>
     output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
 ) {
     let lane_rows = task.rows.of_lane::<ROW_BLOCKS>(first_row, lane);
+    let value_scale = KV::scales(&task.params, task.kv_head).value;
+    scale_rows(output, &[[value_scale; ROWS_PER_LANE]; ROW_BLOCKS]);
+    for fragments in &mut *output {
+        KV::put_in_order(fragments);
+    }
     store::finish(task, lane, first_row, &lane_rows, softmax, output);
     if task.is_direct() {
-        direct::<E, DIM_BLOCKS, ROW_BLOCKS>(task, lane, first_row, staging, output);
+        direct::<E, KV, DIM_BLOCKS, ROW_BLOCKS>(task, lane, first_row, staging, output);
     } else {
-        store::partial(task, lane, first_row, &lane_rows, output);
+        store::partial(task, lane, first_row, &lane_rows, output, KV::element);
     }
 }
 
@@ -39,7 +49,7 @@ pub unsafe fn rows<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>
 ///
 /// Reached by all lanes of the warp; no other warp uses these rows of the tile.
 #[inline(always)]
-unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+unsafe fn direct<E: Element, KV: Stored<E>, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
     task: &Task,
     lane: u32,
     first_row: u32,
@@ -51,7 +61,9 @@ unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
         for (dim, fragment) in fragments.iter().enumerate() {
             for half in 0..ROWS_PER_LANE {
                 let row = row_of_lane(block, half, lane);
-                store_shared(tile.chunk(row, dim as u32) + lane % 4 * 4, E::pack(fragment[2 * half], fragment[2 * half + 1]));
+                let element = KV::element(dim, lane);
+                let address = tile.chunk(row, element / CHUNK_ELEMENTS) + element % CHUNK_ELEMENTS * ELEMENT_BYTES;
+                store_shared(address, E::pack(fragment[2 * half], fragment[2 * half + 1]));
             }
         }
     }

@@ -13,6 +13,7 @@ use crate::element::{Bf16, Element, F16};
 use crate::ptx::special::{block_index, dynamic_shared, thread_index};
 use crate::ptx::warp;
 use crate::rows::RowTable;
+use crate::stored::{AsQueries, E4m3, Stored};
 
 /// Warps of a block.
 const WARPS: u32 = ATTENTION_THREADS / 32;
@@ -43,25 +44,28 @@ impl Block {
     }
 }
 
-/// Attention for a head dimension of `8 * DIM_BLOCKS`. Of wide tiles, a warp holds `ROW_BLOCKS` blocks of 16 rows, and takes `WIDE_FRAGMENTS` fragments
-/// of 8 columns a step; of narrow tiles `NARROW_FRAGMENTS`.
+/// Attention for a head dimension of `8 * DIM_BLOCKS`, K and V in rows of `KV_BLOCKS` chunks. Of wide tiles, a warp holds `ROW_BLOCKS` blocks of 16 rows,
+/// and takes `WIDE_FRAGMENTS` fragments of 8 columns a step; of narrow tiles `NARROW_FRAGMENTS`.
 #[inline(always)]
 unsafe fn attention<
     E: Element,
+    KV: Stored<E>,
     const DIM_BLOCKS: usize,
+    const KV_BLOCKS: usize,
     const ROW_BLOCKS: usize,
     const WIDE_FRAGMENTS: usize,
     const NARROW_FRAGMENTS: usize,
 >(
     params: AttentionParams,
 ) {
+    const { assert!(KV_BLOCKS * KV::PRODUCTS == DIM_BLOCKS) };
     let block = Block::this(params);
     if block.thread == 0 {
         Stamper::of(&params).begin(block.task.index);
     }
     match block.task.item.tile {
-        TileKind::Wide => wide::run::<E, DIM_BLOCKS, ROW_BLOCKS, WIDE_FRAGMENTS>(&block),
-        TileKind::Narrow => narrow::run::<E, DIM_BLOCKS, NARROW_FRAGMENTS>(&block),
+        TileKind::Wide => wide::run::<E, KV, DIM_BLOCKS, KV_BLOCKS, ROW_BLOCKS, WIDE_FRAGMENTS>(&block),
+        TileKind::Narrow => narrow::run::<E, KV, DIM_BLOCKS, KV_BLOCKS, NARROW_FRAGMENTS>(&block),
     }
     if thread_index() == 0 {
         Stamper::of(&params).end(block_index());
@@ -73,55 +77,111 @@ kernel! {
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 144)]
     fn attention_bf16_d64(params: AttentionParams) {
-        attention::<Bf16, 8, 2, 8, 2>(params)
+        attention::<Bf16, AsQueries, 8, 8, 2, 8, 2>(params)
     }
 
     /// Attention in bf16, head dimension 96.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 216)]
     fn attention_bf16_d96(params: AttentionParams) {
-        attention::<Bf16, 12, 2, 8, 2>(params)
+        attention::<Bf16, AsQueries, 12, 12, 2, 8, 2>(params)
     }
 
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 288)]
     fn attention_bf16_d128(params: AttentionParams) {
-        attention::<Bf16, 16, 2, 8, 2>(params)
+        attention::<Bf16, AsQueries, 16, 16, 2, 8, 2>(params)
     }
 
     /// Attention in bf16, head dimension 256.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 176)]
     fn attention_bf16_d256(params: AttentionParams) {
-        attention::<Bf16, 32, 1, 4, 1>(params)
+        attention::<Bf16, AsQueries, 32, 32, 1, 4, 1>(params)
     }
 
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 144)]
     fn attention_f16_d64(params: AttentionParams) {
-        attention::<F16, 8, 2, 8, 2>(params)
+        attention::<F16, AsQueries, 8, 8, 2, 8, 2>(params)
     }
 
     /// Attention in f16, head dimension 96.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 216)]
     fn attention_f16_d96(params: AttentionParams) {
-        attention::<F16, 12, 2, 8, 2>(params)
+        attention::<F16, AsQueries, 12, 12, 2, 8, 2>(params)
     }
 
     /// Attention in f16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 288)]
     fn attention_f16_d128(params: AttentionParams) {
-        attention::<F16, 16, 2, 8, 2>(params)
+        attention::<F16, AsQueries, 16, 16, 2, 8, 2>(params)
     }
 
     /// Attention in f16, head dimension 256.
     #[launch_bounds(threads = 128, blocks_per_sm = 2)]
     #[expect("bar.sync" = 4, "mma.sync" = 176)]
     fn attention_f16_d256(params: AttentionParams) {
-        attention::<F16, 32, 1, 4, 1>(params)
+        attention::<F16, AsQueries, 32, 32, 1, 4, 1>(params)
+    }
+
+    /// Attention in bf16, K and V in e4m3, head dimension 64.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 144)]
+    fn attention_bf16_e4m3_d64(params: AttentionParams) {
+        attention::<Bf16, E4m3, 8, 4, 2, 8, 2>(params)
+    }
+
+    /// Attention in bf16, K and V in e4m3, head dimension 96.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 120)]
+    fn attention_bf16_e4m3_d96(params: AttentionParams) {
+        attention::<Bf16, E4m3, 12, 6, 2, 4, 2>(params)
+    }
+
+    /// Attention in bf16, K and V in e4m3, head dimension 128.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 160)]
+    fn attention_bf16_e4m3_d128(params: AttentionParams) {
+        attention::<Bf16, E4m3, 16, 8, 2, 4, 2>(params)
+    }
+
+    /// Attention in bf16, K and V in e4m3, head dimension 256.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 320)]
+    fn attention_bf16_e4m3_d256(params: AttentionParams) {
+        attention::<Bf16, E4m3, 32, 16, 1, 8, 2>(params)
+    }
+
+    /// Attention in f16, K and V in e4m3, head dimension 64.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 144)]
+    fn attention_f16_e4m3_d64(params: AttentionParams) {
+        attention::<F16, E4m3, 8, 4, 2, 8, 2>(params)
+    }
+
+    /// Attention in f16, K and V in e4m3, head dimension 96.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 120)]
+    fn attention_f16_e4m3_d96(params: AttentionParams) {
+        attention::<F16, E4m3, 12, 6, 2, 4, 2>(params)
+    }
+
+    /// Attention in f16, K and V in e4m3, head dimension 128.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 160)]
+    fn attention_f16_e4m3_d128(params: AttentionParams) {
+        attention::<F16, E4m3, 16, 8, 2, 4, 2>(params)
+    }
+
+    /// Attention in f16, K and V in e4m3, head dimension 256.
+    #[launch_bounds(threads = 128, blocks_per_sm = 2)]
+    #[expect("bar.sync" = 4, "mma.sync" = 320)]
+    fn attention_f16_e4m3_d256(params: AttentionParams) {
+        attention::<F16, E4m3, 32, 16, 1, 8, 2>(params)
     }
 }

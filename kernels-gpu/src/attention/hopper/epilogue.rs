@@ -7,7 +7,7 @@ use crate::ptx::mma::Fragment;
 use crate::ptx::warp::transpose_quad;
 use crate::rows::Row;
 use crate::shared_tile::SharedTile;
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE};
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, element_of_lane};
 
 /// Finishes the 16 rows of a warp, the tile's from `first_row` on, and stores them.
 ///
@@ -27,7 +27,7 @@ pub unsafe fn store<E: Element, const DIM_BLOCKS: usize>(
     if task.is_direct() {
         direct::<E, DIM_BLOCKS>(task, lane, &rows[0], &output[0]);
     } else {
-        store::partial(task, lane, first_row, &rows, output);
+        store::partial(task, lane, first_row, &rows, output, element_of_lane);
     }
 }
 
