@@ -109,9 +109,14 @@ impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
         let slot_bytes = self.params.heads.num_kv_heads * SharedTile::<DIM_BLOCKS>::ROW_BYTES;
         let chunk = tensor + u64::from(self.head_offset + SharedTile::<DIM_BLOCKS>::byte_of_lane(lane));
         let lane_row = SharedTile::<DIM_BLOCKS>::row_of_lane(lane);
-        for i in 0..self.columns / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
+        // Of short rows the warp may go through more at once than it has columns.
+        let has_row = SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE <= self.columns || lane_row < self.columns;
+        for i in 0..self.columns.div_ceil(SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE) {
             let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
             let slot = warp::shuffle_from(columns.slot, rows + lane_row);
+            if !has_row {
+                continue;
+            }
             let source = chunk + u64::from(slot) * u64::from(slot_bytes);
             for part in 0..SharedTile::<DIM_BLOCKS>::PARTS {
                 let byte = part * SharedTile::<DIM_BLOCKS>::PART_BYTES;

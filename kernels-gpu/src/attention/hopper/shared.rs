@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, WIDE_TILE_ROWS, WorkItem};
 
-use super::CONSUMER_WARPS;
+use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use super::producer::{LOADER_WARPS, QUERY_WARPS};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
@@ -149,6 +149,17 @@ impl<const STAGES: u32> Ring<STAGES> {
         self.advance();
     }
 
+    /// Emptying side, every lane, which counts for itself: it has done with the part; on to the next.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_full`], after it.
+    #[inline(always)]
+    pub unsafe fn release_by_lanes(&mut self) {
+        mbarrier::arrive(self.empty(self.stage));
+        self.advance();
+    }
+
     /// As [`Self::release`], of a part that this side has already gone on from.
     ///
     /// # Safety
@@ -196,7 +207,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     }
 
     pub unsafe fn init_barriers(&self) {
-        self.query_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS);
+        self.query_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_THREADS);
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
         self.task_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);

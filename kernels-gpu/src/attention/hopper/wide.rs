@@ -126,8 +126,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
             let [a, b, c, d] = SharedTile::<PANEL_BLOCKS>::operand_a(panel.rows_by_lane(self.lane), 0, block % PANEL_BLOCKS);
             (queries[block], queries[block + 1]) = ([a, b], [c, d]);
         }
-        warp::sync();
-        self.queries.release(self.lane);
+        self.queries.release_by_lanes();
         queries
     }
 
