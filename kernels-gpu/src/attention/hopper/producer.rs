@@ -5,6 +5,8 @@
 //! | 0, 1 | K, V: a box for each piece of a KV run |
 //! | 2, 3 | take tasks, work out their rows, post them; then Q: rows of 16-byte chunks through `cp.async` |
 
+use core::ops::Range;
+
 use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 
 use super::barrier;
@@ -26,6 +28,10 @@ pub const QUERY_WARPS: u32 = 2;
 /// Rows of a tile that each of these looks after: those of one consumer.
 const QUERY_WARP_ROWS: u32 = WIDE_TILE_ROWS / QUERY_WARPS;
 
+/// Steps of a task that are still to be loaded when the block takes another. Loads of the next begin in time, and no block has a long task in
+/// store that another would be free for. Of shorter tasks, the block takes some ahead.
+const STEPS_LEFT: u32 = 6;
+
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
 
@@ -44,12 +50,17 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let v_maps = params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES);
     match warp {
         0 => {
-            let mut ring = shared.k_ring();
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane));
+            let (mut ring, near_end) = (shared.k_ring(), shared.near_end());
+            let tell = |steps_left| {
+                if steps_left == STEPS_LEFT && lane == 0 {
+                    near_end.send();
+                }
+            };
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane, tell));
         }
         1 => {
             let mut ring = shared.v_ring();
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane));
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane, |_| ()));
         }
         _ => post_tasks(params, shared, warp - LOADER_WARPS, lane),
     }
@@ -84,14 +95,15 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     lane: u32,
 ) {
     let num_tasks = params.num_items * params.heads.num_groups;
-    let (mut tasks, mut queries) = (shared.task_ring(), shared.query_ring());
+    let (mut tasks, mut queries, mut near_end) = (shared.task_ring(), shared.query_ring(), shared.near_end());
     let (first_row, leads) = (warp * QUERY_WARP_ROWS, warp == 0 && lane == 0);
     let mut index = block_index();
     while index < num_tasks {
-        let next = if leads { take_task(params) } else { 0 };
         tasks.wait_empty();
         let stage = tasks.stage;
         let task = Task::load(*params, index, shared.rows(stage));
+        let takes_ahead = !is_long::<DIM_BLOCKS, FRAGMENTS>(task.item.column_begin..task.item.column_end);
+        let ahead = if leads && takes_ahead { take_task(params) } else { 0 };
         let mut view = WarpView::NOTHING;
         for rows in 0..QUERY_WARP_ROWS / LANES {
             let row = first_row + rows * LANES + lane;
@@ -119,6 +131,12 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         queries.fill_by_copies();
 
         if leads {
+            let next = if is_long::<DIM_BLOCKS, FRAGMENTS>(shared.columns(stage)) {
+                near_end.receive();
+                take_task(params)
+            } else {
+                ahead
+            };
             shared.tell_next_task(stage, next);
         }
         warpgroup::sync(barrier::QUERY_WARPS, QUERY_WARPS * LANES);
@@ -132,7 +150,14 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     tasks.fill();
 }
 
-/// Brings all columns of the task's K, or of its V, step by step; `tiles` is the ring's first tile.
+/// Whether a task has more steps than are left when the block takes another.
+#[inline(always)]
+fn is_long<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(columns: Range<u32>) -> bool {
+    columns.end - columns.start > STEPS_LEFT * Shared::<DIM_BLOCKS, FRAGMENTS>::STEP
+}
+
+/// Brings all columns of the task's K, or of its V, step by step, and calls `before_step` with the steps that are left; `tiles` is the ring's
+/// first tile.
 #[inline(always)]
 unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const STAGES: u32>(
     task: &Task,
@@ -140,6 +165,7 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ST
     tiles: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
     maps: u64,
     lane: u32,
+    mut before_step: impl FnMut(u32),
 ) {
     let columns = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
     let item = &task.item;
@@ -147,6 +173,7 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ST
     let mut step = item.column_begin;
     while step < item.column_end {
         let end = core::cmp::min(item.column_end, step + columns);
+        before_step((item.column_end - step).div_ceil(columns));
         ring.wait_empty();
         let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage), maps, kv_head: task.kv_head, barrier: ring.full() };
         if lane == 0 {

@@ -171,6 +171,40 @@ impl<const STAGES: u32> Ring<STAGES> {
     }
 }
 
+/// What one thread tells another, which waits for it, again and again.
+#[derive(Clone, Copy)]
+pub struct Signal {
+    barrier: u32,
+    /// Parity of the phase that is waited for next.
+    parity: u32,
+}
+
+impl Signal {
+    /// Bytes of the barrier.
+    const BYTES: u32 = mbarrier::BYTES;
+
+    /// Gives the signal.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread, once the other has received the signals before.
+    #[inline(always)]
+    pub unsafe fn send(&self) {
+        mbarrier::arrive(self.barrier);
+    }
+
+    /// Waits for the next signal.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread.
+    #[inline(always)]
+    pub unsafe fn receive(&mut self) {
+        mbarrier::wait(self.barrier, self.parity);
+        self.parity ^= 1;
+    }
+}
+
 /// Where the parts lie, in this order: Q, K, V, row tables, task slots, barriers.
 #[derive(Clone, Copy)]
 pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
@@ -197,7 +231,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::<1>::BYTES;
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::<K_STAGES>::BYTES;
     const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::<V_STAGES>::BYTES;
-    const END: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
+    const NEAR_END: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
+    const END: u32 = Self::NEAR_END + Signal::BYTES;
     const FITS: () = assert!(Self::END <= HOPPER_SHARED_BYTES);
 
     #[inline(always)]
@@ -211,6 +246,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
         self.task_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);
+        mbarrier::init(self.near_end().barrier, 1);
         mbarrier::fence_init();
     }
 
@@ -232,6 +268,12 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     #[inline(always)]
     pub fn task_ring(&self) -> Ring<TASKS> {
         Ring::at(self.base + Self::TASK_BARRIERS)
+    }
+
+    /// Of the warp that loads K, to the thread that takes tasks: a long task is near its end.
+    #[inline(always)]
+    pub fn near_end(&self) -> Signal {
+        Signal { barrier: self.base + Self::NEAR_END, parity: 0 }
     }
 
     #[inline(always)]
