@@ -5,8 +5,6 @@
 //! | 0, 1 | K, V: a box for each piece of a KV run |
 //! | 2, 3 | take tasks, work out their rows, post them; then Q: rows of 16-byte chunks through `cp.async` |
 
-use core::ops::Range;
-
 use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 
 use super::barrier;
@@ -14,7 +12,8 @@ use super::queries::QueryRows;
 use super::shared::{ColumnTile, Ring, Shared};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
-use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
+use crate::ptx::math::opaque;
+use crate::ptx::memory::{fetch_add_global, fetch_add_global_ordered, prefetch_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
 use crate::ptx::tma::copy_box;
 use crate::ptx::warp::{self, LANES};
@@ -31,6 +30,9 @@ const QUERY_WARP_ROWS: u32 = WIDE_TILE_ROWS / QUERY_WARPS;
 /// Steps of a task that are still to be loaded when the block takes another. Loads of the next begin in time, and no block has a long task in
 /// store that another would be free for. Of shorter tasks, the block takes some ahead.
 const STEPS_LEFT: u32 = 6;
+
+/// The index of a task that is still to be taken.
+const NOT_TAKEN: u32 = u32::MAX;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
@@ -52,7 +54,7 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         0 => {
             let (mut ring, near_end) = (shared.k_ring(), shared.near_end());
             let tell = |steps_left| {
-                if steps_left == STEPS_LEFT && lane == 0 {
+                if steps_left == STEPS_LEFT {
                     near_end.send();
                 }
             };
@@ -99,11 +101,15 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let (first_row, leads) = (warp * QUERY_WARP_ROWS, warp == 0 && lane == 0);
     let mut index = block_index();
     while index < num_tasks {
+        let lane = opaque(lane);
         tasks.wait_empty();
         let stage = tasks.stage;
+        let mut params = *params;
+        params.heads.num_groups = opaque(params.heads.num_groups);
+        let params = &params;
         let task = Task::load(*params, index, shared.rows(stage));
-        let takes_ahead = !is_long::<DIM_BLOCKS, FRAGMENTS>(task.item.column_begin..task.item.column_end);
-        let ahead = if leads && takes_ahead { take_task(params) } else { 0 };
+        let steps = (task.item.column_end - task.item.column_begin).div_ceil(Shared::<DIM_BLOCKS, FRAGMENTS>::STEP);
+        let ahead = if leads && steps <= STEPS_LEFT { take_task(params) } else { NOT_TAKEN };
         let mut view = WarpView::NOTHING;
         for rows in 0..QUERY_WARP_ROWS / LANES {
             let row = first_row + rows * LANES + lane;
@@ -111,13 +117,16 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
             view = view.and(WarpView::of(task.rows.read(row)));
         }
         if lane == 0 {
-            shared.post_view(stage, warp, view);
+            shared.post_view(stage, opaque(first_row) / QUERY_WARP_ROWS, view);
         }
         if leads {
             shared.post_task(stage, Some(&task));
             prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         tasks.fill();
+        if leads {
+            shared.tell_task(tasks.stage, ahead);
+        }
 
         queries.wait_empty();
         for rows in 0..QUERY_WARP_ROWS / LANES {
@@ -130,17 +139,12 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         }
         queries.fill_by_copies();
 
-        if leads {
-            let next = if is_long::<DIM_BLOCKS, FRAGMENTS>(shared.columns(stage)) {
-                near_end.receive();
-                take_task(params)
-            } else {
-                ahead
-            };
-            shared.tell_next_task(stage, next);
+        if leads && shared.told_task(tasks.stage) == NOT_TAKEN {
+            near_end.receive();
+            shared.tell_task(tasks.stage, take_task(params));
         }
         warpgroup::sync(barrier::QUERY_WARPS, QUERY_WARPS * LANES);
-        index = shared.next_task(stage);
+        index = shared.told_task(tasks.stage);
     }
     tasks.wait_empty();
     if leads {
@@ -150,13 +154,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     tasks.fill();
 }
 
-/// Whether a task has more steps than are left when the block takes another.
-#[inline(always)]
-fn is_long<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(columns: Range<u32>) -> bool {
-    columns.end - columns.start > STEPS_LEFT * Shared::<DIM_BLOCKS, FRAGMENTS>::STEP
-}
-
-/// Brings all columns of the task's K, or of its V, step by step, and calls `before_step` with the steps that are left; `tiles` is the ring's
+/// Brings all columns of the task's K, or of its V, step by step, and calls `at_step`, with one thread, with the steps that are left; `tiles` is the ring's
 /// first tile.
 #[inline(always)]
 unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const STAGES: u32>(
@@ -165,20 +163,21 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ST
     tiles: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
     maps: u64,
     lane: u32,
-    mut before_step: impl FnMut(u32),
+    at_step: impl Fn(u32),
 ) {
     let columns = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
     let item = &task.item;
     let mut window = RunWindow::new(&task.params, item, lane);
     let mut step = item.column_begin;
     while step < item.column_end {
+        let lane = opaque(lane);
         let end = core::cmp::min(item.column_end, step + columns);
-        before_step((item.column_end - step).div_ceil(columns));
         ring.wait_empty();
         let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage), maps, kv_head: task.kv_head, barrier: ring.full() };
         if lane == 0 {
             ring.expect(ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
             copies.copy(NO_SLOT, end - step, columns); // zeros where no column is left
+            at_step((item.column_end - step).div_ceil(columns));
         }
         loop {
             let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
@@ -233,7 +232,7 @@ unsafe fn take_task(params: &AttentionParams) -> u32 {
 #[inline(always)]
 unsafe fn leave(params: &AttentionParams) {
     let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
-    if fetch_add_global(finished, 1) == num_blocks() - 1 {
+    if fetch_add_global_ordered(finished, 1) == num_blocks() - 1 {
         store_global(params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64, 0);
         store_global(finished, 0);
     }

@@ -8,6 +8,8 @@ use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use super::producer::{LOADER_WARPS, QUERY_WARPS};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
+use crate::ptx::mma::Fragment;
+use crate::softmax::State;
 use crate::ptx::memory::{load_shared, load_shared_x4, store_shared, store_shared_x4};
 use crate::ptx::warp::LANES as WARP_LANES;
 use crate::rows::{RowTable, WarpView};
@@ -149,6 +151,19 @@ impl<const STAGES: u32> Ring<STAGES> {
         self.advance();
     }
 
+    /// Emptying side: lets `parts` parts go by unused.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_full`].
+    #[inline(always)]
+    pub unsafe fn skip(&mut self, parts: u32, lane: u32) {
+        for _ in 0..parts {
+            self.wait_full();
+            self.release(lane);
+        }
+    }
+
     /// Emptying side, every lane, which counts for itself: it has done with the part; on to the next.
     ///
     /// # Safety
@@ -205,6 +220,39 @@ impl Signal {
     }
 }
 
+/// Where a thread of consumer 1 leaves its output and state of a tile, for the same thread of consumer 0.
+#[derive(Clone, Copy)]
+pub struct Found {
+    output: u32,
+    state: u32,
+}
+
+impl Found {
+    /// Bytes of a fragment of all threads.
+    const BLOCK_BYTES: u32 = 16 * CONSUMER_THREADS / 2;
+
+    #[inline(always)]
+    pub unsafe fn store(&self, block: u32, fragment: Fragment) {
+        store_shared_x4(self.output + block * Self::BLOCK_BYTES, fragment.map(f32::to_bits));
+    }
+
+    #[inline(always)]
+    pub unsafe fn load(&self, block: u32) -> Fragment {
+        load_shared_x4(self.output + block * Self::BLOCK_BYTES).map(f32::from_bits)
+    }
+
+    #[inline(always)]
+    pub unsafe fn store_state(&self, [[a, b], [c, d]]: State) {
+        store_shared_x4(self.state, [a, b, c, d].map(f32::to_bits));
+    }
+
+    #[inline(always)]
+    pub unsafe fn load_state(&self) -> State {
+        let [a, b, c, d] = load_shared_x4(self.state).map(f32::from_bits);
+        [[a, b], [c, d]]
+    }
+}
+
 /// Where the parts lie, in this order: Q, K, V, row tables, task slots, barriers.
 #[derive(Clone, Copy)]
 pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
@@ -219,19 +267,21 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const V: u32 = Self::K + K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const ROWS: u32 = Self::V + V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const SLOTS: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
-    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, the index of the task
-    /// after it.
+    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, the index that
+    /// the warps that gather Q tell each other.
     const SLOT_ITEM: u32 = 0;
     const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
     const SLOT_VIEWS: u32 = Self::SLOT_TASK + 16;
-    const SLOT_NEXT: u32 = Self::SLOT_VIEWS + 2 * 16;
+    const SLOT_INDEX: u32 = Self::SLOT_VIEWS + 2 * 16;
     /// Bytes of a task slot.
-    const SLOT_BYTES: u32 = Self::SLOT_NEXT + 16;
-    const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
+    const SLOT_BYTES: u32 = Self::SLOT_INDEX + 16;
+    const STATES: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
+    const BARRIERS: u32 = Self::STATES + CONSUMER_THREADS / 2 * 16;
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::<1>::BYTES;
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::<K_STAGES>::BYTES;
     const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::<V_STAGES>::BYTES;
-    const NEAR_END: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
+    const FOUND_BARRIERS: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
+    const NEAR_END: u32 = Self::FOUND_BARRIERS + Ring::<1>::BYTES;
     const END: u32 = Self::NEAR_END + Signal::BYTES;
     const FITS: () = assert!(Self::END <= HOPPER_SHARED_BYTES);
 
@@ -246,6 +296,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
         self.task_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);
+        self.found_ring().init(CONSUMER_THREADS / 2, CONSUMER_THREADS / 2);
         mbarrier::init(self.near_end().barrier, 1);
         mbarrier::fence_init();
     }
@@ -253,6 +304,13 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     #[inline(always)]
     pub fn query_ring(&self) -> Ring<1> {
         Ring::at(self.base + Self::BARRIERS)
+    }
+
+    /// The ring of Q when it is the turn of the task in a slot.
+    #[inline(always)]
+    pub fn queries_of(&self, slot: u32) -> Ring<1> {
+        const { assert!(TASKS % 2 == 0) };
+        Ring { parity: slot % 2, ..self.query_ring() }
     }
 
     #[inline(always)]
@@ -268,6 +326,18 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     #[inline(always)]
     pub fn task_ring(&self) -> Ring<TASKS> {
         Ring::at(self.base + Self::TASK_BARRIERS)
+    }
+
+    #[inline(always)]
+    pub fn found_ring(&self) -> Ring<1> {
+        Ring::at(self.base + Self::FOUND_BARRIERS)
+    }
+
+    /// Where thread `thread` of a consumer finds or leaves what the other is to add: in stage `values` of V.
+    #[inline(always)]
+    pub fn found(&self, values: u32, thread: u32) -> Found {
+        const { assert!(DIM_BLOCKS as u32 * Found::BLOCK_BYTES <= ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES) };
+        Found { output: self.v(values).row(0, 0) + 16 * thread, state: self.base + Self::STATES + 16 * thread }
     }
 
     /// Of the warp that loads K, to the thread that takes tasks: a long task is near its end.
@@ -384,23 +454,23 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         WarpView::from_words(load_shared_x4(self.slot(stage) + Self::SLOT_VIEWS + 16 * consumer))
     }
 
-    /// Keeps the index of the task after that of a slot.
+    /// Tells the index of the task that comes into a slot.
     ///
     /// # Safety
     ///
     /// Reached by one thread, before a barrier between the warps that gather Q.
     #[inline(always)]
-    pub unsafe fn tell_next_task(&self, stage: u32, index: u32) {
-        store_shared(self.slot(stage) + Self::SLOT_NEXT, index);
+    pub unsafe fn tell_task(&self, stage: u32, index: u32) {
+        store_shared(self.slot(stage) + Self::SLOT_INDEX, index);
     }
 
-    /// What [`Self::tell_next_task`] kept.
+    /// What [`Self::tell_task`] told.
     ///
     /// # Safety
     ///
-    /// Reached after that barrier.
+    /// Reached after that barrier, or by the same thread.
     #[inline(always)]
-    pub unsafe fn next_task(&self, stage: u32) -> u32 {
-        load_shared(self.slot(stage) + Self::SLOT_NEXT)
+    pub unsafe fn told_task(&self, stage: u32) -> u32 {
+        load_shared(self.slot(stage) + Self::SLOT_INDEX)
     }
 }
