@@ -12,7 +12,7 @@ use crate::pack::Packer;
 use crate::share::Sharing;
 use crate::split::Splitter;
 use crate::tile::{self, Tile};
-use crate::{DeviceModel, Headroom, Plan, PlanError};
+use crate::{DeviceModel, Headroom, KernelFamily, Plan, PlanError};
 
 /// How requests are put into tiles.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +49,10 @@ pub struct Planner {
     /// What the longest item of each pack takes.
     longest: Vec<Ns>,
     order: Vec<Place>,
+    /// What each item takes.
+    takes: Vec<Ns>,
+    /// The order that is being made of another.
+    mixed: Vec<Place>,
 }
 
 /// What an item's place in the plan is decided by, in this order: what the longest of its pack takes, its pack, what it takes itself
@@ -88,6 +92,8 @@ impl Planner {
             lanes: Lanes::default(),
             longest: Vec::new(),
             order: Vec::new(),
+            takes: Vec::new(),
+            mixed: Vec::new(),
         }
     }
 
@@ -232,16 +238,19 @@ impl Planner {
 
     /// Puts the items into the plan: pack after pack, so that tiles that read the same KV run at the same time and find it in the L2
     /// cache; the packs with the longest items first. Of each pack the longest come first, so that the device ends with short ones; but
-    /// items of shared columns go by these. Items whose columns nobody else reads are packs by themselves.
+    /// items of shared columns go by these. Items whose columns nobody else reads are packs by themselves. Of persistent blocks, some do wide
+    /// items while others do narrow ones.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
         self.order.clear();
         if self.packing == Packing::PerRequest {
             self.order.extend((0..self.items.len() as u32).map(|index| (Reverse(0), 0, Reverse(0), index)));
         } else {
+            self.takes.clear();
             self.longest.clear();
             self.longest.resize(self.tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
             for (&Item { item, pack, fresh, shared }, index) in self.items.iter().zip(0..) {
                 let takes = cost.work_item(&item, plan.segments_of(&item), fresh);
+                self.takes.push(takes);
                 let longest = &mut self.longest[pack as usize];
                 *longest = takes.max(*longest);
                 // Nobody else reads the columns.
@@ -253,10 +262,44 @@ impl Planner {
                 place.0 = Reverse(self.longest[place.1 as usize]);
             }
             self.order.sort_unstable();
+            if plan.model.kernel_family == KernelFamily::Sm90a {
+                self.mix_kinds();
+            }
         }
         let in_order = || self.order.iter().map(|place| &self.items[place.3 as usize]);
         plan.items.extend(in_order().map(|item| item.item));
         plan.fresh.extend(in_order().map(|item| item.fresh));
         plan.shared.extend(in_order().map(|item| item.shared));
+    }
+
+    /// Mixes wide items, which products limit, and narrow ones, which memory limits: each kind stays in its order, so that
+    /// the device does some of both at a time.
+    fn mix_kinds(&mut self) {
+        /// Below this part of the time of all items, narrow ones stay with those that read the same KV.
+        const WORTHWHILE: f64 = 0.05;
+        /// The part of the narrow items that comes beside wide ones. The rest comes behind them: it is shorter items that even out the lanes.
+        const BESIDE_WIDE: f64 = 0.8;
+        let Self { items, order, takes, mixed, .. } = self;
+        let is_wide = |place: &&Place| items[place.3 as usize].item.tile == TileKind::Wide;
+        let takes = |place: &Place| takes[place.3 as usize] as f64;
+        let total: f64 = order.iter().map(takes).sum();
+        let wide_total: f64 = order.iter().filter(is_wide).map(takes).sum();
+        let narrow_total = total - wide_total;
+        if narrow_total.min(wide_total) < WORTHWHILE * total {
+            return;
+        }
+        mixed.clear();
+        let (mut wide, mut narrow) =
+            (order.iter().filter(is_wide).peekable(), order.iter().filter(|place| !is_wide(place)).peekable());
+        let (mut wide_done, mut narrow_done) = (0.0, 0.0);
+        while wide.peek().is_some() || narrow.peek().is_some() {
+            let wide_is_behind = wide_done * narrow_total * BESIDE_WIDE <= narrow_done * wide_total;
+            let next = if wide_is_behind { wide.next().or_else(|| narrow.next()) } else { narrow.next().or_else(|| wide.next()) };
+            if let Some(place) = next {
+                *if is_wide(&place) { &mut wide_done } else { &mut narrow_done } += takes(place);
+                mixed.push(*place);
+            }
+        }
+        std::mem::swap(order, mixed);
     }
 }

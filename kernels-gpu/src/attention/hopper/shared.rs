@@ -4,16 +4,16 @@ use core::ops::Range;
 
 use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, WIDE_TILE_ROWS, WorkItem};
 
-use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use super::producer::{LOADER_WARPS, QUERY_WARPS};
+use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
-use crate::ptx::mma::Fragment;
-use crate::softmax::State;
 use crate::ptx::memory::{load_shared, load_shared_x4, store_shared, store_shared_x4};
+use crate::ptx::mma::Fragment;
 use crate::ptx::warp::LANES as WARP_LANES;
 use crate::rows::{RowTable, WarpView};
 use crate::shared_tile::{BoxTile, PanelTile};
+use crate::softmax::State;
 
 /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
 pub const TASKS: u32 = 4;
