@@ -1,25 +1,20 @@
 //! A plan on the device.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use cust::sys;
 use packinfer_abi::{HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
-use packinfer_batch::AttentionShape;
+use packinfer_batch::{AttentionShape, KvLayout};
 use packinfer_planner::{KernelFamily, Plan};
 
 use crate::EngineError;
 use crate::context::Shared;
-use crate::error::Doing;
 use crate::kernels::{Kernel, KernelSource, MAX_BLOCKS};
-use crate::memory::{DeviceBuffer, PinnedBuffer};
-use crate::stream::{Event, Stream};
+use crate::stream::Stream;
+use crate::upload::Upload;
 
 /// What the arrays of a plan are aligned to on the device, in bytes: more than any of the kernels' loads need.
 const ALIGNMENT: usize = 128;
-
-/// The least that is allocated for a plan, in bytes, so that the plans of small batches fit each other's memory.
-const LEAST_BYTES: usize = 64 << 10;
 
 /// A plan on the device: runs once for each layer of a step, on any streams, several of them at a time.
 ///
@@ -28,13 +23,7 @@ pub struct DevicePlan {
     pub(crate) layout: Layout,
     attention: Kernel,
     pub(crate) merge: Kernel,
-    arrays: DeviceBuffer<u8>,
-    /// Used in turn, so that the host may write one while the device copies the other.
-    staging: [Staging; 2],
-    /// The stream that the plan was uploaded on.
-    uploaded_on: Stream,
-    /// Other streams that it has run on since.
-    run_on: Mutex<Vec<Stream>>,
+    arrays: Upload,
     pub(crate) shared: Arc<Shared>,
 }
 
@@ -44,19 +33,9 @@ impl DevicePlan {
         let layout = Layout::new(plan)?;
         let (attention, merge) = kernels(shared, &layout)?;
         stream.check_not_captured("uploading a plan")?;
-        let (arrays, staging) = allocate(shared, layout.num_bytes)?;
-        let mut device_plan = Self {
-            layout,
-            attention,
-            merge,
-            arrays,
-            staging,
-            uploaded_on: stream.clone(),
-            run_on: Mutex::default(),
-            shared: shared.clone(),
-        };
-        device_plan.copy(plan, stream)?;
-        Ok(device_plan)
+        let mut arrays = Upload::new("a plan", layout.num_bytes, stream)?;
+        arrays.replace(&layout.arrays(plan), stream)?;
+        Ok(Self { layout, attention, merge, arrays, shared: shared.clone() })
     }
 
     /// Replaces the plan.
@@ -67,62 +46,19 @@ impl DevicePlan {
         let (attention, merge) = kernels(&self.shared, &layout)?;
         // What runs nothing, lest an error leave half a plan.
         self.layout = Layout { attention_tasks: 0, ..layout };
-        if layout.num_bytes > self.arrays.len() {
-            (self.arrays, self.staging) = allocate(&self.shared, layout.num_bytes)?;
-        }
-        let run_on = self.run_on.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for other in run_on.iter().chain([&self.uploaded_on]).filter(|&other| other != stream) {
-            stream.wait_for(other)?;
-        }
-        run_on.clear();
-        self.uploaded_on = stream.clone();
-        self.copy(plan, stream)?;
+        self.arrays.replace(&layout.arrays(plan), stream)?;
         (self.layout, self.attention, self.merge) = (layout, attention, merge);
         Ok(())
     }
 
-    /// Copies the plan's arrays. What the device has of an earlier plan is no longer needed when the stream gets there.
-    fn copy(&mut self, plan: &Plan, stream: &Stream) -> Result<(), EngineError> {
-        let Layout { items, segments, runs, merge_tokens, merge_sources, num_bytes, .. } = self.layout;
-        if num_bytes == 0 {
-            return Ok(());
-        }
-        self.staging.swap(0, 1);
-        let [Staging { bytes: staging, copied }, _] = &mut self.staging;
-        copied.synchronize()?;
-        for (offset, bytes) in [
-            (items, bytes_of(plan.items())),
-            (segments, bytes_of(plan.segments())),
-            (runs, bytes_of(plan.runs())),
-            (merge_tokens, bytes_of(plan.merge_tokens())),
-            (merge_sources, bytes_of(plan.merge_sources())),
-        ] {
-            staging.as_mut_slice()[offset..][..bytes.len()].copy_from_slice(bytes);
-        }
-        let (to, from) = (self.arrays.address(), staging.as_ptr());
-        // SAFETY: both buffers have so many bytes. Neither is freed or, as the next copy from it waits for `copied`, written by the host
-        // before the copy is done.
-        unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), num_bytes, stream.as_raw()) }
-            .doing("copying a plan to the device")?;
-        copied.record(stream)
-    }
-
     /// Has the stream wait for the upload, once, and remembers it.
     pub(crate) fn run_on(&self, stream: &Stream) -> Result<(), EngineError> {
-        if *stream == self.uploaded_on {
-            return Ok(());
-        }
-        let mut run_on = self.run_on.lock().unwrap_or_else(PoisonError::into_inner);
-        if !run_on.contains(stream) {
-            stream.wait_for(&self.uploaded_on)?;
-            run_on.push(stream.clone());
-        }
-        Ok(())
+        self.arrays.read_on(stream)
     }
 
     /// Address on the device of the array at `offset`.
     pub(crate) fn address(&self, offset: usize) -> u64 {
-        self.arrays.address() + offset as u64
+        self.arrays.address(offset)
     }
 
     /// Whether graphs that were captured with this plan stay right when `plan` is uploaded in its place
@@ -176,6 +112,11 @@ impl DevicePlan {
     pub fn num_slots(&self) -> u32 {
         self.layout.num_slots
     }
+
+    /// How K and V lie in their pool.
+    pub fn kv_layout(&self) -> KvLayout {
+        self.layout.kv_layout
+    }
 }
 
 impl fmt::Debug for DevicePlan {
@@ -192,6 +133,7 @@ pub(crate) struct Layout {
     pub heads: HeadGroups,
     pub num_query_tokens: u32,
     pub num_slots: u32,
+    pub kv_layout: KvLayout,
     pub num_partial_rows: u32,
     pub num_items: u32,
     pub num_runs: u32,
@@ -223,6 +165,7 @@ impl Layout {
             heads,
             num_query_tokens: plan.num_query_tokens(),
             num_slots: plan.num_slots(),
+            kv_layout: plan.kv_layout(),
             num_partial_rows: plan.num_partial_rows(),
             num_items: plan.items().len() as u32,
             num_runs: plan.runs().len() as u32,
@@ -235,6 +178,17 @@ impl Layout {
             merge_sources: place(bytes_of(plan.merge_sources())),
             num_bytes,
         })
+    }
+
+    /// The plan's arrays, where they lie.
+    fn arrays<'a>(&self, plan: &'a Plan) -> [(usize, &'a [u8]); 5] {
+        [
+            (self.items, bytes_of(plan.items())),
+            (self.segments, bytes_of(plan.segments())),
+            (self.runs, bytes_of(plan.runs())),
+            (self.merge_tokens, bytes_of(plan.merge_tokens())),
+            (self.merge_sources, bytes_of(plan.merge_sources())),
+        ]
     }
 }
 
@@ -252,26 +206,6 @@ fn kernels(shared: &Shared, layout: &Layout) -> Result<(Kernel, Kernel), EngineE
     }
     let merge = KernelSource::merge(shape, shared.can_overlap);
     Ok((shared.kernels.get(KernelSource::attention(family, shape))?, shared.kernels.get(merge)?))
-}
-
-/// Memory of the host that the arrays of a plan are copied from.
-struct Staging {
-    bytes: PinnedBuffer,
-    /// Happens when the copy is done.
-    copied: Event,
-}
-
-impl Staging {
-    fn new(shared: &Arc<Shared>, num_bytes: usize) -> Result<Self, EngineError> {
-        Ok(Self { bytes: PinnedBuffer::zeroed(shared, num_bytes)?, copied: Event::untimed(shared)? })
-    }
-}
-
-/// Memory for the arrays of a plan, and somewhat larger ones, on both sides.
-fn allocate(shared: &Arc<Shared>, num_bytes: usize) -> Result<(DeviceBuffer<u8>, [Staging; 2]), EngineError> {
-    let capacity = num_bytes.next_power_of_two().max(LEAST_BYTES);
-    let staging = [Staging::new(shared, capacity)?, Staging::new(shared, capacity)?];
-    Ok((DeviceBuffer::zeroed(shared, capacity, "a plan")?, staging))
 }
 
 /// A type that consists of `u32`s.

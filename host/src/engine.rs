@@ -232,7 +232,7 @@ impl Engine {
         &self.shared
     }
 
-    fn check(&self, what: &'static str, other: &Shared) -> Result<(), EngineError> {
+    pub(crate) fn check(&self, what: &'static str, other: &Shared) -> Result<(), EngineError> {
         if self.shared.is(other) { Ok(()) } else { Err(EngineError::OtherDevice { what }) }
     }
 }

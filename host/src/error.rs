@@ -6,7 +6,7 @@ use packinfer_batch::{DType, KvDType};
 use packinfer_driver::LoadError;
 use packinfer_planner::CalibrationError;
 
-use crate::KernelFamily;
+use crate::{KernelFamily, KvMemoryError};
 
 /// Why an engine cannot be had, or cannot do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -179,6 +179,9 @@ pub enum EngineError {
         /// The kernels that the engine uses.
         family: KernelFamily,
     },
+    /// Copies of slots or new tokens that do not fit the KV pool.
+    #[error(transparent)]
+    KvMemory(#[from] KvMemoryError),
     /// A calibration of another device.
     #[error(transparent)]
     Calibration(#[from] CalibrationError),

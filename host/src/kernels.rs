@@ -8,8 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use cust::module::Module;
 use cust::sys::{self, CUfunction, CUfunction_attribute};
 use packinfer_abi::{
-    ATTENTION_SHARED_BYTES, ATTENTION_THREADS, HOPPER_SHARED_BYTES, HOPPER_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS,
-    MMA_RATE_THREADS, WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
+    ATTENTION_SHARED_BYTES, ATTENTION_THREADS, HOPPER_SHARED_BYTES, HOPPER_THREADS, KV_APPEND_THREADS, KV_MOVE_THREADS,
+    MERGE_SHARED_BYTES, MERGE_THREADS, MMA_RATE_THREADS, WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
 };
 use packinfer_batch::{AttentionShape, DType, KvDType};
 
@@ -109,6 +109,26 @@ impl KernelSource {
         }
     }
 
+    /// The kernel that copies slots.
+    pub fn kv_move() -> Self {
+        kernel!("sm_80", "kv_move", KV_MOVE_THREADS, 0)
+    }
+
+    /// The kernel that appends tokens.
+    pub fn kv_append(shape: AttentionShape) -> Self {
+        macro_rules! kv_append {
+            ($name:literal) => {
+                kernel!("sm_80", $name, KV_APPEND_THREADS, 0)
+            };
+        }
+        match (shape.dtype(), shape.kv_dtype()) {
+            (DType::Bf16, KvDType::Same) => kv_append!("kv_append_bf16"),
+            (DType::Bf16, KvDType::E4m3) => kv_append!("kv_append_bf16_e4m3"),
+            (DType::F16, KvDType::Same) => kv_append!("kv_append_f16"),
+            (DType::F16, KvDType::E4m3) => kv_append!("kv_append_f16_e4m3"),
+        }
+    }
+
     /// The kernel that measures the tensor cores through the instruction that a family's attention kernels use.
     pub fn mma_rate(family: KernelFamily) -> Self {
         match family {
@@ -121,6 +141,11 @@ impl KernelSource {
     fn refused(self) -> impl FnOnce(EngineError) -> EngineError {
         move |error| EngineError::Kernel { kernel: self.name, error: Box::new(error) }
     }
+}
+
+/// A kernel's parameter as the driver wants it, which only reads it.
+pub(crate) fn parameter<T>(value: &T) -> *mut c_void {
+    ptr::from_ref(value).cast_mut().cast()
 }
 
 /// A kernel on the device. It belongs to [`Kernels`], which whoever has one keeps.
@@ -213,7 +238,7 @@ impl Kernels {
 
 #[cfg(test)]
 mod tests {
-    use packinfer_abi::{AttentionParams, MergeParams};
+    use packinfer_abi::{AttentionParams, KvAppendParams, KvMoveParams, MergeParams};
 
     use super::*;
     use crate::device::oldest_driver;
@@ -221,10 +246,12 @@ mod tests {
     /// Every kernel of this program.
     fn sources() -> Vec<KernelSource> {
         let mut sources: Vec<_> = KernelFamily::ALL.into_iter().map(KernelSource::mma_rate).collect();
+        sources.push(KernelSource::kv_move());
         for dtype in [DType::Bf16, DType::F16] {
             for head_dim in AttentionShape::HEAD_DIMS {
                 let shape = AttentionShape::new(8, 8, head_dim, dtype).expect("a good shape");
                 for shape in [KvDType::Same, KvDType::E4m3].map(|kv_dtype| shape.with_kv_dtype(kv_dtype)) {
+                    sources.push(KernelSource::kv_append(shape));
                     let families = KernelFamily::ALL.into_iter().filter(|family| family.supports(shape));
                     sources.extend(families.map(|family| KernelSource::attention(family, shape)));
                 }
@@ -247,9 +274,11 @@ mod tests {
     #[test]
     fn parameters_are_as_large_as_the_kernels_expect() {
         for source in sources() {
-            let bytes = match source.name.split_once('_') {
-                Some(("attention", _)) => size_of::<AttentionParams>(),
-                Some(("merge", _)) => size_of::<MergeParams>(),
+            let bytes = match source.name {
+                name if name.starts_with("attention_") => size_of::<AttentionParams>(),
+                name if name.starts_with("merge_") => size_of::<MergeParams>(),
+                name if name.starts_with("kv_append_") => size_of::<KvAppendParams>(),
+                "kv_move" => size_of::<KvMoveParams>(),
                 _ => continue,
             };
             let parameter = format!("{}_param_0[{bytes}]", source.name);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cust::sys::{self, CUresult};
 use packinfer_abi::{KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, TENSOR_MAP_BYTES};
-use packinfer_batch::{AttentionShape, DType};
+use packinfer_batch::{AttentionShape, DType, KvLayout};
 
 use crate::EngineError;
 use crate::context::Shared;
@@ -33,9 +33,10 @@ const MOST_PAIRS: usize = 64 * PAIRS_PER_ALLOCATION;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct KvTensors {
     pub shape: AttentionShape,
+    pub layout: KvLayout,
     /// Addresses of K and V.
     pub addresses: [u64; 2],
-    /// Slots that they have.
+    /// Slots that they have, counted in slot strides.
     pub num_slots: [u64; 2],
 }
 
@@ -111,8 +112,8 @@ fn encode(tensors: &KvTensors) -> Result<PairMaps, EngineError> {
         DType::Bf16 => 9,
     };
     let element_bytes = shape.dtype().size_in_bytes();
-    let head_bytes = u64::from(shape.head_dim()) * element_bytes;
-    let slot_bytes = u64::from(shape.num_kv_heads()) * head_bytes;
+    let strides = tensors.layout.strides(shape);
+    let (slot_bytes, head_bytes) = (strides.slot * element_bytes, strides.head * element_bytes);
     let panel_bytes = u64::from(KV_BOX_ELEMENTS) * element_bytes;
     let panels = shape.head_dim() / KV_BOX_ELEMENTS;
     let strides: [u64; RANK - 1] = [slot_bytes, panel_bytes, u64::from(KV_BOX_GROUP) * slot_bytes, head_bytes];
@@ -120,7 +121,8 @@ fn encode(tensors: &KvTensors) -> Result<PairMaps, EngineError> {
     for (index, map) in maps.iter_mut().enumerate() {
         let (tensor, log2) = (index / NUM_KV_BOXES as usize, index % NUM_KV_BOXES as usize);
         let slots = 1 << log2;
-        // The slot dimension alone says where the tensor ends: boxes of several groups begin so that all of them exist.
+        // The slot dimension alone says where the tensor ends: boxes of several groups begin so that all of them exist, and the slots of
+        // a run exist for all heads, however far apart these are.
         let dims: [u64; RANK] = [
             u64::from(KV_BOX_ELEMENTS),
             tensors.num_slots[tensor],

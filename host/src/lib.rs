@@ -4,6 +4,7 @@
 //! * [`Planner`] turns it into a [`Plan`], and [`Engine::upload`] that into a [`DevicePlan`].
 //! * [`Engine::run`] computes one layer: it takes the plan, the layer's [`Tensors`] and a [`Workspace`] for partial results, and
 //!   gives its launches to a [`Stream`]. A plan may run on several streams at a time.
+//! * [`KvArena`] holds K and V of all layers; [`Engine::kv_append`] writes new tokens to it, [`Engine::kv_move`] copies slots.
 //! * [`measure`] times that, and says what the device could do at best.
 //!
 //! The program needs no CUDA to be built and no driver to start: [`Engine::new`] looks for one and says what is missing.
@@ -37,6 +38,30 @@
 //!
 //! Tensors that other libraries allocated are passed through [`DeviceSlice::from_raw`], their streams through
 //! [`Engine::foreign_stream`].
+//!
+//! # The KV pool of another engine
+//!
+//! A batch whose pages another engine has laid out is made with its [`KvLayout`], and its block tables as they are. Nothing is copied:
+//!
+//! ```no_run
+//! use half::bf16;
+//! use packinfer::{AttentionShape, Batch, DType, DeviceSlice, Mask, PageOrder, PagedLayout};
+//!
+//! # let (pool_address, num_pages) = (0, 0);
+//! let shape = AttentionShape::new(32, 8, 128, DType::Bf16)?;
+//! // One tensor, [pages, 2, num_kv_heads, page_size, head_dim]: a page of K, a page of V, and so on.
+//! let pages = PagedLayout::new(16, PageOrder::Hnd)?.with_stride(2.try_into()?);
+//! let mut batch = Batch::in_layout(shape, Mask::Causal, pages.into())?;
+//! batch.push_paged(1, 40, &[7, 3, 12], 16)?; // query tokens, KV tokens, block table
+//!
+//! let page_elements = pages.page_elements(shape) as usize;
+//! // SAFETY: the pool is there until the device has read it.
+//! let k = unsafe { DeviceSlice::<bf16>::from_raw(pool_address, num_pages * 2 * page_elements) };
+//! let v = k.skip(page_elements); // V begins a page after K
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Plans are made and run as ever: a plan knows its batch's layout. [`PagedLayout`] says how to describe other tensors.
 
 mod context;
 mod device;
@@ -47,6 +72,7 @@ mod entry_point;
 mod error;
 mod graph;
 mod kernels;
+mod kv;
 mod kv_maps;
 pub mod measure;
 mod memory;
@@ -54,6 +80,7 @@ mod overlap;
 mod run;
 mod stamps;
 mod stream;
+mod upload;
 mod workspace;
 
 pub use device::{DeviceInfo, devices, driver_version};
@@ -62,8 +89,13 @@ pub use element::{Element, KvElement};
 pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;
 pub use graph::Graph;
+pub use kv::{AppendSlots, DeviceRope, KvAppend, KvArena, KvMemoryError, SlotCopies};
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
-pub use packinfer_batch::{AttentionShape, Batch, BatchError, DType, KvDType, KvRun, Mask, Request};
+pub use packinfer_batch::{
+    AttentionShape, Batch, BatchError, DType, KvDType, KvLayout, KvRun, Mask, PageOrder, PagedLayout, Request, Rope, RopeError,
+    RopeLayout,
+};
+pub use packinfer_kv::SlotCopy;
 pub use packinfer_planner::{
     AppendError, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan, PlanError,
     Planner,

@@ -77,6 +77,20 @@ pub fn time_cold_replays(
     time_cold(engine, stream, repeats, |stream| unsafe { graph.launch(stream) })
 }
 
+/// Times `repeats` runs, one after the other: each finds in the L2 cache what the one before left there.
+///
+/// # Errors
+///
+/// As [`time_cold`].
+pub fn time_warm(
+    engine: &Engine,
+    stream: &Stream,
+    repeats: usize,
+    run: impl FnMut(&Stream) -> Result<(), EngineError>,
+) -> Result<Vec<Duration>, EngineError> {
+    time(engine, stream, repeats, |_| Ok(()), run)
+}
+
 /// Bytes a second, read and written together, at which the device copies its memory.
 ///
 /// # Errors

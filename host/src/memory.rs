@@ -99,6 +99,10 @@ impl<T> DeviceBuffer<T> {
         self.len == 0
     }
 
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// Where the elements lie on the device; 0 if there are none.
     pub fn address(&self) -> u64 {
         self.bytes.as_device_ptr().as_raw()
@@ -146,6 +150,12 @@ impl<T> DeviceSlice<'_, T> {
     /// that reads it.
     pub unsafe fn from_raw(address: u64, len: usize) -> Self {
         Self { address, len, elements: PhantomData }
+    }
+
+    /// All but the first `count` elements; none if there are no more.
+    pub fn skip(self, count: usize) -> Self {
+        let count = count.min(self.len);
+        Self { address: self.address + (count * size_of::<T>()) as u64, len: self.len - count, ..self }
     }
 }
 

@@ -1,13 +1,12 @@
 //! One attention call: checks, then the launches.
 
 use std::f32::consts::LOG2_E;
-use std::ffi::c_void;
-use std::ptr;
 
 use packinfer_abi::{AttentionParams, DeviceAddress, MergeParams};
 use packinfer_batch::KvDType;
 
 use crate::device_plan::{DevicePlan, Layout};
+use crate::kernels::parameter;
 use crate::kv_maps::KvTensors;
 use crate::memory::{DeviceSlice, DeviceSliceMut};
 use crate::stamps::Stamps;
@@ -23,7 +22,7 @@ const ALIGNMENT: u64 = 16;
 pub struct Tensors<'a, E, K = E> {
     /// Q, `[tokens, num_qo_heads, head_dim]`.
     pub q: DeviceSlice<'a, E>,
-    /// K, `[slots, num_kv_heads, head_dim]`.
+    /// K, `[slots, num_kv_heads, head_dim]`, or as the batch's [`KvLayout`](crate::KvLayout) says.
     pub k: DeviceSlice<'a, K>,
     /// V, like K.
     pub v: DeviceSlice<'a, K>,
@@ -73,6 +72,8 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         _ => 0,
     };
     plan.run_on(stream)?;
+    let strides = layout.kv_layout.strides(layout.shape);
+    let bytes = |elements: u64| (elements * layout.shape.kv_element_bytes()) as u32;
     let stamps = stamps.map_or(Ok(0), |stamps| stamps.address_for(layout.attention_tasks))?;
     let lse = tensors.lse.as_ref().map_or(0, |lse| lse.address);
     let attention = AttentionParams {
@@ -98,6 +99,8 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         k_scales,
         v_scales,
         stamps,
+        kv_slot_bytes: bytes(strides.slot),
+        kv_head_bytes: bytes(strides.head),
     };
     // SAFETY: the kernel has this one parameter. The plan is on the device when the stream gets there, its indices are within
     // tensors of the checked lengths, and within the workspace, which no other run uses at that time. Freeing any of this
@@ -119,11 +122,6 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
     };
     // SAFETY: as above.
     unsafe { plan.merge.launch(layout.merge_blocks, &mut [parameter(&merge)], stream) }
-}
-
-/// A kernel's parameter as the driver wants it, which only reads it.
-fn parameter<T>(value: &T) -> *mut c_void {
-    ptr::from_ref(value).cast_mut().cast()
 }
 
 /// Options as the kernels take them.
@@ -177,9 +175,10 @@ impl RunOptions<'_> {
 
 impl<E: Element, K: KvElement<E>> Tensors<'_, E, K> {
     fn kv(&self, layout: &Layout) -> KvTensors {
-        let slots = |len: usize| len as u64 / layout.shape.kv_elements_per_slot();
+        let slots = |len: usize| len as u64 / layout.kv_layout.strides(layout.shape).slot;
         KvTensors {
             shape: layout.shape,
+            layout: layout.kv_layout,
             addresses: [self.k.address, self.v.address],
             num_slots: [slots(self.k.len), slots(self.v.len)],
         }
@@ -200,7 +199,7 @@ impl<E: Element, K: KvElement<E>> Tensors<'_, E, K> {
         if let Some(lse) = &self.lse {
             check_length("LSE", "[tokens, num_qo_heads]", lse.len, tokens * u64::from(shape.num_qo_heads()))?;
         }
-        let needed = u64::from(layout.num_slots) * shape.kv_elements_per_slot();
+        let needed = layout.kv_layout.num_elements(shape, layout.num_slots);
         for (tensor, len) in [("K", self.k.len), ("V", self.v.len)] {
             if (len as u64) < needed {
                 return Err(EngineError::PoolTooSmall { tensor, found: len as u64, num_slots: layout.num_slots, needed });
@@ -216,7 +215,7 @@ impl<E: Element, K: KvElement<E>> Tensors<'_, E, K> {
     }
 }
 
-fn check_alignment(tensor: &'static str, address: DeviceAddress) -> Result<(), EngineError> {
+pub(crate) fn check_alignment(tensor: &'static str, address: DeviceAddress) -> Result<(), EngineError> {
     if address.is_multiple_of(ALIGNMENT) {
         Ok(())
     } else {

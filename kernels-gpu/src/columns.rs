@@ -3,6 +3,7 @@
 use packinfer_abi::{AttentionParams, DeviceAddress, KvRun, WorkItem};
 
 use crate::ptx::cp_async::copy_chunk;
+use crate::ptx::math::opaque;
 use crate::ptx::memory::load_global_x2;
 use crate::ptx::special::thread_index;
 use crate::ptx::warp;
@@ -57,7 +58,7 @@ pub struct ColumnLoader<'a, const DIM_BLOCKS: usize> {
     columns: u32,
     cursor: ColumnCursor,
     column_end: u32,
-    /// Byte of a slot at which the head's elements begin.
+    /// Bytes from the first head of a slot to this one: in a uniform register, as it comes from a shuffle.
     head_offset: u32,
 }
 
@@ -74,7 +75,7 @@ impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
     ///
     /// # Safety
     ///
-    /// `params` and `item` are valid.
+    /// Reached by all lanes of the warp; `params` and `item` are valid.
     #[inline(always)]
     pub unsafe fn new(params: &'a AttentionParams, item: &WorkItem, kv_head: u32, columns: u32) -> Self {
         Self {
@@ -82,7 +83,7 @@ impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
             columns,
             cursor: ColumnCursor::new(params, item),
             column_end: item.column_end,
-            head_offset: kv_head * SharedTile::<DIM_BLOCKS>::ROW_BYTES,
+            head_offset: warp::uniform(kv_head * params.kv_head_bytes),
         }
     }
 
@@ -106,7 +107,8 @@ impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
     pub unsafe fn copy(&self, columns: &Columns, tensor: DeviceAddress, destination: SharedTile<DIM_BLOCKS>) {
         let lane = thread_index() % warp::LANES;
         let destination = destination.chunk_of_lane(lane);
-        let slot_bytes = self.params.heads.num_kv_heads * SharedTile::<DIM_BLOCKS>::ROW_BYTES;
+        // Opaque, or it would be kept as a number of 64 bits across the loop.
+        let slot_bytes = opaque(self.params.kv_slot_bytes);
         let chunk = tensor + u64::from(self.head_offset + SharedTile::<DIM_BLOCKS>::byte_of_lane(lane));
         let lane_row = SharedTile::<DIM_BLOCKS>::row_of_lane(lane);
         // Of short rows the warp may go through more at once than it has columns.

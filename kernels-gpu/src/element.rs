@@ -15,13 +15,16 @@ pub trait Element {
 
     /// Two numbers in one word, `low` in its lower half, rounded to nearest. PTX ISA, Data Movement and Conversion Instructions: `cvt`.
     fn pack(low: f32, high: f32) -> u32;
+
+    /// The two numbers of a word, the one in its lower half first. PTX ISA, Data Movement and Conversion Instructions: `cvt`.
+    fn unpack(word: u32) -> [f32; 2];
 }
 
 /// Bytes of an element of either type.
 pub const ELEMENT_BYTES: u32 = 2;
 
 macro_rules! element {
-    ($(#[doc = $doc:literal])* $name:ident, $mma:ident, $cvt:literal) => {
+    ($(#[doc = $doc:literal])* $name:ident, $mma:ident, $cvt:literal, $unpack:ident) => {
         $(#[doc = $doc])*
         pub struct $name;
 
@@ -40,15 +43,37 @@ macro_rules! element {
                 }
                 word
             }
+
+            #[inline(always)]
+            fn unpack(word: u32) -> [f32; 2] {
+                $unpack(word)
+            }
         }
     };
 }
 
+/// bfloat16 is the upper half of float32.
+#[inline(always)]
+fn unpack_bf16(word: u32) -> [f32; 2] {
+    [f32::from_bits(word << 16), f32::from_bits(word & 0xFFFF_0000)]
+}
+
+#[inline(always)]
+fn unpack_f16(word: u32) -> [f32; 2] {
+    let (low, high): (f32, f32);
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("{{ .reg .b16 low, high; mov.b32 {{low, high}}, {2}; cvt.f32.f16 {0}, low; cvt.f32.f16 {1}, high; }}",
+            out(reg32) low, out(reg32) high, in(reg32) word, options(pure, nomem, nostack));
+    }
+    [low, high]
+}
+
 element! {
     /// bfloat16.
-    Bf16, mma_bf16, "cvt.rn.bf16x2.f32"
+    Bf16, mma_bf16, "cvt.rn.bf16x2.f32", unpack_bf16
 }
 element! {
     /// IEEE half precision.
-    F16, mma_f16, "cvt.rn.f16x2.f32"
+    F16, mma_f16, "cvt.rn.f16x2.f32", unpack_f16
 }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`attention`] | the packed-region attention kernel, for `sm_80` and for `sm_90a`, each with a way for many rows (`wide`) and one for few (`narrow`) |
 //! | [`merge`] | merges the partial results of split tiles by log-sum-exp |
+//! | [`kv_append`], [`kv_move`] | write new tokens to KV pools, and copy slots within them |
 //! | [`rows`], [`columns`] | which query row and which KV slot a tile's rows and columns are |
 //! | [`softmax`] | online softmax over score fragments |
 //! | [`shared_tile`] | a swizzled tile in shared memory |
@@ -26,6 +27,10 @@ mod entry;
 pub mod attention;
 pub mod columns;
 pub mod element;
+#[cfg(feature = "sm_80")]
+pub mod kv_append;
+#[cfg(feature = "sm_80")]
+pub mod kv_move;
 pub mod merge;
 pub mod mma_rate;
 pub mod ptx;

@@ -21,10 +21,20 @@
 //! * Every work item is done once for every *head group*: `heads_per_group` consecutive query heads of one KV head. A plan
 //!   says nothing about head groups, because all of them do the same.
 //!
+//! KV slots are copied as [`KvCopyPiece`]s, and written as [`KvAppendParams`] say; [`turn`], [`sin_cos`] and [`e4m3`] are the arithmetic of that.
+//!
 //! Counts and indices are `u32`: the planner rejects what does not fit.
 #![no_std]
 
+mod kv;
+mod numbers;
+
 use core::ops::Range;
+
+pub use kv::{
+    KV_APPEND_THREADS, KV_MOVE_THREADS, KvAppendParams, KvCopyPiece, KvMoveParams, PIECE_VECTORS, RopeLayout, VECTOR_BYTES,
+};
+pub use numbers::{e4m3, sin_cos, turn};
 
 /// The most rows of a [`TileKind::Wide`] tile; see [`wide_tile_rows`].
 pub const WIDE_TILE_ROWS: u32 = 128;
@@ -79,7 +89,7 @@ pub const WGMMA_RATE_FLOPS_PER_ITERATION: u64 = 2 * 4 * 2 * 64 * 128 * 16;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KvRun {
-    /// Index of the first slot in the KV pool.
+    /// Index of the first slot in the KV pool, counted in steps of [`AttentionParams::kv_slot_bytes`].
     pub first_slot: u32,
     /// Number of slots, at least 1.
     pub num_slots: u32,
@@ -249,7 +259,7 @@ pub struct TaskStamp {
 pub struct AttentionParams {
     /// Q, `[tokens, num_qo_heads, head_dim]`.
     pub q: DeviceAddress,
-    /// K, `[slots, num_kv_heads, head_dim]`.
+    /// K, `[slots, num_kv_heads, head_dim]` or in other pages: head `h` of slot `s` lies `s * kv_slot_bytes + h * kv_head_bytes` from here.
     pub k: DeviceAddress,
     /// V, like K.
     pub v: DeviceAddress,
@@ -294,6 +304,10 @@ pub struct AttentionParams {
     pub v_scales: DeviceAddress,
     /// A [`TaskStamp`] for each task, `[num_items, num_groups]`; or zero.
     pub stamps: DeviceAddress,
+    /// Bytes from a slot of K, or of V, to the next.
+    pub kv_slot_bytes: u32,
+    /// Bytes from a head of a slot to the next; those of all heads together can be counted in 32 bits.
+    pub kv_head_bytes: u32,
 }
 
 /// Parameters of the merge kernel. Thread block `b` merges [`MergeToken`] `b / num_qo_heads` for query head `b % num_qo_heads`.

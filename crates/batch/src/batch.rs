@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use packinfer_abi::KvRun;
 
-use crate::{AttentionShape, BatchError};
+use crate::{AttentionShape, BatchError, KvLayout};
 
 /// Which KV tokens a query token sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,6 +63,7 @@ impl Request {
 pub struct Batch {
     shape: AttentionShape,
     mask: Mask,
+    kv_layout: KvLayout,
     requests: Vec<Request>,
     runs: Vec<KvRun>,
     num_query_tokens: u32,
@@ -79,7 +80,25 @@ impl Batch {
 
     /// A batch without requests.
     pub fn new(shape: AttentionShape, mask: Mask) -> Self {
-        Self { shape, mask, requests: Vec::new(), runs: Vec::new(), num_query_tokens: 0, num_slots: 0 }
+        Self {
+            shape,
+            mask,
+            kv_layout: KvLayout::default(),
+            requests: Vec::new(),
+            runs: Vec::new(),
+            num_query_tokens: 0,
+            num_slots: 0,
+        }
+    }
+
+    /// A batch without requests, whose KV lies in a pool of another layout.
+    ///
+    /// # Errors
+    ///
+    /// Pages of more bytes than kernels can count, or too far apart for even one of them to be numbered.
+    pub fn in_layout(shape: AttentionShape, mask: Mask, kv_layout: KvLayout) -> Result<Self, BatchError> {
+        kv_layout.check(shape)?;
+        Ok(Self { kv_layout, ..Self::new(shape, mask) })
     }
 
     /// Removes all requests and keeps the memory.
@@ -105,16 +124,21 @@ impl Batch {
     ///
     /// # Errors
     ///
-    /// See [`Self::push_runs`]; and a page size of zero, or a page whose slots are numbered past [`Self::MAX_SLOTS`].
+    /// See [`Self::push_runs`]; and a page size of zero or another than the layout's, or a page whose slots are numbered past
+    /// [`Self::MAX_SLOTS`].
     pub fn push_paged(&mut self, query_len: u32, kv_len: u32, pages: &[u32], page_size: u32) -> Result<(), BatchError> {
         let request = self.requests.len();
         if page_size == 0 {
             return Err(BatchError::EmptyPage { request });
         }
+        if let Some(needed) = self.kv_layout.page_size().filter(|&needed| needed != page_size) {
+            return Err(BatchError::OtherPageSize { request, page_size, needed });
+        }
         let used = &pages[..pages.len().min(kv_len.div_ceil(page_size) as usize)];
-        let last_page = Self::MAX_SLOTS / page_size;
+        let most = self.kv_layout.most_slots(self.shape);
+        let last_page = most / page_size;
         if let Some(&page) = used.iter().find(|&&page| page >= last_page) {
-            return Err(BatchError::BadPage { request, page, page_size, most: Self::MAX_SLOTS });
+            return Err(BatchError::BadPage { request, page, page_size, most });
         }
         self.push_runs(query_len, kv_len, used.iter().map(|&page| KvRun { first_slot: page * page_size, num_slots: page_size }))
     }
@@ -176,20 +200,26 @@ impl Batch {
         let first_run = self.runs.len();
         let mut missing = kv_len;
         let mut num_slots = self.num_slots;
+        let most = self.kv_layout.most_slots(self.shape);
         for run in runs {
             if missing == 0 {
                 break;
             }
-            let end = run.first_slot.checked_add(run.num_slots).filter(|&end| end <= Self::MAX_SLOTS && run.num_slots > 0);
+            let end = run.first_slot.checked_add(run.num_slots).filter(|&end| end <= most && run.num_slots > 0);
             if end.is_none() {
-                return Err(BatchError::BadRun { request, run, most: Self::MAX_SLOTS });
+                return Err(BatchError::BadRun { request, run, most });
             }
-            let used = KvRun { first_slot: run.first_slot, num_slots: run.num_slots.min(missing) };
-            missing -= used.num_slots;
-            num_slots = num_slots.max(used.first_slot + used.num_slots);
-            match self.runs[first_run..].last_mut() {
-                Some(last) if last.first_slot + last.num_slots == used.first_slot => last.num_slots += used.num_slots,
-                _ => self.runs.push(used),
+            let mut slot = run.first_slot;
+            let end = slot + run.num_slots.min(missing);
+            missing -= end - slot;
+            num_slots = num_slots.max(self.kv_layout.pool_slots(end));
+            while slot < end {
+                let numbered = self.kv_layout.number(self.shape, slot, end);
+                slot += numbered.num_slots;
+                match self.runs[first_run..].last_mut() {
+                    Some(last) if last.first_slot + last.num_slots == numbered.first_slot => last.num_slots += numbered.num_slots,
+                    _ => self.runs.push(numbered),
+                }
             }
         }
         if missing > 0 {
@@ -208,12 +238,17 @@ impl Batch {
         self.mask
     }
 
+    /// How K and V lie in the pool.
+    pub fn kv_layout(&self) -> KvLayout {
+        self.kv_layout
+    }
+
     /// The requests, in the order of their query tokens.
     pub fn requests(&self) -> &[Request] {
         &self.requests
     }
 
-    /// The KV runs of all requests, request after request.
+    /// The KV runs of all requests, request after request. Their slots are [numbered](KvLayout::number) as the layout asks for.
     pub fn runs(&self) -> &[KvRun] {
         &self.runs
     }
@@ -237,12 +272,17 @@ impl Batch {
         }
     }
 
+    /// Elements of K, and of V, of a pool that just holds every run.
+    pub fn kv_elements(&self) -> u64 {
+        self.kv_layout.num_elements(self.shape, self.num_slots)
+    }
+
     /// Query tokens of all requests: rows of Q and O.
     pub fn num_query_tokens(&self) -> u32 {
         self.num_query_tokens
     }
 
-    /// The least number of slots of a pool that holds every run.
+    /// The least number of slots of a pool that holds every run; whole pages, where the layout has pages.
     pub fn num_slots(&self) -> u32 {
         self.num_slots
     }
@@ -272,7 +312,7 @@ impl Batch {
 
     /// Bytes of Q, O, and K and V of a pool that just holds every run.
     pub fn tensor_bytes(&self) -> u64 {
-        u64::from(self.num_slots) * self.shape.kv_bytes_per_slot()
+        2 * self.kv_elements() * self.shape.kv_element_bytes()
             + u64::from(self.num_query_tokens) * self.shape.qo_bytes_per_token()
     }
 

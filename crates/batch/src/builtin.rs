@@ -1,7 +1,9 @@
 //! The batch that is there without a file.
 
+use std::num::NonZeroU32;
+
 use crate::file::RequestLengths;
-use crate::{BatchFile, DType, KvDType};
+use crate::{BatchFile, DType, KvDType, PageOrder};
 
 impl BatchFile {
     /// A mixed batch, as a server that chunks its prefill sees it: two chunks of long prompts, 48 decode requests of 64 to 3,870
@@ -19,6 +21,8 @@ impl BatchFile {
             dtype: DType::Bf16,
             kv_dtype: KvDType::Same,
             page_size: 16,
+            page_order: PageOrder::Nhd,
+            page_stride: NonZeroU32::MIN,
             causal: true,
             window: None,
             logit_soft_cap: None,

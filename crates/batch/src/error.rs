@@ -2,6 +2,8 @@
 
 use packinfer_abi::KvRun;
 
+use crate::KvLayout;
+
 /// A batch, or a part of one, that cannot be worked on.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
@@ -85,6 +87,40 @@ pub enum BatchError {
     EmptyPage {
         /// Index of the request.
         request: usize,
+    },
+    /// A layout with pages of a size that is not supported.
+    #[error("pages of {page_size} slots: the page size must be a multiple of {multiple}")]
+    PageSize {
+        /// Slots of a page.
+        page_size: u32,
+        /// What it must be a multiple of.
+        multiple: u32,
+    },
+    /// Pages whose bytes are more than kernels can count.
+    #[error("pages of {page_size} slots: with the heads of this batch, at most {most} are supported")]
+    PageTooLarge {
+        /// Slots of a page.
+        page_size: u32,
+        /// The limit.
+        most: u32,
+    },
+    /// Pages so far apart that not even those of one can be numbered.
+    #[error("{layout}: from a page to the next there are more than {most} slots of a head")]
+    PageStride {
+        /// The layout.
+        layout: KvLayout,
+        /// The limit.
+        most: u32,
+    },
+    /// Pages of another size than those of the layout.
+    #[error("request {request} has pages of {page_size} slots, but those of the batch's KV layout have {needed}")]
+    OtherPageSize {
+        /// Index of the request.
+        request: usize,
+        /// Slots of its pages.
+        page_size: u32,
+        /// Slots of the pool's pages.
+        needed: u32,
     },
     /// A run that is empty, or reaches past the last slot that can be numbered.
     #[error("request {request} has a KV run of {} slots from slot {}: a run holds at least one slot and slots are numbered up to {most}", run.num_slots, run.first_slot)]

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AttentionShape, Batch, BatchError, DType, KvDType, Mask};
+use crate::{AttentionShape, Batch, BatchError, DType, KvDType, KvLayout, Mask, PageOrder, PagedLayout};
 
 /// One attention call of one layer, as a file says it.
 ///
@@ -47,6 +47,12 @@ pub struct BatchFile {
     pub kv_dtype: KvDType,
     /// Slots of a page.
     pub page_size: u32,
+    /// The order of a page's dimensions.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub page_order: PageOrder,
+    /// Pages from one page of K to the next, and from one page of V to the next: see [`PagedLayout`].
+    #[serde(default = "adjoining", skip_serializing_if = "is_adjoining")]
+    pub page_stride: NonZeroU32,
     /// Whether a query token sees no tokens after it. The query tokens are the last of the KV tokens then.
     #[serde(default = "causal_by_default")]
     pub causal: bool,
@@ -81,6 +87,14 @@ pub struct RequestLengths {
 
 fn causal_by_default() -> bool {
     true
+}
+
+fn adjoining() -> NonZeroU32 {
+    NonZeroU32::MIN
+}
+
+fn is_adjoining(page_stride: &NonZeroU32) -> bool {
+    *page_stride == adjoining()
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -146,6 +160,19 @@ impl BatchFile {
         }
     }
 
+    /// How K and V lie in their pool.
+    ///
+    /// # Errors
+    ///
+    /// See [`PagedLayout::new`]. Where pages adjoin and have no order of their own, they may be of any size.
+    pub fn kv_layout(&self) -> Result<KvLayout, BatchError> {
+        let Self { page_size, page_order, page_stride, .. } = *self;
+        match page_order {
+            PageOrder::Nhd if is_adjoining(&page_stride) => Ok(KvLayout::Slots),
+            _ => Ok(PagedLayout::new(page_size, page_order)?.with_stride(page_stride).into()),
+        }
+    }
+
     /// Whether the numbers make sense together.
     ///
     /// # Errors
@@ -169,8 +196,10 @@ impl BatchFile {
         {
             return Err(BatchFileError::BlockNotInPages { block_tokens, page_size });
         }
-        // Lengths and shape are checked by a batch of them that lies anywhere.
-        let mut lengths = Batch::new(self.shape()?, self.mask());
+        let shape = self.shape()?;
+        self.kv_layout()?.check(shape)?;
+        // Lengths are checked by a batch of them that lies anywhere.
+        let mut lengths = Batch::new(shape, self.mask());
         let mut pages = 0;
         for (index, request) in self.requests.iter().enumerate() {
             lengths.push_contiguous(request.query_len, request.kv_len, 0)?;

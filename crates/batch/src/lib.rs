@@ -2,7 +2,8 @@
 //!
 //! An [`AttentionShape`] says how many heads of which size and type there are. A [`Batch`] lists requests: how many query tokens
 //! each brings, how many KV slots it sees, and where those slots lie, as [`KvRun`]s. Requests may name the same slots: that
-//! is how a shared prefix looks here. [`BatchFile`] reads a batch from JSON.
+//! is how a shared prefix looks here. A [`KvLayout`] says how the slots lie in memory, which may be that of another engine. [`BatchFile`] reads a
+//! batch from JSON. [`Rope`] is how new keys are turned.
 //!
 //! ```
 //! use packinfer_batch::{AttentionShape, Batch, DType, Mask};
@@ -20,11 +21,15 @@ mod batch;
 mod builtin;
 mod error;
 mod file;
+mod layout;
 mod pages;
+mod rope;
 mod shape;
 
 pub use batch::{Batch, Mask, Request};
 pub use error::BatchError;
 pub use file::{BatchFile, BatchFileError, RequestLengths};
+pub use layout::{KvLayout, KvStrides, PageOrder, PagedLayout};
 pub use packinfer_abi::KvRun;
+pub use rope::{Rope, RopeError, RopeLayout};
 pub use shape::{AttentionShape, DType, KvDType};

@@ -33,8 +33,10 @@ impl BatchFile {
         }
 
         let pages = prefixes.num_pages;
-        if u64::from(pages) > u64::from(Batch::MAX_SLOTS / self.page_size) {
-            let (page_size, most) = (self.page_size, Batch::MAX_SLOTS);
+        let (shape, kv_layout) = (self.shape()?, self.kv_layout()?);
+        let most = kv_layout.most_slots(shape);
+        if u64::from(pages) > u64::from(most / self.page_size) {
+            let page_size = self.page_size;
             return Err(BatchFileError::TooManySlots { pages: pages.into(), page_size, most });
         }
         let mut shuffled: Vec<u32> = (0..pages).collect();
@@ -43,7 +45,7 @@ impl BatchFile {
             *page = shuffled[*page as usize];
         }
 
-        let mut batch = Batch::new(self.shape()?, self.mask());
+        let mut batch = Batch::in_layout(shape, self.mask(), kv_layout)?;
         for (request, range) in self.requests.iter().zip(page_ranges) {
             batch.push_paged(request.query_len, request.kv_len, &in_order[range], self.page_size)?;
         }

@@ -25,6 +25,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Measures batches against the floor of what the device can do.
     Bench(BenchArgs),
+    /// Measures copies of KV slots and appended tokens on the GPU against its copy bandwidth.
+    BenchKv(BenchKvArgs),
     /// Measures what work items take on the GPU, and fits the planner's model of it.
     Calibrate(CalibrateArgs),
     /// Replays a trace of requests against a KV pool, without a GPU.
@@ -105,6 +107,20 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub repeat: Option<u32>,
     /// Seed of Q, K, V and the order of the pages.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Arguments of `bench-kv`.
+#[derive(Debug, Args)]
+pub struct BenchKvArgs {
+    /// Also writes everything that was measured to a file, in JSON.
+    #[arg(long, value_name = "OUT")]
+    pub json: Option<PathBuf>,
+    /// Runs to take the median of.
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub repeat: u32,
+    /// Seed of the slots, the positions and the elements.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }

@@ -109,17 +109,17 @@ struct MeasuredBaseline {
 
 /// Times of several runs.
 #[derive(Clone, Copy, Debug, Serialize)]
-struct Timing {
+pub struct Timing {
     /// The median.
-    time_us: f64,
-    least_us: f64,
-    most_us: f64,
-    runs: usize,
+    pub time_us: f64,
+    pub least_us: f64,
+    pub most_us: f64,
+    pub runs: usize,
 }
 
 impl Timing {
     /// Summarises the times of at least one run.
-    fn new(mut times: Vec<Duration>) -> anyhow::Result<Self> {
+    pub fn new(mut times: Vec<Duration>) -> anyhow::Result<Self> {
         times.sort_unstable();
         let us = |index: usize| times.get(index).map(|time| time.as_secs_f64() * 1e6).context("nothing was measured");
         let (runs, last) = (times.len(), times.len().saturating_sub(1));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use half::f16;
-use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType};
+use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType, PageOrder, PagedLayout};
 use packinfer_cpu::{Element, Inputs, KvElement, Options, random_elements};
 
 use crate::memory;
@@ -51,7 +51,7 @@ impl Case {
         let shape = self.batch.shape();
         memory::check("Q, K, V and O take", self.batch.tensor_bytes())?;
         let qo_elements = u64::from(self.batch.num_query_tokens()) * shape.qo_elements_per_token();
-        let kv_elements = u64::from(self.batch.num_slots()) * shape.kv_elements_per_slot();
+        let kv_elements = self.batch.kv_elements();
         let [q, k, v] = [qo_elements, kv_elements, kv_elements];
         // Each tensor has a seed of its own, so that none repeats another.
         let seed = seed.wrapping_mul(4);
@@ -77,6 +77,8 @@ fn scales(num_kv_heads: u32) -> Vec<f32> {
 fn variants(file: &BatchFile) -> Vec<BatchFile> {
     /// Shorter than most requests, and no multiple of a step of columns.
     const WINDOW: u32 = 100;
+    /// As where each page of K is followed by one of V.
+    const PAGE_STRIDE: NonZeroU32 = NonZeroU32::new(2).unwrap();
     let mut files = Vec::new();
     for dtype in [DType::Bf16, DType::F16] {
         for head_dim in AttentionShape::HEAD_DIMS {
@@ -88,6 +90,9 @@ fn variants(file: &BatchFile) -> Vec<BatchFile> {
             files.push(BatchFile { logit_soft_cap: Some(2.0), ..plain("soft-cap") });
             files.push(BatchFile { sinks: true, ..plain("sinks") });
             files.push(BatchFile { kv_dtype: KvDType::E4m3, ..plain("FP8 KV") });
+            if file.page_size.is_multiple_of(PagedLayout::SIZE_MULTIPLE) {
+                files.push(BatchFile { page_order: PageOrder::Hnd, page_stride: PAGE_STRIDE, ..plain("HND pages") });
+            }
             let all = BatchFile { logit_soft_cap: Some(2.0), sinks: true, kv_dtype: KvDType::E4m3, ..plain("all options") };
             files.push(BatchFile { causal: true, window: NonZeroU32::new(WINDOW), ..all });
         }

@@ -6,6 +6,7 @@
 mod args;
 mod backend;
 mod bench;
+mod bench_kv;
 mod calibrate;
 mod case;
 mod explain;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Info => info::run().map(|()| ExitCode::SUCCESS),
         Command::Plan(args) => plan::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::BenchKv(args) => bench_kv::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Calibrate(args) => calibrate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::KvSim(args) => kv_sim::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => {

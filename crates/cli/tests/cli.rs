@@ -1,11 +1,12 @@
 //! The program from outside: what it prints, its exit codes, and that nothing panics.
 
 use std::fs;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use assert_cmd::Command;
-use packinfer_batch::{BatchFile, DType, KvDType, RequestLengths};
+use packinfer_batch::{BatchFile, DType, KvDType, PageOrder, RequestLengths};
 use predicates::prelude::*;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -54,6 +55,8 @@ fn small() -> BatchFile {
         dtype: DType::F16,
         kv_dtype: KvDType::Same,
         page_size: 16,
+        page_order: PageOrder::Nhd,
+        page_stride: NonZeroU32::MIN,
         causal: true,
         window: None,
         logit_soft_cap: None,
@@ -353,6 +356,15 @@ fn measurements_are_fitted_again() {
     assert!(fitted["fits"][0]["median_error"].as_f64().is_some_and(|error| error < 0.01), "{fitted}");
     // What was written can be read again.
     packinfer().args(["calibrate", "--refit"]).arg(&out).assert().success();
+}
+
+#[test]
+fn measuring_kv_pools_needs_a_gpu() {
+    if Path::new("/dev/nvidiactl").exists() {
+        eprintln!("skipped: this machine has an NVIDIA driver");
+        return;
+    }
+    packinfer().arg("bench-kv").assert().code(2).stderr(predicate::str::contains("driver"));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Q, K, V in, O and LSE out.
 
-use packinfer_batch::AttentionShape;
+use packinfer_batch::{AttentionShape, KvLayout};
 
 use crate::options::Logits;
 use crate::{CpuError, Element, KvElement, Options};
@@ -10,7 +10,7 @@ use crate::{CpuError, Element, KvElement, Options};
 pub struct Inputs<'a, E, K = E> {
     /// Q, `[tokens, num_qo_heads, head_dim]`.
     pub q: &'a [E],
-    /// K, `[slots, num_kv_heads, head_dim]`.
+    /// K, `[slots, num_kv_heads, head_dim]`, or as the batch's [`KvLayout`] says.
     pub k: &'a [K],
     /// V, like K.
     pub v: &'a [K],
@@ -29,7 +29,13 @@ pub struct Outputs<'a, E> {
 
 impl<E: Element, K: KvElement<E>> Inputs<'_, E, K> {
     /// Checks types, lengths and options.
-    pub(crate) fn check(&self, shape: AttentionShape, num_query_tokens: u32, num_slots: u32) -> Result<Logits, CpuError> {
+    pub(crate) fn check(
+        &self,
+        shape: AttentionShape,
+        num_query_tokens: u32,
+        kv_layout: KvLayout,
+        num_slots: u32,
+    ) -> Result<Logits, CpuError> {
         if E::DTYPE != shape.dtype() {
             return Err(CpuError::DType { found: E::DTYPE, needed: shape.dtype() });
         }
@@ -37,7 +43,7 @@ impl<E: Element, K: KvElement<E>> Inputs<'_, E, K> {
             return Err(CpuError::KvDType { found: K::KV_DTYPE, needed: shape.kv_dtype() });
         }
         check_length("Q", "[tokens, num_qo_heads, head_dim]", self.q.len(), num_query_tokens, shape.qo_elements_per_token())?;
-        let needed = u64::from(num_slots) * shape.kv_elements_per_slot();
+        let needed = kv_layout.num_elements(shape, num_slots);
         for (buffer, elements) in [("K", self.k), ("V", self.v)] {
             if (elements.len() as u64) < needed {
                 return Err(CpuError::PoolTooSmall { buffer, found: elements.len(), num_slots, needed });

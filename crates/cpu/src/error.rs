@@ -1,6 +1,6 @@
 //! What can be wrong with a call.
 
-use packinfer_batch::{DType, KvDType};
+use packinfer_batch::{DType, KvDType, RopeError};
 
 /// Buffers or options that do not fit the plan or the batch.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -60,6 +60,17 @@ pub enum CpuError {
         /// The head dimension.
         head_dim: u32,
     },
+    /// A slot that the pool does not have.
+    #[error("slot {slot} is asked for, but the pool has {num_slots}")]
+    NoSuchSlot {
+        /// The slot.
+        slot: u64,
+        /// Slots of the pool.
+        num_slots: u64,
+    },
+    /// RoPE that cannot be done.
+    #[error(transparent)]
+    Rope(#[from] RopeError),
     /// A query token that the batch does not have.
     #[error("query token {token} is asked for, but the batch has {num_query_tokens}")]
     NoSuchToken {

@@ -23,7 +23,7 @@ pub fn execute<E: Element, K: KvElement<E>>(
     inputs: Inputs<'_, E, K>,
     outputs: Outputs<'_, E>,
 ) -> Result<(), CpuError> {
-    let logits = inputs.check(plan.shape(), plan.num_query_tokens(), plan.num_slots())?;
+    let logits = inputs.check(plan.shape(), plan.num_query_tokens(), plan.kv_layout(), plan.num_slots())?;
     outputs.check(plan.shape(), plan.num_query_tokens())?;
     match plan.shape().head_dim() {
         64 => run::<E, K, 64>(plan, inputs, outputs, logits),

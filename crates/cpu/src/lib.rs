@@ -2,6 +2,7 @@
 //!
 //! * [`execute()`] runs a plan work item by work item on rayon's threads, with float32 sums, as the kernels do.
 //! * [`reference::attention`] computes float64 attention straight from the batch, for all query tokens or some.
+//! * [`kv`] copies slots of KV pools, and appends tokens to them.
 //! * [`relative_error`] says how far apart two results are; [`Element::TOLERANCE`] how far they may be.
 //! * [`random_elements`] makes inputs.
 //! * [`ceilings`] measures what the machine can do at best.
@@ -35,6 +36,7 @@ mod compare;
 mod element;
 mod error;
 mod execute;
+pub mod kv;
 mod options;
 mod random;
 pub mod reference;

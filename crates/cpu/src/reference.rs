@@ -38,7 +38,7 @@ pub fn attention<E: Element, K: KvElement<E>>(
 ) -> Result<Reference, CpuError> {
     let shape = batch.shape();
     let num_query_tokens = batch.num_query_tokens();
-    let logits = inputs.check(shape, num_query_tokens, batch.num_slots())?;
+    let logits = inputs.check(shape, num_query_tokens, batch.kv_layout(), batch.num_slots())?;
     if let Some(&token) = tokens.iter().find(|&&token| token >= num_query_tokens) {
         return Err(CpuError::NoSuchToken { token, num_query_tokens });
     }
@@ -111,12 +111,13 @@ fn attend_head<E: Element, K: KvElement<E>, const D: usize>(
 ) {
     let shape = batch.shape();
     let slots = || batch.runs_of(part.request).iter().flat_map(|run| run.first_slot..run.first_slot + run.num_slots);
-    let index = |slot: u32| slot as usize * shape.num_kv_heads() as usize + kv_head;
+    let strides = batch.kv_layout().strides(shape);
+    let at = |slot: u32| slot as usize * strides.slot as usize + kv_head * strides.head as usize;
 
     let scales = [inputs.options.k_scale(kv_head), inputs.options.v_scale(kv_head)].map(f64::from);
     let mut rows = rows::<E, D>(part, batch, kv_head, inputs.q, inputs.options.sinks);
     for (column, slot) in slots().enumerate() {
-        let k = row::<K, D>(inputs.k, index(slot));
+        let k = row::<K, D>(&inputs.k[at(slot)..]);
         for row in rows.iter_mut().filter(|row| row.sees.contains(&column)) {
             row.scores.push(logits.of(scales[0] * dot(&row.q, &k)));
         }
@@ -130,7 +131,7 @@ fn attend_head<E: Element, K: KvElement<E>, const D: usize>(
     }
     let (o_rows, _) = part.o.as_chunks_mut::<D>();
     for (column, slot) in slots().enumerate() {
-        let v = row::<K, D>(inputs.v, index(slot)).map(|v| scales[1] * v);
+        let v = row::<K, D>(&inputs.v[at(slot)..]).map(|v| scales[1] * v);
         for row in rows.iter().filter(|row| row.sees.contains(&column)) {
             let p = row.scores[column - row.sees.start];
             for (o, v) in o_rows[row.output].iter_mut().zip(&v) {
@@ -179,7 +180,7 @@ fn rows<E: Element, const D: usize>(
         let sees = part.request.sees(token - part.request.first_token, batch.mask());
         let sees = sees.start as usize..sees.end as usize;
         heads.clone().map(move |head| Row {
-            q: row(q, token as usize * num_qo_heads + head),
+            q: row(&q[(token as usize * num_qo_heads + head) * D..]),
             sink: sinks.map_or(f64::NEG_INFINITY, |sinks| sinks[head].into()),
             scores: Vec::with_capacity(sees.len()),
             sees: sees.clone(),
@@ -189,11 +190,11 @@ fn rows<E: Element, const D: usize>(
     rows.collect()
 }
 
-/// Row `index` of a matrix with `D` columns.
+/// The first `D` elements.
 #[inline(always)]
-fn row<N: Number, const D: usize>(elements: &[N], index: usize) -> [f64; D] {
+fn row<N: Number, const D: usize>(elements: &[N]) -> [f64; D] {
     let mut row = [0.0; D];
-    for (to, &element) in row.iter_mut().zip(&elements[index * D..]) {
+    for (to, &element) in row.iter_mut().zip(elements) {
         *to = element.to_f64();
     }
     row

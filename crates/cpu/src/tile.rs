@@ -73,13 +73,14 @@ impl<const D: usize> Tile<D> {
     ) {
         let heads = plan.heads();
         let kv_head = group / heads.groups_per_kv_head();
+        let strides = plan.kv_layout().strides(plan.shape());
         let k_scale = inputs.options.k_scale(kv_head as usize);
         self.load_rows(plan, item, group, inputs.q, logits.scale * k_scale);
         let mut slots = plan.runs()[item.run_begin as usize..].iter().flat_map(slots_of).skip(item.run_skip as usize);
         for column in (item.column_begin..item.column_end).step_by(STEP) {
             let columns = STEP.min((item.column_end - column) as usize);
             for (index, slot) in slots.by_ref().take(columns).enumerate() {
-                let at = (slot as usize * heads.num_kv_heads as usize + kv_head as usize) * D;
+                let at = (u64::from(slot) * strides.slot + u64::from(kv_head) * strides.head) as usize;
                 K::widen(&inputs.k[at..][..D], &mut self.k[index]);
                 K::widen(&inputs.v[at..][..D], &mut self.v[index]);
             }

@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 
 use float8::F8E4M3;
 use half::{bf16, f16};
-use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType, Mask, RequestLengths};
+use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType, Mask, PageOrder, RequestLengths};
 use packinfer_cpu::{
     CpuError, Element, Inputs, KvElement, Options, Outputs, execute, largest_difference, random_elements, reference,
     relative_error,
@@ -36,7 +36,7 @@ impl<E: Element, K: KvElement<E>> Tensors<E, K> {
     fn random(batch: &Batch) -> Self {
         let shape = batch.shape();
         let q = u64::from(batch.num_query_tokens()) * shape.qo_elements_per_token();
-        let kv = u64::from(batch.num_slots()) * shape.kv_elements_per_slot();
+        let kv = batch.kv_elements();
         Self { q: random_elements(q as usize, 1), k: random_elements(kv as usize, 2), v: random_elements(kv as usize, 3) }
     }
 
@@ -110,7 +110,7 @@ const MOST_QO_HEADS: usize = 60;
 const MOST_KV_HEADS: usize = 3;
 
 /// Any batch that a test has time for: prompts, chunks, decodes and empty requests, pages of several sizes, prefixes shared at up to
-/// four levels.
+/// four levels, other engines' layouts.
 fn any_batch() -> impl Strategy<Value = Batch> {
     let heads = (1..=3u32, prop::sample::select(vec![1u32, 2, 3, 4, 7, 8, 16, 20]));
     let dtype = prop::sample::select(vec![DType::Bf16, DType::F16]);
@@ -120,9 +120,19 @@ fn any_batch() -> impl Strategy<Value = Batch> {
     let query_len = prop_oneof![1 => Just(0), 4 => Just(1u32), 2 => 2..20u32, 1 => 20..150u32];
     let request = (query_len, prop_oneof![Just(0u32), 1..100u32, 100..1500u32], prop::collection::vec(0..2u64, 0..5));
     let requests = prop::collection::vec(request, 0..10);
-    let pages = (prop::sample::select(vec![1u32, 7, 16]), prop::sample::select(vec![2u32, 10]));
+    let slots = prop::sample::select(vec![1u32, 7, 16]).prop_map(|page_size| (page_size, PageOrder::Nhd, 1));
+    let order = prop::sample::select(vec![PageOrder::Nhd, PageOrder::Hnd]);
+    let apart = (prop::sample::select(vec![8u32, 16, 24]), order, 1..4u32);
+    let pages = (prop_oneof![slots, apart], prop::sample::select(vec![2u32, 10]));
     (heads, format, mask, pages, requests, any::<u64>()).prop_map(
-        |((num_kv_heads, ratio), (head_dim, dtype, kv_dtype), (causal, window), (page_size, block_pages), requests, seed)| {
+        |(
+            (num_kv_heads, ratio),
+            (head_dim, dtype, kv_dtype),
+            (causal, window),
+            ((page_size, page_order, page_stride), block_pages),
+            requests,
+            seed,
+        )| {
             let block_tokens = block_pages * page_size;
             let requests = requests.into_iter().map(|(query_len, cached, mut blocks)| {
                 let kv_len = query_len + cached;
@@ -138,6 +148,8 @@ fn any_batch() -> impl Strategy<Value = Batch> {
                 dtype,
                 kv_dtype,
                 page_size,
+                page_order,
+                page_stride: NonZeroU32::new(page_stride).expect("not zero"),
                 causal: causal || window.is_some(),
                 window,
                 logit_soft_cap: None,

@@ -13,7 +13,7 @@ pub struct Headroom {
     /// Steps. Requests grow alike, so the plan stays balanced as long as they are few beside the tokens that a multiprocessor reads.
     pub steps: u32,
     /// KV runs that each request may begin in these steps: with pages of `n` slots, one every `n` steps; none in a contiguous extent that
-    /// has room.
+    /// has room, unless it is one of pages that lie [apart](packinfer_batch::KvLayout).
     pub runs: u32,
 }
 
@@ -35,12 +35,14 @@ pub enum AppendError {
         requests: usize,
     },
     /// A slot that cannot be numbered.
-    #[error("request {request} is to go on in slot {slot}: slots are numbered up to {}", Batch::MAX_SLOTS)]
+    #[error("request {request} is to go on in slot {slot}: slots are numbered up to {most}")]
     BadSlot {
         /// Index of the request.
         request: usize,
         /// The slot.
         slot: u32,
+        /// One past the last slot number.
+        most: u32,
     },
     /// A request that would need one KV run more than there is room for.
     #[error(
@@ -138,8 +140,12 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// No room for a step or for a KV run, slots of another number of requests, or one past [`Batch::MAX_SLOTS`]. The plan is as it was.
+    /// No room for a step or for a KV run, slots of another number of requests, or one past the last that can be numbered. The plan is as it
+    /// was.
     pub fn append(&mut self, slots: &[u32]) -> Result<(), AppendError> {
+        let (shape, kv_layout) = (self.shape, self.kv_layout);
+        let most = kv_layout.most_slots(shape);
+        let number = |slot: u32| kv_layout.number(shape, slot, slot + 1);
         let Growth { steps, tails, .. } = &mut self.growth;
         if *steps == 0 {
             return Err(AppendError::NoSteps);
@@ -147,26 +153,27 @@ impl Plan {
         if slots.len() != tails.len() {
             return Err(AppendError::Requests { found: slots.len(), requests: tails.len() });
         }
-        let follows = |run: KvRun, slot: u32| run.first_slot + run.num_slots == slot;
+        let follows = |run: KvRun, next: KvRun| run.first_slot + run.num_slots == next.first_slot;
         for (request, (tail, &slot)) in tails.iter().zip(slots).enumerate() {
-            if slot >= Batch::MAX_SLOTS {
-                return Err(AppendError::BadSlot { request, slot });
+            if slot >= most {
+                return Err(AppendError::BadSlot { request, slot, most });
             }
-            if !follows(self.runs[tail.run as usize], slot) && tail.run + 1 == tail.run_limit {
+            if !follows(self.runs[tail.run as usize], number(slot)) && tail.run + 1 == tail.run_limit {
                 return Err(AppendError::NoRuns { request, slot });
             }
         }
         for (tail, &slot) in tails.iter_mut().zip(slots) {
-            if follows(self.runs[tail.run as usize], slot) {
+            let next = number(slot);
+            if follows(self.runs[tail.run as usize], next) {
                 self.runs[tail.run as usize].num_slots += 1;
             } else {
                 tail.run += 1;
-                self.runs[tail.run as usize] = KvRun { first_slot: slot, num_slots: 1 };
+                self.runs[tail.run as usize] = next;
             }
             self.segments[tail.segment as usize].column_end += 1;
             let WorkItem { column_end, .. } = &mut self.items[tail.item as usize];
             *column_end += 1;
-            self.num_slots = self.num_slots.max(slot + 1);
+            self.num_slots = self.num_slots.max(kv_layout.pool_slots(slot + 1));
         }
         *steps -= 1;
         Ok(())

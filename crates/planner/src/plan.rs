@@ -1,7 +1,7 @@
 //! What the planner makes and everything else runs.
 
 use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
-use packinfer_batch::{AttentionShape, Batch};
+use packinfer_batch::{AttentionShape, Batch, KvLayout};
 
 use crate::append::Growth;
 use crate::{DeviceModel, PlanError};
@@ -28,6 +28,7 @@ pub struct Plan {
     pub(crate) num_partial_rows: u32,
     pub(crate) num_query_tokens: u32,
     pub(crate) num_slots: u32,
+    pub(crate) kv_layout: KvLayout,
     pub(crate) growth: Growth,
 }
 
@@ -48,6 +49,7 @@ impl Plan {
             num_partial_rows: 0,
             num_query_tokens: 0,
             num_slots: 0,
+            kv_layout: KvLayout::default(),
             growth: Growth::default(),
         }
     }
@@ -66,6 +68,7 @@ impl Plan {
         self.num_partial_rows = 0;
         self.num_query_tokens = batch.num_query_tokens();
         self.num_slots = batch.num_slots();
+        self.kv_layout = batch.kv_layout();
     }
 
     /// Whether everything can be numbered, `partial_rows` rows of partials too. Indices may have been cut short before.
@@ -148,6 +151,11 @@ impl Plan {
     /// The least number of slots of a KV pool that the plan can run on.
     pub fn num_slots(&self) -> u32 {
         self.num_slots
+    }
+
+    /// How K and V lie in that pool.
+    pub fn kv_layout(&self) -> KvLayout {
+        self.kv_layout
     }
 }
 

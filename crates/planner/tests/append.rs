@@ -1,7 +1,7 @@
 //! Plans that grow from decode step to decode step are as good as new ones.
 
 use packinfer_abi::KvRun;
-use packinfer_batch::{AttentionShape, Batch, DType, Mask};
+use packinfer_batch::{AttentionShape, Batch, DType, KvLayout, Mask, PageOrder, PagedLayout};
 use packinfer_planner::{AppendError, DeviceModel, Headroom, Plan, Planner};
 use proptest::prelude::*;
 
@@ -23,7 +23,12 @@ impl Sequence {
 }
 
 fn batch(mask: Mask, sequences: &[Sequence]) -> Batch {
-    let mut batch = Batch::new(AttentionShape::new(16, 4, 128, DType::Bf16).expect("a good shape"), mask);
+    batch_in(KvLayout::Slots, mask, sequences)
+}
+
+fn batch_in(kv_layout: KvLayout, mask: Mask, sequences: &[Sequence]) -> Batch {
+    let shape = AttentionShape::new(16, 4, 128, DType::Bf16).expect("a good shape");
+    let mut batch = Batch::in_layout(shape, mask, kv_layout).expect("a good layout");
     for sequence in sequences {
         batch.push_runs(1, sequence.slots.len() as u32, sequence.runs()).expect("a good request");
     }
@@ -70,8 +75,14 @@ fn growing(batch: &Batch, headroom: Headroom) -> Plan {
 proptest! {
     /// After any number of steps, the plan shows each query token what it sees then, where that lies; its items and merges stay.
     #[test]
-    fn appended_plans_are_valid((mut sequences, page_size, mut next_page) in any_sequences(), steps in 1..20u32) {
-        let first = batch(Mask::Causal, &sequences);
+    fn appended_plans_are_valid(
+        (mut sequences, page_size, mut next_page) in any_sequences(),
+        steps in 1..20u32,
+        in_pages in any::<bool>(),
+    ) {
+        let in_pages = in_pages && page_size.is_multiple_of(PagedLayout::SIZE_MULTIPLE);
+        let kv_layout = if in_pages { PagedLayout::new(page_size, PageOrder::Hnd).expect("a good size").into() } else { KvLayout::Slots };
+        let first = batch_in(kv_layout, Mask::Causal, &sequences);
         let mut plan = growing(&first, Headroom { steps, runs: steps });
         assert_valid(&first, &plan);
         assert_in_order(&first, &plan, plan.model());
@@ -79,7 +90,7 @@ proptest! {
         for _ in 0..steps {
             let slots = next_slots(&mut sequences, page_size, &mut next_page);
             plan.append(&slots).expect("there is room");
-            assert_valid(&batch(Mask::Causal, &sequences), &plan);
+            assert_valid(&batch_in(kv_layout, Mask::Causal, &sequences), &plan);
         }
         assert_eq!(plan.append(&next_slots(&mut sequences, page_size, &mut next_page)), Err(AppendError::NoSteps));
         assert_eq!((plan.items().len(), plan.merge_tokens()), (items, &merges[..]));
@@ -110,7 +121,7 @@ fn what_cannot_grow_says_so() {
     let before = plan.clone();
     assert_eq!(plan.append(&[2000, 129]), Err(AppendError::NoRuns { request: 0, slot: 2000 }));
     let slot = Batch::MAX_SLOTS;
-    assert_eq!(plan.append(&[1001, slot]), Err(AppendError::BadSlot { request: 1, slot }));
+    assert_eq!(plan.append(&[1001, slot]), Err(AppendError::BadSlot { request: 1, slot, most: slot }));
     assert_eq!((plan.runs(), plan.segments(), plan.items()), (before.runs(), before.segments(), before.items()));
     plan.append(&[1001, 129]).expect("it goes on where it was");
     sequences[0].slots.extend([1000, 1001]);

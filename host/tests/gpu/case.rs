@@ -72,7 +72,7 @@ impl<E: Element, K: KvElement<E>> Case<E, K> {
     pub fn new(batch: Batch) -> Self {
         let shape = batch.shape();
         let qo_len = batch.num_query_tokens() as usize * shape.qo_elements_per_token() as usize;
-        let kv_len = batch.num_slots() as usize * shape.kv_elements_per_slot() as usize;
+        let kv_len = batch.kv_elements() as usize;
         Self {
             batch,
             scale: None,
@@ -107,10 +107,20 @@ impl<E: Element, K: KvElement<E>> Case<E, K> {
         }
     }
 
+    /// Replaces K and V.
+    pub fn set_kv(&mut self, k: &[K], v: &[K]) {
+        (self.k, self.v) = (k.to_vec(), v.to_vec());
+    }
+
     /// Runs the batch once, on a stream of its own.
     pub fn run(&self, engine: &Engine, packing: Packing) -> Results<E> {
+        self.run_plan(engine, &self.plan(engine, packing))
+    }
+
+    /// Runs a plan of the batch once, on a stream of its own.
+    pub fn run_plan(&self, engine: &Engine, plan: &Plan) -> Results<E> {
         let stream = engine.stream().expect("a stream");
-        let plan = engine.upload(&self.plan(engine, packing), &stream).expect("the plan fits");
+        let plan = engine.upload(plan, &stream).expect("the plan fits");
         let mut device = self.on_device(engine);
         device.run(engine, &plan, &mut engine.workspace().expect("there is room"), &stream).expect("the run is right");
         device.results()
@@ -214,10 +224,14 @@ pub fn contiguous(shape: AttentionShape, mask: Mask, lengths: &[(u32, u32)]) -> 
 
 /// A batch whose KV lies in pages that are handed out in turn, from the last one backwards.
 pub fn paged(shape: AttentionShape, mask: Mask, lengths: &[(u32, u32)], page_size: u32) -> Batch {
+    in_pages(Batch::new(shape, mask), lengths, page_size)
+}
+
+/// Adds requests to a batch as [`paged`] does.
+pub fn in_pages(mut batch: Batch, lengths: &[(u32, u32)], page_size: u32) -> Batch {
     let pages_of = |kv_len: u32| kv_len.div_ceil(page_size);
     let most = lengths.iter().map(|&(_, kv_len)| pages_of(kv_len)).max().unwrap_or(0);
     let num_requests = lengths.len() as u32;
-    let mut batch = Batch::new(shape, mask);
     for (request, &(query_len, kv_len)) in (0..).zip(lengths) {
         let pages: Vec<u32> = (0..pages_of(kv_len)).map(|page| (most - 1 - page) * num_requests + request).collect();
         batch.push_paged(query_len, kv_len, &pages, page_size).expect("good lengths");

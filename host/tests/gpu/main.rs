@@ -2,6 +2,8 @@
 
 mod case;
 mod graph;
+mod kv;
+mod layouts;
 mod options;
 
 use half::{bf16, f16};

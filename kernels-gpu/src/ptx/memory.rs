@@ -39,6 +39,35 @@ pub unsafe fn load_global_x4(address: u64) -> [u32; 4] {
     [a, b, c, d]
 }
 
+/// Loads four words that no thread writes during the kernel, and that are not needed again soon: caches give them up first. The
+/// load stays where it is, before what comes after it.
+///
+/// # Safety
+///
+/// `address` is aligned to 16 bytes and readable.
+#[cfg(feature = "sm_80")]
+#[inline(always)]
+pub unsafe fn load_global_once_x4(address: u64) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    asm!("ld.global.cs.nc.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+        out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address, options(readonly, nostack));
+    [a, b, c, d]
+}
+
+/// Loads half a word that no thread writes during the kernel.
+///
+/// # Safety
+///
+/// `address` is aligned to 2 bytes and readable.
+#[cfg(feature = "sm_80")]
+#[inline(always)]
+pub unsafe fn load_global_u16(address: u64) -> u32 {
+    let value: u32;
+    asm!("{{ .reg .b16 half; ld.global.nc.u16 half, [{1}]; cvt.u32.u16 {0}, half; }}",
+        out(reg32) value, in(reg64) address, options(pure, readonly, nostack));
+    value
+}
+
 /// Loads a word that may have been written since the kernel began.
 ///
 /// # Safety
@@ -111,6 +140,18 @@ pub unsafe fn store_global_f32x2(address: u64, a: f32, b: f32) {
 #[inline(always)]
 pub unsafe fn store_global_x4(address: u64, [a, b, c, d]: [u32; 4]) {
     asm!("st.global.v4.u32 [{0}], {{{1}, {2}, {3}, {4}}};",
+        in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
+}
+
+/// Stores four words that are not needed again soon: caches give them up first.
+///
+/// # Safety
+///
+/// `address` is aligned to 16 bytes and writable.
+#[cfg(feature = "sm_80")]
+#[inline(always)]
+pub unsafe fn store_global_once_x4(address: u64, [a, b, c, d]: [u32; 4]) {
+    asm!("st.global.cs.v4.u32 [{0}], {{{1}, {2}, {3}, {4}}};",
         in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
 }
 

@@ -8,12 +8,13 @@
 #   tests     the library's GPU tests
 #   verify    every batch against float64 attention
 #   bench     every batch: time against the floor, packed and per request
+#   kv        copies of KV slots and appended tokens, against the copy bandwidth
 #   peers     other libraries on the same batches (peers.py)
 #   sanitize  compute-sanitizer's memcheck, racecheck and synccheck on small batches
 set -uo pipefail
 
 bundle=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-all_steps=(info tests verify bench peers sanitize)
+all_steps=(info tests verify bench kv peers sanitize)
 # Status of a step that lacks something.
 skipped=77
 
@@ -46,6 +47,8 @@ verify() {
 bench() {
     "$bundle/packinfer" bench --device cuda --baseline per-request --json "$results/bench.json" --batch "$bundle"/batches/*.json
 }
+
+kv() { "$bundle/packinfer" bench-kv --json "$results/kv.json"; }
 
 peers() {
     [ -f "$bundle/peers.py" ] || { echo "the bundle has no peers.py"; return $skipped; }
