@@ -182,6 +182,9 @@ pub enum EngineError {
     /// Copies of slots or new tokens that do not fit the KV pool.
     #[error(transparent)]
     KvMemory(#[from] KvMemoryError),
+    /// A pool that does not allow what was asked of it.
+    #[error(transparent)]
+    KvPool(#[from] packinfer_kv::KvError),
     /// A calibration of another device.
     #[error(transparent)]
     Calibration(#[from] CalibrationError),

@@ -4,7 +4,8 @@
 //! * [`Planner`] turns it into a [`Plan`], and [`Engine::upload`] that into a [`DevicePlan`].
 //! * [`Engine::run`] computes one layer: it takes the plan, the layer's [`Tensors`] and a [`Workspace`] for partial results, and
 //!   gives its launches to a [`Stream`]. A plan may run on several streams at a time.
-//! * [`KvArena`] holds K and V of all layers; [`Engine::kv_append`] writes new tokens to it, [`Engine::kv_move`] copies slots.
+//! * [`KvArena`] holds K and V of all layers; [`Engine::kv_append`] writes new tokens to it, [`Engine::kv_move`] copies slots. A [`SlotPool`] hands the slots out, a
+//!   [`PrefixTree`] finds those of shared prefixes, a [`Policy`] says how requests are laid out, and a [`KvMover`] moves them beside the steps.
 //! * [`measure`] times that, and says what the device could do at best.
 //!
 //! The program needs no CUDA to be built and no driver to start: [`Engine::new`] looks for one and says what is missing.
@@ -89,13 +90,15 @@ pub use element::{Element, KvElement};
 pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;
 pub use graph::Graph;
-pub use kv::{AppendSlots, DeviceRope, KvAppend, KvArena, KvMemoryError, SlotCopies};
+pub use kv::{AppendSlots, DeviceRope, KvAppend, KvArena, KvMemoryError, KvMover, SlotCopies};
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 pub use packinfer_batch::{
     AttentionShape, Batch, BatchError, DType, KvDType, KvLayout, KvRun, Mask, PageOrder, PagedLayout, Request, Rope, RopeError,
     RopeLayout,
 };
-pub use packinfer_kv::SlotCopy;
+pub use packinfer_kv::{
+    Contiguous, Epoch, ExpectedTokens, Growth, KvError, Policy, PrefixTree, Sequence, SequenceMove, SlotCopy, SlotPool,
+};
 pub use packinfer_planner::{
     AppendError, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan, PlanError,
     Planner,

@@ -91,6 +91,43 @@ pub fn time_warm(
     time(engine, stream, repeats, |_| Ok(()), run)
 }
 
+/// Marks in the work of streams, and the times between them.
+#[derive(Debug, Default)]
+pub struct Marks {
+    events: Vec<Event>,
+}
+
+/// One of the [`Marks`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark(usize);
+
+impl Marks {
+    /// Marks what was given to a stream until now.
+    ///
+    /// # Errors
+    ///
+    /// What the driver reports.
+    pub fn set(&mut self, engine: &Engine, stream: &Stream) -> Result<Mark, EngineError> {
+        let event = Event::timed(engine.shared())?;
+        event.record(stream)?;
+        self.events.push(event);
+        Ok(Mark(self.events.len() - 1))
+    }
+
+    /// Waits until the device has come to both marks, and returns how long it took from one to the other; zero if that was the earlier one, or if they are not of
+    /// these marks.
+    ///
+    /// # Errors
+    ///
+    /// That of the work.
+    pub fn between(&self, from: Mark, to: Mark) -> Result<Duration, EngineError> {
+        let (Some(from), Some(to)) = (self.events.get(from.0), self.events.get(to.0)) else { return Ok(Duration::ZERO) };
+        from.synchronize()?;
+        to.synchronize()?;
+        Ok(Duration::from_secs_f32(to.milliseconds_since(from)?.max(0.0) * 1e-3))
+    }
+}
+
 /// Bytes a second, read and written together, at which the device copies its memory.
 ///
 /// # Errors

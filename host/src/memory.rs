@@ -157,6 +157,11 @@ impl<T> DeviceSlice<'_, T> {
         let count = count.min(self.len);
         Self { address: self.address + (count * size_of::<T>()) as u64, len: self.len - count, ..self }
     }
+
+    /// The first `count` elements; all if there are no more.
+    pub fn first(self, count: usize) -> Self {
+        Self { len: count.min(self.len), ..self }
+    }
 }
 
 /// Elements in device memory, to be written by the device.

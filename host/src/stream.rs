@@ -5,7 +5,7 @@ use std::fmt;
 use std::ptr;
 use std::sync::Arc;
 
-use cust::sys::{self, CUevent, CUevent_flags, CUstream, CUstream_flags, CUstreamCaptureStatus};
+use cust::sys::{self, CUevent, CUevent_flags, CUresult, CUstream, CUstream_flags, CUstreamCaptureStatus};
 
 use crate::EngineError;
 use crate::context::Shared;
@@ -158,6 +158,16 @@ impl Event {
         unsafe { sys::cuEventRecord(self.raw, stream.as_raw()) }.doing("recording an event")
     }
 
+    /// Whether the device has done what was marked last; so it has if that was nothing.
+    pub fn has_happened(&self) -> Result<bool, EngineError> {
+        self.shared.enter()?;
+        // SAFETY: the event is alive.
+        match unsafe { sys::cuEventQuery(self.raw) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            status => status.doing("asking whether an event has happened").map(|()| true),
+        }
+    }
+
     /// Waits until the device has done what was marked last, if anything.
     pub fn synchronize(&self) -> Result<(), EngineError> {
         self.shared.enter()?;
@@ -171,6 +181,12 @@ impl Event {
         // SAFETY: both are alive, and the argument is a place for the time.
         unsafe { sys::cuEventElapsedTime(&mut milliseconds, start.raw, self.raw) }.doing("reading the time between events")?;
         Ok(milliseconds)
+    }
+}
+
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Event").field(&self.raw.cast::<c_void>()).finish()
     }
 }
 

@@ -31,6 +31,8 @@ pub enum Command {
     Calibrate(CalibrateArgs),
     /// Replays a trace of requests against a KV pool, without a GPU.
     KvSim(KvSimArgs),
+    /// Decodes requests of a trace for some hundred steps, with KV in pages, in extents, and moved from one to the other; measures that on the GPU.
+    DecodeRun(DecodeRunArgs),
 }
 
 /// Arguments of `plan`.
@@ -146,6 +148,56 @@ pub struct KvSimArgs {
     /// Also draws the pool over time, in SVG.
     #[arg(long, value_name = "OUT")]
     pub svg: Option<PathBuf>,
+}
+
+/// Arguments of `decode-run`.
+#[derive(Debug, Args)]
+pub struct DecodeRunArgs {
+    /// Trace: Azure LLM inference 2023 (CSV) or Mooncake (JSON lines).
+    #[arg(long, value_name = "FILE")]
+    pub trace: PathBuf,
+    /// Requests that decode at a time.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub requests: u32,
+    /// Steps that are measured.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub steps: u32,
+    /// Steps before these, of the pool alone, so that it looks as after a long time of serving.
+    #[arg(long, value_name = "N", default_value_t = 2000)]
+    pub warm_up: u32,
+    /// Layers that each step goes through, and that are moved.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub layers: u32,
+    /// Query heads.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub num_qo_heads: u32,
+    /// KV heads.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub num_kv_heads: u32,
+    /// Elements of a head.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub head_dim: u32,
+    /// Slots of a page.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub page_size: u32,
+    /// Slots of the pool; by default so many that it is about two thirds full.
+    #[arg(long, value_name = "N")]
+    pub slots: Option<u32>,
+    /// What a further run of slots costs attention, in slots read: moves are begun where they save more than they cost.
+    #[arg(long, value_name = "SLOTS")]
+    pub run_cost: Option<f64>,
+    /// Rounds of all layouts in turn; of each, the round with the median time is reported.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: u32,
+    /// Where to run: without a GPU, only what happens to the pool is told.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Also writes everything to a file, in JSON.
+    #[arg(long, value_name = "OUT")]
+    pub json: Option<PathBuf>,
+    /// Seed of Q, K and V.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
 }
 
 /// Layout of KV.

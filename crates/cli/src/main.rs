@@ -9,6 +9,7 @@ mod bench;
 mod bench_kv;
 mod calibrate;
 mod case;
+mod decode_run;
 mod explain;
 mod info;
 mod kv_sim;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         Command::BenchKv(args) => bench_kv::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Calibrate(args) => calibrate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::KvSim(args) => kv_sim::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::DecodeRun(args) => decode_run::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => {
             verify::run(&args).map(|within| if within { ExitCode::SUCCESS } else { ExitCode::from(OUT_OF_TOLERANCE) })
         }

@@ -359,6 +359,31 @@ fn measurements_are_fitted_again() {
 }
 
 #[test]
+fn decode_runs_tell_of_the_pool_without_a_gpu() {
+    let batches = Batches::new();
+    let mut text = String::from("TIMESTAMP,ContextTokens,GeneratedTokens\n");
+    for index in 0..100 {
+        text += &format!("2023-11-16 18:15:46.{index:03},{},{}\n", 100 + index * 37 % 500, 20 + index * 13 % 200);
+    }
+    let (trace, out) = (batches.text("trace.csv", &text), batches.path("out.json"));
+    let decode_run = |arguments: &[&str]| {
+        let mut command = packinfer();
+        command
+            .args(["decode-run", "--device", "cpu", "--requests", "16", "--steps", "300", "--trace"])
+            .arg(&trace)
+            .args(arguments);
+        command
+    };
+    let found = predicate::str::contains("KV runs of a request").and(predicate::str::contains("nothing was measured"));
+    decode_run(&["--json"]).arg(&out).assert().success().stdout(found);
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+    let runs_of = |index: usize| report["layouts"][index]["pool"]["read_runs"].as_u64().unwrap();
+    assert!(runs_of(0) > 3 * runs_of(1) && runs_of(0) > runs_of(2), "{report}");
+    assert!(report["layouts"][2]["moved_bytes"].as_u64() > Some(0) && report["layouts"][0]["moved_bytes"] == 0, "{report}");
+    decode_run(&["--slots", "1024"]).assert().code(2).stderr(predicate::str::contains("a pool of 1024 slots does not hold 16"));
+}
+
+#[test]
 fn measuring_kv_pools_needs_a_gpu() {
     if Path::new("/dev/nvidiactl").exists() {
         eprintln!("skipped: this machine has an NVIDIA driver");

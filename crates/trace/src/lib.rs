@@ -2,7 +2,7 @@
 //!
 //! [`TraceReader`] opens a file of either format and iterates over its [`TraceRequest`]s: when each arrived, how many tokens
 //! its prompt and its answer had, and, where the trace says so, which blocks of the prompt have which content.
-//! [`TraceSummary`] adds them up; [`kv_sim`] replays them.
+//! [`TraceSummary`] adds them up; [`kv_sim`] replays them against a pool alone, [`decode_replay`] for a device to do the work.
 //!
 //! | format | told by | has |
 //! | --- | --- | --- |
@@ -22,6 +22,7 @@
 //! ```
 
 mod azure;
+pub mod decode_replay;
 mod error;
 pub mod kv_sim;
 mod mooncake;

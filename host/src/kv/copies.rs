@@ -44,6 +44,11 @@ impl SlotCopies {
         self.num_pieces = self.scratch.words.len() / PIECE_WORDS;
         Ok(())
     }
+
+    /// Whether nothing is copied.
+    pub fn is_empty(&self) -> bool {
+        self.num_pieces == 0
+    }
 }
 
 impl fmt::Debug for SlotCopies {

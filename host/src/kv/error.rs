@@ -121,6 +121,12 @@ pub enum KvMemoryError {
     /// RoPE that cannot be done.
     #[error(transparent)]
     Rope(#[from] RopeError),
+    /// Copies for a mover that has not finished others.
+    #[error("the mover has {moves} moves that are not finished: start others when it is not busy")]
+    MoverBusy {
+        /// Moves under way.
+        moves: usize,
+    },
     /// More thread blocks than a launch can have.
     #[error("{what} needs {blocks} thread blocks, and a launch has at most {most}: divide the list")]
     TooManyBlocks {

@@ -4,6 +4,7 @@ mod case;
 mod graph;
 mod kv;
 mod layouts;
+mod mover;
 mod options;
 
 use half::{bf16, f16};

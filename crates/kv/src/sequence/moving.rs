@@ -2,7 +2,7 @@
 
 use super::Sequence;
 use crate::moves::push_copy;
-use crate::{Epoch, Extent, Filled, KvError, Move, SlotCopy, SlotPool};
+use crate::{Epoch, Extent, Filled, KvError, Move, Policy, Reason, Situation, SlotCopy, SlotPool, Usage};
 
 /// A move of a sequence's own slots under way, see [`Sequence::begin_move`].
 #[derive(Debug)]
@@ -39,6 +39,29 @@ impl SequenceMove {
 }
 
 impl Sequence {
+    /// Begins to move the sequence's own KV to one extent with headroom, if `policy` says that this pays for a request that expects
+    /// `expected` more tokens; also says why. `None` if it stays where it is: because that is better, because it is being
+    /// moved already, or because no extent is long enough.
+    ///
+    /// # Errors
+    ///
+    /// The slots are of another pool.
+    pub fn reorganize(
+        &mut self,
+        pool: &mut SlotPool,
+        policy: &Policy,
+        usage: &Usage,
+        expected: u32,
+    ) -> Result<Option<(Reason, SequenceMove)>, KvError> {
+        let situation = Situation::of(self, pool, expected);
+        let Some(reason) = policy.move_now(usage, pool.page_size(), &situation) else { return Ok(None) };
+        match self.begin_move(pool, policy.headroom(usage, expected)) {
+            Ok(begun) => Ok(begun.map(|begun| (reason, begun))),
+            Err(KvError::Moving(_) | KvError::NoContiguous { .. } | KvError::OutOfSlots { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Begins to move what only this sequence owns, at its end, to one contiguous extent with room for `headroom` more tokens.
     ///
     /// Meanwhile it can be read, appended to, forked and freed. `None` if nothing is its own.

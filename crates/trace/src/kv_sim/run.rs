@@ -174,15 +174,12 @@ impl<'a> Simulation<'a> {
         let usage = self.tree.usage(&self.pool);
         let expected = self.expected.remaining();
         let growth = self.config.policy.growth(&usage, expected);
-        let page_size = self.pool.page_size();
         let running = &mut self.running[index];
         let outgrown = running.branch.kv.room(&self.pool) == 0;
         if outgrown || running.generated.is_multiple_of(REVIEW_STEPS) {
-            let situation = Situation::of(&running.branch.kv, &self.pool, expected);
-            if running.moving.is_none() && self.config.policy.move_now(&usage, page_size, &situation).is_some() {
-                let headroom = self.config.policy.headroom(&usage, expected);
-                // Without an extent that large it stays where it is.
-                running.moving = running.branch.kv.begin_move(&mut self.pool, headroom).unwrap_or(None);
+            let begun = running.branch.kv.reorganize(&mut self.pool, &self.config.policy, &usage, expected)?;
+            if let Some((_, begun)) = begun {
+                running.moving = Some(begun);
             }
         }
         self.report.count(&self.tree.append(&mut self.pool, &mut running.branch, 1, growth)?);

@@ -1,0 +1,244 @@
+//! `packinfer decode-run`: decode steps of a server, with KV in pages, in contiguous extents, and in pages that are moved to extents.
+
+mod device;
+
+use std::fs::File;
+use std::io::{Write, stdout};
+use std::time::SystemTime;
+
+use anyhow::Context;
+use half::bf16;
+use packinfer_batch::{AttentionShape, Batch, DType, Mask};
+use packinfer_kv::{Contiguous, Policy};
+use packinfer_trace::decode_replay::{DecodeConfig, DecodeReplay, DecodeReport};
+use packinfer_trace::{TraceReader, TraceRequest};
+use serde::Serialize;
+
+use crate::args::DecodeRunArgs;
+use crate::backend::Backend;
+use crate::progress::Progress;
+use crate::table;
+use crate::units::significant;
+use device::{Measured, Outputs};
+
+/// Everything that is written as JSON.
+#[derive(Debug, Serialize)]
+struct Report {
+    program: &'static str,
+    device: String,
+    /// When, in UTC.
+    date: String,
+    requests: u32,
+    steps: u32,
+    layers: u32,
+    num_qo_heads: u32,
+    num_kv_heads: u32,
+    head_dim: u32,
+    page_size: u32,
+    /// Slots of the pool.
+    num_slots: u32,
+    layouts: Vec<Run>,
+    /// The largest relative error, in norm, of O with one layout against O with the other, over the steps that were compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    difference: Option<f64>,
+}
+
+/// One layout.
+#[derive(Debug, Serialize)]
+struct Run {
+    layout: &'static str,
+    policy: Policy,
+    pool: DecodeReport,
+    /// Bytes that were read for moves, and as many written, in all layers.
+    moved_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    measured: Option<Measured>,
+}
+
+/// How many layouts there are.
+const LAYOUTS: usize = 3;
+/// Everything in pages.
+const PAGED: &str = "paged";
+/// In extents with headroom from the beginning.
+const CONTIGUOUS: &str = "contiguous";
+/// Prompts in pages, moved to extents with headroom where that pays.
+const MOVED: &str = "moved";
+
+/// Replays the trace with all layouts and prints what came of it.
+pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
+    let trace: Vec<TraceRequest> = TraceReader::open(&args.trace)?.collect::<Result<_, _>>()?;
+    let shape = AttentionShape::new(args.num_qo_heads, args.num_kv_heads, args.head_dim, DType::Bf16)?;
+    let cannot_write = |path: &std::path::PathBuf| format!("cannot write {}", path.display());
+    // Better to learn now that the file cannot be written than after measuring.
+    let out = match &args.json {
+        Some(path) => Some((path, File::create(path).with_context(|| cannot_write(path))?)),
+        None => None,
+    };
+    let backend = Backend::open(&args.device)?;
+    let progress = Progress::new(LAYOUTS * args.rounds as usize);
+    let mut runs = Vec::new();
+    let mut outputs = Vec::new();
+    let extents = Policy::Contiguous(contiguous(args));
+    let layouts: [_; LAYOUTS] = [(PAGED, Policy::Paged, false), (CONTIGUOUS, extents, false), (MOVED, extents, true)];
+    let rounds = if matches!(backend, Backend::Cuda(_)) { args.rounds } else { 1 };
+    for _ in 0..rounds {
+        for (layout, policy, prompts_in_pages) in layouts {
+            progress.doing(format!("{} steps, {layout}", args.steps));
+            let mut replay = warm(&trace, args, policy, prompts_in_pages)?;
+            let measured = match &backend {
+                Backend::Cuda(cuda) => {
+                    let (measured, round_outputs) = device::measure::<bf16>(cuda, &mut replay, shape, args)?;
+                    outputs.push(round_outputs);
+                    Some(measured)
+                }
+                Backend::Cpu(_) => {
+                    pool_alone(&mut replay, args.steps)?;
+                    None
+                }
+            };
+            let pool = *replay.report();
+            let moved_bytes = pool.moved_slots * shape.kv_bytes_per_slot() * u64::from(args.layers);
+            runs.push((replay.pool().num_slots(), Run { layout, policy, pool, moved_bytes, measured }));
+            progress.step();
+        }
+    }
+    drop(progress);
+    let report = Report {
+        program: concat!("packinfer ", env!("CARGO_PKG_VERSION")),
+        device: backend.name().into(),
+        date: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        requests: args.requests,
+        steps: args.steps,
+        layers: args.layers,
+        num_qo_heads: args.num_qo_heads,
+        num_kv_heads: args.num_kv_heads,
+        head_dim: args.head_dim,
+        page_size: args.page_size,
+        num_slots: runs.first().map_or(0, |(num_slots, _)| *num_slots),
+        layouts: layouts.into_iter().filter_map(|(layout, ..)| median(&mut runs, layout)).collect(),
+        difference: difference(&outputs),
+    };
+    if let Some((path, mut file)) = out {
+        serde_json::to_writer_pretty(&mut file, &report).with_context(|| cannot_write(path))?;
+        writeln!(file).with_context(|| cannot_write(path))?;
+    }
+    report.print()
+}
+
+/// The layout in extents.
+fn contiguous(args: &DecodeRunArgs) -> Contiguous {
+    let layout = Contiguous::default();
+    Contiguous { run_cost: args.run_cost.unwrap_or(layout.run_cost), ..layout }
+}
+
+/// A replay that has been going on for a while.
+fn warm<'a>(
+    trace: &'a [TraceRequest],
+    args: &DecodeRunArgs,
+    policy: Policy,
+    prompts_in_pages: bool,
+) -> anyhow::Result<DecodeReplay<'a>> {
+    let DecodeRunArgs { requests: concurrent, slots: num_slots, page_size, .. } = *args;
+    let config = DecodeConfig { concurrent, num_slots, page_size, policy, prompts_in_pages, ..DecodeConfig::default() };
+    let mut replay = DecodeReplay::new(trace, config)?;
+    replay.warm_up(args.warm_up)?;
+    Ok(replay)
+}
+
+/// Goes on without a device, with copies that take a step.
+fn pool_alone(replay: &mut DecodeReplay<'_>, steps: u32) -> anyhow::Result<()> {
+    let mut moves = Vec::new();
+    for _ in 0..steps {
+        replay.admit()?;
+        for (id, begun) in moves.drain(..) {
+            if let Some((ended, _)) = replay.end_move(id, begun)? {
+                replay.retire(ended)?;
+            }
+        }
+        moves = replay.begin_moves()?;
+        replay.append()?;
+    }
+    moves.into_iter().try_for_each(|(id, begun)| replay.end_move(id, begun).map(drop))?;
+    Ok(())
+}
+
+/// The requests of a step as a batch.
+fn fill(batch: &mut Batch, replay: &DecodeReplay<'_>) -> anyhow::Result<()> {
+    batch.clear();
+    for request in replay.requests() {
+        batch.push_runs(1, request.kv.len(), request.kv.runs(replay.pool())?)?;
+    }
+    Ok(())
+}
+
+/// An empty batch of decodes.
+fn empty_batch(shape: AttentionShape) -> Batch {
+    Batch::new(shape, Mask::Causal)
+}
+
+/// Of the rounds of a layout, that with the median time.
+fn median(runs: &mut Vec<(u32, Run)>, layout: &str) -> Option<Run> {
+    let mut rounds: Vec<Run> = runs.extract_if(.., |(_, run)| run.layout == layout).map(|(_, run)| run).collect();
+    let total = |run: &Run| run.measured.as_ref().map_or(0.0, |measured| measured.step_us);
+    rounds.sort_by(|a, b| total(a).total_cmp(&total(b)));
+    let middle = rounds.len().checked_sub(1)? / 2;
+    Some(rounds.swap_remove(middle))
+}
+
+/// The largest relative error of outputs of any round against those of the first.
+fn difference(rounds: &[Outputs<bf16>]) -> Option<f64> {
+    let (first, others) = rounds.split_first()?;
+    others.iter().flat_map(|other| first.differences(other)).reduce(f64::max)
+}
+
+impl Report {
+    fn print(&self) -> anyhow::Result<()> {
+        let names: Vec<&str> = self.layouts.iter().map(|run| run.layout).collect();
+        let mut header = vec!["a step"];
+        header.extend(&names);
+        let mut table = table::new(&header);
+        let mut row = |name: &str, value: &dyn Fn(&Run) -> Option<String>| {
+            let values: Option<Vec<String>> = self.layouts.iter().map(value).collect();
+            if let Some(values) = values {
+                table.add_row(std::iter::once(name.to_owned()).chain(values));
+            }
+        };
+        let measured =
+            |value: fn(&Measured) -> f64| move |run: &Run| run.measured.as_ref().map(|measured| significant(value(measured)));
+        row("whole step, µs", &measured(|measured| measured.step_us));
+        row("attention of all layers, µs", &measured(|measured| measured.attention_us));
+        row("appending to all layers, µs", &measured(|measured| measured.append_us));
+        row("upload of the plan, copies between steps, µs", &measured(|measured| measured.between_us));
+        row("copies beside the steps, µs", &measured(|measured| measured.copy_us));
+        row("planning on the host, µs", &measured(|measured| measured.plan_us));
+        let steps = f64::from(self.steps.max(1));
+        row("KV runs of a request", &|run| {
+            Some(significant(run.pool.read_runs as f64 / (steps * f64::from(self.requests.max(1)))))
+        });
+        row("slots moved", &|run| Some(significant(run.pool.moved_slots as f64 / steps)));
+        row("moved, % of the slots read", &|run| {
+            Some(significant(100.0 * run.pool.moved_slots as f64 / run.pool.read_slots.max(1) as f64))
+        });
+        row("moves in all (given up)", &|run| Some(format!("{} ({})", run.pool.moves, run.pool.cancelled_moves)));
+        row("most slots used, % of the pool", &|run| {
+            Some(significant(100.0 * f64::from(run.pool.peak_used_slots) / f64::from(self.num_slots.max(1))))
+        });
+        writeln!(
+            stdout(),
+            "{}\n{} requests, {} steps, {} layers; pages of {} slots, a pool of {}\n{table}",
+            self.device,
+            self.requests,
+            self.steps,
+            self.layers,
+            self.page_size,
+            self.num_slots
+        )?;
+        if let Some(difference) = self.difference {
+            writeln!(stdout(), "O with one layout against O with the other: relative error at most {difference:.1e}")?;
+        }
+        if self.layouts.iter().all(|run| run.measured.is_none()) {
+            writeln!(stdout(), "no GPU: nothing was measured")?;
+        }
+        Ok(())
+    }
+}
