@@ -5,6 +5,7 @@
 //! | `packinfer` | the program, with the kernels in it |
 //! | `gpu-tests` | the GPU tests of the library |
 //! | `batches/`, `small/` | batches to verify and measure, and small ones for compute-sanitizer |
+//! | `traces/` | traces to decode requests of, if given |
 //! | `peers.py`, `wheels/` | a script that measures other libraries, and their wheels, if given |
 //! | `run.sh` | runs it all; its first lines say how |
 
@@ -27,6 +28,9 @@ pub struct Args {
     /// Folder of the batch files to verify and measure; by default benches/batches, the small ones.
     #[arg(long, value_name = "DIR")]
     batches: Option<PathBuf>,
+    /// Traces to decode requests of, for `packinfer decode-run`.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    traces: Vec<PathBuf>,
     /// A Python script that measures other libraries: called as `FILE --out RESULT.json BATCH.json …`.
     #[arg(long, value_name = "FILE")]
     peers: Option<PathBuf>,
@@ -58,6 +62,12 @@ pub fn run(args: &Args) -> Result<()> {
     let small = workspace::root().join("benches/batches");
     copy_files(&small, "json", &out.join("small"))?;
     copy_files(args.batches.as_ref().unwrap_or(&small), "json", &out.join("batches"))?;
+    let traces = out.join("traces");
+    fs::create_dir_all(&traces).with_context(|| format!("cannot make {}", traces.display()))?;
+    for trace in &args.traces {
+        let name = trace.file_name().with_context(|| format!("{} is no file", trace.display()))?;
+        copy(trace, &traces.join(name))?;
+    }
     if let Some(peers) = &args.peers {
         copy(peers, &out.join("peers.py"))?;
     }

@@ -195,6 +195,9 @@ pub struct DecodeRunArgs {
     /// Also writes everything to a file, in JSON.
     #[arg(long, value_name = "OUT")]
     pub json: Option<PathBuf>,
+    /// Also draws the beginning of the pool after the last step, in SVG: whose the pages are.
+    #[arg(long, value_name = "OUT")]
+    pub svg: Option<PathBuf>,
     /// Seed of Q, K and V.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

@@ -23,10 +23,13 @@
 //! # Ok::<(), packinfer_trace::decode_replay::DecodeError>(())
 //! ```
 
+mod picture;
+
 use packinfer_kv::{Epoch, ExpectedTokens, Growth, KvError, KvRun, Policy, Reason, Sequence, SequenceMove, SlotCopy, SlotPool};
 use serde::{Deserialize, Serialize};
 
 use crate::TraceRequest;
+pub use picture::{PoolMap, pools_svg};
 
 /// Slots of the pool for each token that as many mean requests have, if nobody says how many there are: so that the pool is two thirds full.
 const SLOTS_PER_TOKEN: f64 = 1.75;

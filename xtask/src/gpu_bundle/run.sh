@@ -9,12 +9,13 @@
 #   verify    every batch against float64 attention
 #   bench     every batch: time against the floor, packed and per request
 #   kv        copies of KV slots and appended tokens, against the copy bandwidth
+#   decode    decode steps of each trace, with KV in pages and in extents
 #   peers     other libraries on the same batches (peers.py)
 #   sanitize  compute-sanitizer's memcheck, racecheck and synccheck on small batches
 set -uo pipefail
 
 bundle=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-all_steps=(info tests verify bench kv peers sanitize)
+all_steps=(info tests verify bench kv decode peers sanitize)
 # Status of a step that lacks something.
 skipped=77
 
@@ -49,6 +50,15 @@ bench() {
 }
 
 kv() { "$bundle/packinfer" bench-kv --json "$results/kv.json"; }
+
+decode() {
+    local trace name
+    compgen -G "$bundle/traces/*" >/dev/null || { echo "the bundle has no traces"; return $skipped; }
+    for trace in "$bundle"/traces/*; do
+        name=$(basename "$trace")
+        "$bundle/packinfer" decode-run --device cuda --trace "$trace" --json "$results/decode-${name%.*}.json" || return
+    done
+}
 
 peers() {
     [ -f "$bundle/peers.py" ] || { echo "the bundle has no peers.py"; return $skipped; }

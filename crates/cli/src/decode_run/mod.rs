@@ -2,7 +2,7 @@
 
 mod device;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Write, stdout};
 use std::time::SystemTime;
 
@@ -10,7 +10,7 @@ use anyhow::Context;
 use half::bf16;
 use packinfer_batch::{AttentionShape, Batch, DType, Mask};
 use packinfer_kv::{Contiguous, Policy};
-use packinfer_trace::decode_replay::{DecodeConfig, DecodeReplay, DecodeReport};
+use packinfer_trace::decode_replay::{DecodeConfig, DecodeReplay, DecodeReport, PoolMap, pools_svg};
 use packinfer_trace::{TraceReader, TraceRequest};
 use serde::Serialize;
 
@@ -77,7 +77,7 @@ pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
     let backend = Backend::open(&args.device)?;
     let progress = Progress::new(LAYOUTS * args.rounds as usize);
     let mut runs = Vec::new();
-    let mut outputs = Vec::new();
+    let (mut outputs, mut maps) = (Vec::new(), Vec::new());
     let extents = Policy::Contiguous(contiguous(args));
     let layouts: [_; LAYOUTS] = [(PAGED, Policy::Paged, false), (CONTIGUOUS, extents, false), (MOVED, extents, true)];
     let rounds = if matches!(backend, Backend::Cuda(_)) { args.rounds } else { 1 };
@@ -96,6 +96,9 @@ pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
                     None
                 }
             };
+            if args.svg.is_some() && maps.len() < LAYOUTS {
+                maps.push(PoolMap::of(layout, &replay)?);
+            }
             let pool = *replay.report();
             let moved_bytes = pool.moved_slots * shape.kv_bytes_per_slot() * u64::from(args.layers);
             runs.push((replay.pool().num_slots(), Run { layout, policy, pool, moved_bytes, measured }));
@@ -103,6 +106,9 @@ pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
         }
     }
     drop(progress);
+    if let Some(path) = &args.svg {
+        fs::write(path, pools_svg(&maps)?).with_context(|| cannot_write(path))?;
+    }
     let report = Report {
         program: concat!("packinfer ", env!("CARGO_PKG_VERSION")),
         device: backend.name().into(),

@@ -8,7 +8,7 @@ use super::{Sample, SimReport};
 /// A plot that could not be drawn or written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot draw the plot: {0}")]
-pub struct PlotError(String);
+pub struct PlotError(pub(crate) String);
 
 /// Size of the picture, in pixels.
 const SIZE: (u32, u32) = (900, 640);
