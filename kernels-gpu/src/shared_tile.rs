@@ -2,7 +2,6 @@
 
 use crate::element::ELEMENT_BYTES;
 use crate::ptx::cp_async::CHUNK_BYTES;
-use crate::ptx::math::opaque;
 use crate::ptx::mma::{OperandA, OperandB, load_matrices, load_matrices_transposed};
 use crate::ptx::warp;
 
@@ -35,10 +34,11 @@ pub struct LaneRow {
 }
 
 impl LaneRow {
-    /// The same, but addresses that depend on it are worked out where they are used; see [`opaque`].
+    /// The same, for a `zero` that the compiler does not know to be one: what is read with it waits for what `zero` is worked out from.
+    #[cfg(feature = "sm_80")]
     #[inline(always)]
-    pub fn opaque(self) -> Self {
-        Self { swizzle: opaque(self.swizzle), ..self }
+    pub fn after(self, zero: u32) -> Self {
+        Self { row: self.row + zero, ..self }
     }
 
     /// Address of the lane's chunk, `blocks` 8-element blocks on; `blocks` is even.

@@ -47,6 +47,17 @@ pub type State = [[f32; ROWS_PER_LANE]; 2];
 /// A factor for each row that the lane holds a part of.
 pub type RowFactors<const ROW_BLOCKS: usize> = [[f32; ROWS_PER_LANE]; ROW_BLOCKS];
 
+/// A sum of exponentials for each row that the lane holds a part of.
+pub type RowSums<const ROW_BLOCKS: usize> = [[f32; ROWS_PER_LANE]; ROW_BLOCKS];
+
+/// Zero, as a sum of exponentials is never negative; but neither the compiler nor the assembler knows that, so what depends on it comes after the
+/// additions.
+#[cfg(feature = "sm_80")]
+#[inline(always)]
+pub fn zero_after<const ROW_BLOCKS: usize>(sums: &RowSums<ROW_BLOCKS>) -> u32 {
+    sums.as_flattened().iter().fold(false, |negative, &sum| negative | (sum < 0.0)).into()
+}
+
 /// Multiplies each row of a lane's output by its factor.
 #[inline(always)]
 pub fn scale_rows<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
@@ -155,7 +166,21 @@ impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
         &mut self,
         scores: &mut [[Fragment; FRAGMENTS]; ROW_BLOCKS],
     ) -> RowFactors<ROW_BLOCKS> {
+        self.update_by_fragment(scores).0
+    }
+
+    /// As [`Self::update`]; also returns what the sums are after each fragment.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::update`].
+    #[inline(always)]
+    pub unsafe fn update_by_fragment<const FRAGMENTS: usize>(
+        &mut self,
+        scores: &mut [[Fragment; FRAGMENTS]; ROW_BLOCKS],
+    ) -> (RowFactors<ROW_BLOCKS>, [RowSums<ROW_BLOCKS>; FRAGMENTS]) {
         let mut factors = [[1.0; ROWS_PER_LANE]; ROW_BLOCKS];
+        let mut sums = [[[0.0; ROWS_PER_LANE]; ROW_BLOCKS]; FRAGMENTS];
         for block in 0..ROW_BLOCKS {
             for half in 0..ROWS_PER_LANE {
                 let (low, high) = (2 * half, 2 * half + 1);
@@ -170,16 +195,17 @@ impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
                 self.max[block][half] = max;
                 let offset = -origin * self.scale_log2;
                 let mut sum = self.sum[block][half] * rescale;
-                for fragment in &mut scores[block] {
+                for (fragment, sums) in scores[block].iter_mut().zip(&mut sums) {
                     fragment[low] = math::exp2(math::fma(fragment[low], self.scale_log2, offset));
                     fragment[high] = math::exp2(math::fma(fragment[high], self.scale_log2, offset));
                     sum += fragment[low] + fragment[high];
+                    sums[block][half] = sum;
                 }
                 self.sum[block][half] = sum;
                 factors[block][half] = rescale;
             }
         }
-        factors
+        (factors, sums)
     }
 
     /// Maximum and sum of the rows of a block.

@@ -16,9 +16,11 @@ use crate::ptx::control::sync_block;
 use crate::ptx::cp_async::{CHUNK_BYTES, commit_group, copy_chunk, wait_group};
 use crate::ptx::memory::{load_global_x4, store_shared_x4};
 use crate::ptx::mma::Fragment;
+use crate::ptx::special::thread_index;
+use crate::ptx::warp::LANES;
 use crate::rows::WarpView;
 use crate::shared_tile::{LaneRow, SharedTile};
-use crate::softmax::{Logits, OnlineSoftmax, mask, probabilities, scale_rows, soft_cap};
+use crate::softmax::{Logits, OnlineSoftmax, RowSums, mask, probabilities, scale_rows, soft_cap, zero_after};
 use crate::stored::{MOST_PRODUCTS, Stored};
 
 /// Steps whose K and V shared memory holds.
@@ -95,8 +97,6 @@ pub(crate) unsafe fn run<
     load_queries::<E, KV, DIM_BLOCKS, KV_BLOCKS>(task, lane, tiles.q().skip_rows(first_row), first_row, warp_rows);
     commit_group();
 
-    let view = WarpView::of(task.rows.read(first_row + lane % warp_rows));
-    let q = tiles.q().skip_rows(first_row).rows_by_lane(lane);
     let logits = Logits::of(params, KV::scales(params, task.kv_head).key);
     let mut softmax = OnlineSoftmax::<ROW_BLOCKS>::new(logits.scale_log2);
     let mut output = [[[0f32; 4]; DIM_BLOCKS]; ROW_BLOCKS];
@@ -104,6 +104,9 @@ pub(crate) unsafe fn run<
     let mut stage = 0;
     let mut column = item.column_begin;
     while column < item.column_end {
+        // Worked out anew in each step, for accumulators leave no registers to keep these in; while it waits, a warp has the time.
+        let lane = thread_index() % LANES;
+        let view = WarpView::of(task.rows.read(first_row + lane % warp_rows));
         wait_group::<0>();
         sync_block(); // this stage has arrived for all warps, and all have done with the other
         if column + step < item.column_end {
@@ -112,7 +115,8 @@ pub(crate) unsafe fn run<
             commit_group();
         }
         if view.sees_any(column, step) {
-            let mut scores = score::<E, KV, DIM_BLOCKS, KV_BLOCKS, ROW_BLOCKS, SCORE_FRAGMENTS>(q.opaque(), tiles.k(stage), lane);
+            let q = tiles.q().skip_rows(first_row).rows_by_lane(lane);
+            let mut scores = score::<E, KV, DIM_BLOCKS, KV_BLOCKS, ROW_BLOCKS, SCORE_FRAGMENTS>(q, tiles.k(stage), lane);
             for scores in &mut scores {
                 soft_cap(logits, scores);
             }
@@ -121,9 +125,15 @@ pub(crate) unsafe fn run<
                     mask(scores, rows, column, lane);
                 }
             }
-            let factors = softmax.update(&mut scores);
+            let (factors, sums) = softmax.update_by_fragment(&mut scores);
             scale_rows(&mut output, &factors);
-            accumulate::<E, KV, DIM_BLOCKS, KV_BLOCKS, ROW_BLOCKS, SCORE_FRAGMENTS>(&mut output, &scores, tiles.v(stage), lane);
+            accumulate::<E, KV, DIM_BLOCKS, KV_BLOCKS, ROW_BLOCKS, SCORE_FRAGMENTS>(
+                &mut output,
+                &scores,
+                &sums,
+                tiles.v(stage),
+                lane,
+            );
         }
         stage = 1 - stage;
         column += step;
@@ -215,7 +225,7 @@ unsafe fn score<
     lane: u32,
 ) -> [[Fragment; SCORE_FRAGMENTS]; ROW_BLOCKS] {
     let mut scores = [[[0f32; 4]; SCORE_FRAGMENTS]; ROW_BLOCKS];
-    let k = k.columns_by_lane(lane).opaque();
+    let k = k.columns_by_lane(lane);
     for load in 0..KV_BLOCKS / 2 {
         let mut a = [[[0u32; 4]; ROW_BLOCKS]; MOST_PRODUCTS];
         for product in 0..KV::PRODUCTS {
@@ -237,7 +247,7 @@ unsafe fn score<
     scores
 }
 
-/// Adds P V of one step to the output.
+/// Adds P V of one step to the output. `sums` are those of the exponentials up to each fragment.
 #[inline(always)]
 unsafe fn accumulate<
     E: Element,
@@ -249,16 +259,22 @@ unsafe fn accumulate<
 >(
     output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
     exponentials: &[[Fragment; SCORE_FRAGMENTS]; ROW_BLOCKS],
+    sums: &[RowSums<ROW_BLOCKS>; SCORE_FRAGMENTS],
     v: SharedTile<KV_BLOCKS>,
     lane: u32,
 ) {
+    // Products need no sums, so the assembler puts the additions off until after them, and keeps all exponentials for that long. Where accumulators
+    // leave too few registers, those of two fragments are to be added up before the first load for the next two.
+    let few_registers = const { 4 * ROW_BLOCKS * (DIM_BLOCKS + SCORE_FRAGMENTS) >= 160 };
     let v = v.columns_by_lane_transposed(lane);
     for pair in 0..SCORE_FRAGMENTS / 2 {
+        let first_v = if few_registers && pair > 0 { v.after(zero_after(&sums[2 * pair - 1])) } else { v };
         let mut a = [[0u32; 4]; ROW_BLOCKS];
         for (a, exponentials) in a.iter_mut().zip(exponentials) {
             *a = probabilities::<KV::Weight>(&exponentials[2 * pair], &exponentials[2 * pair + 1]);
         }
         for load in 0..KV_BLOCKS / 2 {
+            let v = if load == 0 { first_v } else { v };
             let loaded = SharedTile::<KV_BLOCKS>::operands_b_transposed(v, 16 * pair, 2 * load);
             for product in 0..KV::PRODUCTS {
                 let b = KV::values(loaded, product);
