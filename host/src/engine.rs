@@ -132,6 +132,16 @@ impl Engine {
         Ok(buffer)
     }
 
+    /// A buffer of `len` elements on the device that are those of `elements`, over and over: data to measure with, for whose length the host need not have memory. Zeros if
+    /// there are no elements.
+    ///
+    /// # Errors
+    ///
+    /// Not enough device memory.
+    pub fn repeating<T: Pod>(&self, elements: &[T], len: usize) -> Result<DeviceBuffer<T>, EngineError> {
+        DeviceBuffer::repeating(&self.shared, elements, len, "a tensor")
+    }
+
     /// Memory for partial results. Streams that are to run concurrently need one each.
     ///
     /// # Errors

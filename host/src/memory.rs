@@ -43,6 +43,29 @@ impl<T: Pod> DeviceBuffer<T> {
         Ok(buffer)
     }
 
+    /// `len` elements that are those of `elements`, over and over, for what is named in the error if there is no room; zeros if there are none.
+    pub(crate) fn repeating(shared: &Arc<Shared>, elements: &[T], len: usize, what: &'static str) -> Result<Self, EngineError> {
+        let buffer = Self::zeroed(shared, len, what)?;
+        let elements = &elements[..elements.len().min(len)];
+        if elements.is_empty() {
+            return Ok(buffer);
+        }
+        let num_bytes = size_of_val(elements);
+        // SAFETY: both have so many bytes.
+        unsafe { sys::cuMemcpyHtoD_v2(buffer.address(), elements.as_ptr().cast(), num_bytes) }.doing("copying to the device")?;
+        let (mut copied, all) = (num_bytes, len * size_of::<T>());
+        while copied < all {
+            let next = copied.min(all - copied);
+            // SAFETY: the bytes up to `copied` have values, and the buffer has `next` more.
+            unsafe { sys::cuMemcpyDtoD_v2(buffer.address() + copied as u64, buffer.address(), next) }
+                .doing("copying device memory")?;
+            copied += next;
+        }
+        // Streams do not wait for this by themselves.
+        shared.synchronize()?;
+        Ok(buffer)
+    }
+
     /// Copies `elements` to the device, and waits for it.
     ///
     /// # Errors

@@ -137,7 +137,6 @@ fn measure<E: BackendElement, K: BackendKv<E>>(
 ) -> anyhow::Result<Measured> {
     let batch = &case.batch;
     backend.check_fits(batch)?;
-    let tensors = case.tensors::<E, K>(args.seed)?;
     let Planned { plan, plan_us } = planning::packed(batch, backend.planner())?;
     let kernels = backend.kernels(&plan);
     let mut plans = vec![plan];
@@ -145,10 +144,11 @@ fn measure<E: BackendElement, K: BackendKv<E>>(
         plans.push(planning::for_comparison(batch, &plans[0], baseline.packing())?);
     }
     let repeat = args.repeat.map_or(Repeat::Default, Repeat::Times);
-    let mut timings = backend.time(&plans, &tensors, repeat)?.into_iter().map(Timing::new);
+    let times = backend.time::<E, K>(&plans, case, args.seed, repeat)?;
+    let mut timings = times.plans.into_iter().map(Timing::new);
     let timing = timings.next().context("nothing was measured")??;
     let baseline = timings.next().transpose()?;
-    let graph = backend.time_replays(&plans[0], &tensors, repeat)?.map(Timing::new).transpose()?;
+    let graph = times.replays.map(Timing::new).transpose()?;
     let baseline = baseline.map(|baseline| MeasuredBaseline { timing: baseline, speed_up: baseline.time_us / timing.time_us });
     Ok(Measured::new(case.name.clone(), batch, ceilings, kernels, (timing, graph), plan_us, baseline))
 }

@@ -53,19 +53,43 @@ impl Case {
         let qo_elements = u64::from(self.batch.num_query_tokens()) * shape.qo_elements_per_token();
         let kv_elements = self.batch.kv_elements();
         let [q, k, v] = [qo_elements, kv_elements, kv_elements];
-        // Each tensor has a seed of its own, so that none repeats another.
-        let seed = seed.wrapping_mul(4);
-        let sinks = self.sinks.then(|| random_elements::<f16>(shape.num_qo_heads() as usize, seed.wrapping_add(3)));
+        let PerHead { sinks, k_scales, v_scales } = self.per_head(seed);
+        let [q_seed, k_seed, v_seed, _] = seeds(seed);
         Ok(Tensors {
-            q: random_elements(q.try_into()?, seed),
-            k: random_elements(k.try_into()?, seed.wrapping_add(1)),
-            v: random_elements(v.try_into()?, seed.wrapping_add(2)),
-            sinks: sinks.map(|sinks| sinks.iter().map(|&sink| SINK_SPREAD * f32::from(sink)).collect()),
-            k_scales: (K::KV_DTYPE == KvDType::E4m3).then(|| scales(shape.num_kv_heads())),
-            v_scales: (K::KV_DTYPE == KvDType::E4m3).then(|| scales(shape.num_kv_heads())),
+            q: random_elements(q.try_into()?, q_seed),
+            k: random_elements(k.try_into()?, k_seed),
+            v: random_elements(v.try_into()?, v_seed),
+            sinks,
+            k_scales,
+            v_scales,
             logit_soft_cap: self.logit_soft_cap,
         })
     }
+
+    /// Sinks and scales, if the case has any.
+    pub fn per_head(&self, seed: u64) -> PerHead {
+        let shape = self.batch.shape();
+        let [.., sink_seed] = seeds(seed);
+        let sinks = self.sinks.then(|| random_elements::<f16>(shape.num_qo_heads() as usize, sink_seed));
+        let scales = || (shape.kv_dtype() == KvDType::E4m3).then(|| scales(shape.num_kv_heads()));
+        PerHead {
+            sinks: sinks.map(|sinks| sinks.iter().map(|&sink| SINK_SPREAD * f32::from(sink)).collect()),
+            k_scales: scales(),
+            v_scales: scales(),
+        }
+    }
+}
+
+/// Seeds of Q, K, V and sinks: each has one of its own, so that none repeats another.
+pub fn seeds(seed: u64) -> [u64; 4] {
+    [0, 1, 2, 3].map(|tensor| seed.wrapping_mul(4).wrapping_add(tensor))
+}
+
+/// What there is one of for each head.
+pub struct PerHead {
+    pub sinks: Option<Vec<f32>>,
+    pub k_scales: Option<Vec<f32>>,
+    pub v_scales: Option<Vec<f32>>,
 }
 
 /// Scales of FP8, another for each head.

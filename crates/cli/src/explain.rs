@@ -101,7 +101,7 @@ impl Call {
 }
 
 fn stamp<E: BackendElement, K: BackendKv<E>>(case: &Case, plan: &Plan, cuda: &Cuda) -> anyhow::Result<StampedCall> {
-    let mut tensors = DeviceTensors::upload(cuda.engine(), &case.tensors::<E, K>(SEED)?)?;
+    let mut tensors = DeviceTensors::<E, K>::random(cuda.engine(), case, SEED)?;
     cuda.stamp(plan, &mut tensors, RUNS)
 }
 

@@ -41,8 +41,8 @@ impl Default for Contiguous {
             full_headroom_pressure: 0.7,
             no_headroom_pressure: 0.95,
             max_fragmentation: 0.5,
-            // A page of 16 slots is reckoned to take 5% longer than 16 slots of a long run.
-            run_cost: 0.8,
+            // As measured (`packinfer decode-run` on an H100, pages of 16 against extents): a page of 16 slots takes 1% longer than 16 slots of a long run.
+            run_cost: 0.17,
             // Read and written, at 85% of the bandwidth.
             move_cost: 2.0 / 0.85,
         }
@@ -227,9 +227,14 @@ mod tests {
         assert_eq!((step.headroom(&usage(5_001, 1), 10), step.headroom(&usage(5_000, 1), 10)), (10, 0));
     }
 
+    /// A layout in which runs cost more than they do.
+    fn eager() -> Contiguous {
+        Contiguous { run_cost: 0.8, ..Contiguous::default() }
+    }
+
     #[test]
     fn moves_only_what_pays() {
-        let policy = Policy::Contiguous(Contiguous::default());
+        let policy = Policy::Contiguous(eager());
         let roomy = usage(9_000, 9_000);
         let scattered = Situation { tokens: 1_000, runs: 60, room: 0, expected: 300 };
         assert_eq!(policy.move_now(&roomy, 16, &scattered), Some(Reason::Scattered));
@@ -240,7 +245,7 @@ mod tests {
 
     #[test]
     fn one_run_moves_only_before_it_scatters() {
-        let policy = Policy::Contiguous(Contiguous::default());
+        let policy = Policy::Contiguous(eager());
         let full = Situation { tokens: 500, runs: 1, room: 0, expected: 400 };
         assert_eq!(policy.move_now(&usage(9_000, 9_000), 16, &full), None, "one more extent is cheaper than a move");
         assert_eq!(policy.move_now(&usage(9_000, 2_000), 16, &full), Some(Reason::NoHeadroom));

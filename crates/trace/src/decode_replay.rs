@@ -139,6 +139,8 @@ pub struct Decoding {
     generated: u32,
     /// Tokens of its whole answer.
     answer: u32,
+    /// Whether it is to be looked at whether its KV should be moved.
+    is_due: bool,
 }
 
 /// A request that comes in: KV that is to be written.
@@ -237,14 +239,16 @@ impl<'a> DecodeReplay<'a> {
             // Without a token there would be nothing to attend to.
             kv.append(&mut self.pool, request.prompt_tokens.max(1), growth).map_err(|error| self.full(error))?;
             admitted.push(Admitted { id: self.admitted, runs: kv.runs(&self.pool)? });
-            self.running.push(Decoding { id: self.admitted, kv, generated: 0, answer: request.output_tokens.max(1) });
+            let answer = request.output_tokens.max(1);
+            self.running.push(Decoding { id: self.admitted, kv, generated: 0, answer, is_due: true });
             self.admitted += 1;
         }
         self.report.admitted += admitted.len() as u64;
         Ok(admitted)
     }
 
-    /// Begins to move the KV of requests for which the policy says so, each with the request's number. What was appended so far is to be copied.
+    /// Begins to move the KV of requests for which the policy says so, each with the request's number. What was appended so far is to be copied. Steps may be left out while
+    /// other copies are under way: who was to be looked at is looked at later.
     ///
     /// # Errors
     ///
@@ -253,10 +257,10 @@ impl<'a> DecodeReplay<'a> {
         let expected = self.expected.remaining();
         let (mut moves, mut moving_slots) = (Vec::new(), 0);
         for request in &mut self.running {
-            let is_due = request.kv.room(&self.pool) == 0 || request.generated.is_multiple_of(REVIEW_STEPS);
-            if !is_due || moving_slots >= self.config.most_moving_slots {
+            if !request.is_due || moving_slots >= self.config.most_moving_slots {
                 continue;
             }
+            request.is_due = false;
             let usage = self.pool.usage();
             let Some((reason, begun)) = request.kv.reorganize(&mut self.pool, &self.config.policy, &usage, expected)? else {
                 continue;
@@ -320,6 +324,7 @@ impl<'a> DecodeReplay<'a> {
             appended.map_err(|error| self.full(error))?;
             let request = &mut self.running[index];
             request.generated += 1;
+            request.is_due |= request.kv.room(&self.pool) == 0 || request.generated.is_multiple_of(REVIEW_STEPS);
             self.slots.extend(request.kv.runs_from(&self.pool, position)?.iter().map(|run| run.first_slot));
             self.positions.push(position);
             let runs = request.kv.runs(&self.pool)?.len();
@@ -493,7 +498,7 @@ mod tests {
 
     #[test]
     fn prompts_in_pages_are_moved_where_that_pays() {
-        let policy = Policy::Contiguous(Contiguous::default());
+        let policy = Policy::Contiguous(Contiguous { run_cost: 0.8, ..Contiguous::default() });
         let in_pages = DecodeConfig { prompts_in_pages: true, ..config(policy) };
         let (_, moved) = replay(in_pages, 1);
         assert!(moved.scattered > moved.admitted / 3 && moved.moves > moved.admitted / 3, "{moved:?}");

@@ -45,6 +45,16 @@ fn check_all_shapes<E: Element>(lengths: &[(u32, u32)], page_size: Option<u32>) 
 }
 
 #[test]
+fn buffers_that_repeat_elements() {
+    let Some(engine) = engine() else { return };
+    let download = |elements: &[u16], len| engine.repeating(elements, len).expect("there is room").download().expect("no work");
+    for len in [0, 2, 3, 4, 8, 1000] {
+        assert!(download(&[7, 8, 9], len).into_iter().eq([7, 8, 9].into_iter().cycle().take(len)), "{len} elements");
+    }
+    assert_eq!(download(&[], 4), [0; 4]);
+}
+
+#[test]
 fn mixed_contiguous_bf16() {
     check_all_shapes::<bf16>(&MIXED, None);
 }

@@ -4,12 +4,14 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use packinfer::{Calibration, DeviceBuffer, Engine, EngineOptions, KernelFamily, RunOptions, Stream, measure};
+use bytemuck::Pod;
+use packinfer::{Calibration, DeviceBuffer, Engine, EngineError, EngineOptions, KernelFamily, RunOptions, Stream, measure};
 use packinfer_batch::Batch;
+use packinfer_cpu::{Number, random_elements};
 use packinfer_planner::{Plan, Planner, Schedule};
 
-use super::{Attention, BackendElement, BackendKv, Ceilings, Repeat};
-use crate::case::Tensors;
+use super::{Attention, BackendElement, BackendKv, Ceilings, Repeat, Times};
+use crate::case::{Case, Tensors, seeds};
 use crate::units::gigabytes;
 
 /// The least number of runs of a measurement, and the usual one.
@@ -82,39 +84,30 @@ impl Cuda {
         Ok(Attention { o: tensors.o.download()?, lse: lse.download()? })
     }
 
+    /// Times runs of each of some plans of a case's batch, and launches of a graph of the first plan's run, on random numbers.
     pub fn time<E: BackendElement, K: BackendKv<E>>(
         &self,
         plans: &[Plan],
-        tensors: &Tensors<E, K>,
+        case: &Case,
+        seed: u64,
         repeat: Repeat,
-    ) -> anyhow::Result<Vec<Vec<Duration>>> {
-        let mut tensors = DeviceTensors::upload(&self.engine, tensors)?;
+    ) -> anyhow::Result<Times> {
+        let mut tensors = DeviceTensors::<E, K>::random(&self.engine, case, seed)?;
         let mut workspace = self.engine.workspace()?;
-        let mut time = |plan| {
+        let (mut times, mut replays) = (Vec::new(), None);
+        for plan in plans {
             let device_plan = self.engine.upload(plan, &self.stream)?;
             workspace.reserve(&device_plan)?;
-            Ok(measure::time_cold(&self.engine, &self.stream, runs(repeat), |stream| {
+            let mut run = |stream: &Stream| {
                 let (arguments, options) = tensors.arguments();
                 self.engine.run(&device_plan, &mut workspace, stream, arguments, options)
-            })?)
-        };
-        plans.iter().map(&mut time).collect()
-    }
-
-    /// Times the launches of a graph of the plan's run, in the same way.
-    pub fn time_replays<E: BackendElement, K: BackendKv<E>>(
-        &self,
-        plan: &Plan,
-        tensors: &Tensors<E, K>,
-        repeat: Repeat,
-    ) -> anyhow::Result<Vec<Duration>> {
-        let mut tensors = DeviceTensors::upload(&self.engine, tensors)?;
-        let mut workspace = self.engine.workspace()?;
-        let device_plan = self.engine.upload(plan, &self.stream)?;
-        Ok(measure::time_cold_replays(&self.engine, &self.stream, runs(repeat), |stream| {
-            let (arguments, options) = tensors.arguments();
-            self.engine.run(&device_plan, &mut workspace, stream, arguments, options)
-        })?)
+            };
+            times.push(measure::time_cold(&self.engine, &self.stream, runs(repeat), &mut run)?);
+            if replays.is_none() {
+                replays = Some(measure::time_cold_replays(&self.engine, &self.stream, runs(repeat), &mut run)?);
+            }
+        }
+        Ok(Times { plans: times, replays })
     }
 
     /// Runs a plan `runs` times from a cold L2 cache, its tasks stamped, and returns the run that took the median time.
@@ -157,6 +150,11 @@ fn runs(repeat: Repeat) -> usize {
     runs as usize
 }
 
+/// A tensor of random elements, which repeat themselves.
+pub fn random<T: Number + Pod>(engine: &Engine, len: usize, seed: u64) -> Result<DeviceBuffer<T>, EngineError> {
+    engine.repeating(&random_elements::<T>(len.min(RANDOM_ELEMENTS), seed), len)
+}
+
 /// Q, K, V, O, sinks and scales on the device.
 pub struct DeviceTensors<E, K = E> {
     pub q: DeviceBuffer<E>,
@@ -169,7 +167,30 @@ pub struct DeviceTensors<E, K = E> {
     pub logit_soft_cap: Option<f32>,
 }
 
+/// Random elements of a tensor that is only measured with, and repeats them.
+const RANDOM_ELEMENTS: usize = 1 << 22;
+
 impl<E: BackendElement, K: BackendKv<E>> DeviceTensors<E, K> {
+    /// Random Q, K and V for a case, which repeat themselves: enough to measure with, as the values have no influence but on the power that products take.
+    pub fn random(engine: &Engine, case: &Case, seed: u64) -> anyhow::Result<Self> {
+        let (batch, shape) = (&case.batch, case.batch.shape());
+        let qo_len = usize::try_from(u64::from(batch.num_query_tokens()) * shape.qo_elements_per_token())?;
+        let kv_len = usize::try_from(batch.kv_elements())?;
+        let per_head = case.per_head(seed);
+        let [q_seed, k_seed, v_seed, _] = seeds(seed);
+        let copy = |numbers: Option<Vec<f32>>| numbers.map(|numbers| engine.copy_of(&numbers)).transpose();
+        Ok(Self {
+            q: random(engine, qo_len, q_seed)?,
+            k: random(engine, kv_len, k_seed)?,
+            v: random(engine, kv_len, v_seed)?,
+            o: engine.zeros(qo_len)?,
+            sinks: copy(per_head.sinks)?,
+            k_scales: copy(per_head.k_scales)?,
+            v_scales: copy(per_head.v_scales)?,
+            logit_soft_cap: case.logit_soft_cap,
+        })
+    }
+
     pub fn upload(engine: &Engine, tensors: &Tensors<E, K>) -> anyhow::Result<Self> {
         let Tensors { q, k, v, sinks, k_scales, v_scales, logit_soft_cap } = tensors;
         let per_head = |numbers: &Option<Vec<f32>>| numbers.as_ref().map(|numbers| engine.copy_of(numbers)).transpose();

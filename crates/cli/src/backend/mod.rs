@@ -17,7 +17,7 @@ use crate::args::{DeviceArgs, DeviceChoice};
 use crate::case::{Case, Tensors};
 use cpu::Cpu;
 pub use cpu::processor_and_threads;
-pub use cuda::{Cuda, DeviceTensors, StampedCall};
+pub use cuda::{Cuda, DeviceTensors, StampedCall, random};
 
 /// What a device can do at best, measured in this process.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -42,6 +42,14 @@ pub enum Repeat {
     Times(u32),
     /// As many as are usual for the device.
     Default,
+}
+
+/// How long runs took.
+pub struct Times {
+    /// Those of each plan.
+    pub plans: Vec<Vec<Duration>>,
+    /// Launches of a CUDA graph of the first plan's run, in the same way; not on the CPU.
+    pub replays: Option<Vec<Duration>>,
 }
 
 /// A result of attention.
@@ -157,29 +165,21 @@ impl Backend {
         }
     }
 
-    /// Times runs of each of some plans of one batch, from cold caches.
+    /// Times runs of each of some plans of a case's batch, from cold caches, on random numbers.
     pub fn time<E: BackendElement, K: BackendKv<E>>(
         &mut self,
         plans: &[Plan],
-        tensors: &Tensors<E, K>,
+        case: &Case,
+        seed: u64,
         repeat: Repeat,
-    ) -> anyhow::Result<Vec<Vec<Duration>>> {
+    ) -> anyhow::Result<Times> {
         match self {
-            Self::Cpu(cpu) => plans.iter().map(|plan| cpu.time(plan, tensors, repeat)).collect(),
-            Self::Cuda(cuda) => cuda.time(plans, tensors, repeat),
-        }
-    }
-
-    /// Times launches of a CUDA graph of a plan's run, in the same way; not on the CPU.
-    pub fn time_replays<E: BackendElement, K: BackendKv<E>>(
-        &mut self,
-        plan: &Plan,
-        tensors: &Tensors<E, K>,
-        repeat: Repeat,
-    ) -> anyhow::Result<Option<Vec<Duration>>> {
-        match self {
-            Self::Cpu(_) => Ok(None),
-            Self::Cuda(cuda) => cuda.time_replays(plan, tensors, repeat).map(Some),
+            Self::Cpu(cpu) => {
+                let tensors = case.tensors::<E, K>(seed)?;
+                let times = plans.iter().map(|plan| cpu.time(plan, &tensors, repeat));
+                Ok(Times { plans: times.collect::<Result<_, _>>()?, replays: None })
+            }
+            Self::Cuda(cuda) => cuda.time::<E, K>(plans, case, seed, repeat),
         }
     }
 }

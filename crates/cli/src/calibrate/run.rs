@@ -1,15 +1,13 @@
 //! Runs the designs, and tells what their work items took.
 
 use half::bf16;
-use packinfer::{DeviceBuffer, Engine, EngineError};
+use packinfer::Engine;
 use packinfer_abi::WorkItem;
 use packinfer_batch::{AttentionShape, DType};
-use packinfer_cpu::random_elements;
 use packinfer_planner::{DeviceModel, ItemTime, ItemWork, Measurement, Packing, Plan, Planner, Schedule};
 
 use super::designs::{self, Design};
-use crate::backend::{Cuda, DeviceTensors, StampedCall};
-use crate::memory;
+use crate::backend::{Cuda, DeviceTensors, StampedCall, random};
 use crate::progress::Progress;
 
 /// Query heads and KV heads of all designs.
@@ -18,8 +16,6 @@ const HEADS: (u32, u32) = (32, 8);
 const HEAD_DIMS: [u32; 2] = [64, 128];
 /// Bytes of K and V: several times what an L2 cache holds.
 const KV_BYTES: u64 = 512 << 20;
-/// Random elements, which are repeated in every tensor: products of zeros would take less power, and time.
-const RANDOM_ELEMENTS: usize = 1 << 20;
 /// Runs of a design, of which the one with the median time is taken.
 const RUNS: usize = 9;
 
@@ -53,7 +49,6 @@ pub fn measure(cuda: &Cuda, models: &[DeviceModel]) -> anyhow::Result<Vec<Measur
 
 /// K and V of random elements, without Q and O.
 fn pool(engine: &Engine, shape: AttentionShape, num_slots: u32) -> anyhow::Result<DeviceTensors<bf16>> {
-    memory::check("K and V take", KV_BYTES / 2)?;
     let len = num_slots as usize * shape.kv_elements_per_slot() as usize;
     Ok(DeviceTensors {
         q: engine.zeros(0)?,
@@ -65,12 +60,6 @@ fn pool(engine: &Engine, shape: AttentionShape, num_slots: u32) -> anyhow::Resul
         v_scales: None,
         logit_soft_cap: None,
     })
-}
-
-/// A tensor of random elements, which repeat themselves.
-fn random(engine: &Engine, len: usize, seed: u64) -> Result<DeviceBuffer<bf16>, EngineError> {
-    let random: Vec<bf16> = random_elements(RANDOM_ELEMENTS, seed);
-    engine.copy_of(&random.repeat(len.div_ceil(RANDOM_ELEMENTS))[..len])
 }
 
 fn measure_design(
