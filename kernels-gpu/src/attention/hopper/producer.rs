@@ -5,7 +5,7 @@
 //! | 0, 1 | K, V: a box for each piece of a KV run |
 //! | 2, 3 | take tasks, work out their rows, post them; then Q: rows of 16-byte chunks through `cp.async` |
 
-use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
+use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, TileKind, WIDE_TILE_ROWS};
 
 use super::barrier;
 use super::queries::QueryRows;
@@ -15,7 +15,7 @@ use crate::columns::RunWindow;
 use crate::ptx::math::opaque;
 use crate::ptx::memory::{fetch_add_global, fetch_add_global_ordered, prefetch_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
-use crate::ptx::tma::copy_box;
+use crate::ptx::tma::{CachePolicy, copy_box};
 use crate::ptx::warp::{self, LANES};
 use crate::ptx::warpgroup;
 use crate::rows::WarpView;
@@ -167,13 +167,15 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ST
 ) {
     let columns = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
     let item = &task.item;
+    // Nobody else reads the columns of a few rows. What wide tiles will read again is kept for them.
+    let policy = if item.tile == TileKind::Narrow { CachePolicy::once() } else { CachePolicy::normal() };
     let mut window = RunWindow::new(&task.params, item, lane);
     let mut step = item.column_begin;
     while step < item.column_end {
         let lane = opaque(lane);
         let end = core::cmp::min(item.column_end, step + columns);
         ring.wait_empty();
-        let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage), maps, kv_head: task.kv_head, barrier: ring.full() };
+        let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage), maps, kv_head: task.kv_head, barrier: ring.full(), policy };
         if lane == 0 {
             ring.expect(ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
             copies.copy(NO_SLOT, end - step, columns); // zeros where no column is left
@@ -200,6 +202,7 @@ struct BoxCopies<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     maps: u64,
     kv_head: u32,
     barrier: u32,
+    policy: CachePolicy,
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAGMENTS> {
@@ -214,7 +217,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
             let map = self.maps + u64::from(log2 * TENSOR_MAP_BYTES);
             let boxes = if whole_rows { 1 } else { ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS };
             for panel in 0..boxes {
-                copy_box(self.tile.row(row, panel), map, [0, slot, panel, 0, self.kv_head], self.barrier);
+                copy_box(self.tile.row(row, panel), map, [0, slot, panel, 0, self.kv_head], self.barrier, self.policy);
             }
             slot += 1 << log2;
             row += 1 << log2;
