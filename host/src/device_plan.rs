@@ -139,6 +139,10 @@ pub(crate) struct Layout {
     pub num_runs: u32,
     /// Work items, for each head group. If there are none, there is nothing to merge either.
     pub attention_tasks: u32,
+    /// Of these, tasks of the front queue.
+    pub front_tasks: u32,
+    /// Lanes that begin with the tasks behind these.
+    back_lanes: u32,
     /// Thread blocks of the merge kernel.
     pub merge_blocks: u32,
     pub items: usize,
@@ -170,6 +174,8 @@ impl Layout {
             num_items: plan.items().len() as u32,
             num_runs: plan.runs().len() as u32,
             attention_tasks: num_blocks("the attention kernel", plan.items().len(), heads.num_groups)?,
+            front_tasks: num_blocks("the attention kernel", plan.num_front_items() as usize, heads.num_groups)?,
+            back_lanes: plan.back_lanes(),
             merge_blocks: num_blocks("the merge kernel", plan.merge_tokens().len(), heads.num_qo_heads)?,
             items: place(bytes_of(plan.items())),
             segments: place(bytes_of(plan.segments())),
@@ -178,6 +184,12 @@ impl Layout {
             merge_sources: place(bytes_of(plan.merge_sources())),
             num_bytes,
         })
+    }
+
+    /// Of `blocks` persistent blocks, those that begin with the queue behind the front: as many as the plan says, but no more than there are tasks, in either queue.
+    pub fn back_blocks(&self, blocks: u32) -> u32 {
+        let back_tasks = self.attention_tasks - self.front_tasks;
+        self.back_lanes.clamp(blocks.saturating_sub(self.front_tasks).min(back_tasks), back_tasks.min(blocks))
     }
 
     /// The plan's arrays, where they lie.
@@ -229,4 +241,26 @@ unsafe impl Words for MergeToken {}
 fn bytes_of<T: Words>(array: &[T]) -> &[u8] {
     // SAFETY: there is no padding, so every byte has a value.
     unsafe { std::slice::from_raw_parts(array.as_ptr().cast(), size_of_val(array)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use packinfer_batch::DType;
+
+    use super::*;
+
+    #[test]
+    fn every_block_has_a_first_task_of_its_queue() {
+        let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape");
+        let layout = Layout::new(&Plan::empty(shape)).expect("an empty plan fits");
+        for (front_tasks, back_tasks, back_lanes) in
+            [(0, 0, 0), (1000, 0, 0), (1000, 1000, 40), (1000, 8, 40), (8, 1000, 40), (100, 100, 40), (8, 8, 40), (100, 20, 0)]
+        {
+            let layout = Layout { attention_tasks: front_tasks + back_tasks, front_tasks, back_lanes, ..layout };
+            let blocks = layout.attention_tasks.min(132);
+            let back_blocks = layout.back_blocks(blocks);
+            assert!(back_blocks <= back_tasks && blocks - back_blocks <= front_tasks, "{layout:?}");
+            assert!(back_blocks == back_lanes || front_tasks < 132 || back_tasks < 132, "{layout:?}");
+        }
+    }
 }

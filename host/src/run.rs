@@ -93,6 +93,8 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         num_items: layout.num_items,
         num_runs: layout.num_runs,
         scheduler: parts.scheduler,
+        front_tasks: layout.front_tasks,
+        back_blocks: layout.back_blocks(attention_blocks),
         scale_log2,
         soft_cap_log2,
         sinks,

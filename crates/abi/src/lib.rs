@@ -225,16 +225,18 @@ impl HeadGroups {
     }
 }
 
-/// What the persistent blocks of a launch share: they take tasks in order, and the last one to finish sets both words to zero again.
+/// What the persistent blocks of a launch share: they take tasks in order, and the last one to finish sets all words to zero again.
 ///
-/// Task `t` is work item `t / num_groups` for head group `t % num_groups`.
+/// Task `t` is work item `t / num_groups` for head group `t % num_groups`. The tasks are two queues: the first
+/// [`front_tasks`](AttentionParams::front_tasks), and those behind them. Every block begins with its own queue, and goes on with the other when that is
+/// empty.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scheduler {
-    /// Tasks taken beyond the first of each block.
-    pub taken: u32,
     /// Blocks that have finished.
     pub finished: u32,
+    /// Tasks taken of each queue, beyond the first of each block.
+    pub taken: [u32; 2],
 }
 
 /// When and where a task was done: what the attention kernel notes if it is asked to.
@@ -291,6 +293,11 @@ pub struct AttentionParams {
     pub num_runs: u32,
     /// A [`Scheduler`], zero between launches; each launch that may run beside another has its own.
     pub scheduler: DeviceAddress,
+    /// Tasks of the front queue; `sm_90a` only.
+    pub front_tasks: u32,
+    /// Blocks whose queue is the one behind it: the last of the launch. They are no more than that has tasks, and the others no more than the front has; `sm_90a`
+    /// only.
+    pub back_blocks: u32,
     /// What the exponent to base 2 of a score is: softmax scale times log2(e); with a soft-cap, the cap times log2(e).
     pub scale_log2: f32,
     /// With a soft-cap, the scores become hyperbolic tangents: of half this times ln 2, so it is 2 log2(e) times the softmax scale over the

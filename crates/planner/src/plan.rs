@@ -23,6 +23,8 @@ pub struct Plan {
     pub(crate) fresh: Vec<f32>,
     /// For each item whether it reads its columns for all requests that begin with them.
     pub(crate) shared: Vec<bool>,
+    pub(crate) num_front_items: u32,
+    pub(crate) back_lanes: u32,
     pub(crate) merge_tokens: Vec<MergeToken>,
     pub(crate) merge_sources: Vec<u32>,
     pub(crate) num_partial_rows: u32,
@@ -44,6 +46,8 @@ impl Plan {
             runs: Vec::new(),
             fresh: Vec::new(),
             shared: Vec::new(),
+            num_front_items: 0,
+            back_lanes: 0,
             merge_tokens: Vec::new(),
             merge_sources: Vec::new(),
             num_partial_rows: 0,
@@ -65,6 +69,7 @@ impl Plan {
         shared.clear();
         merge_tokens.clear();
         merge_sources.clear();
+        (self.num_front_items, self.back_lanes) = (0, 0);
         self.num_partial_rows = 0;
         self.num_query_tokens = batch.num_query_tokens();
         self.num_slots = batch.num_slots();
@@ -108,9 +113,20 @@ impl Plan {
     }
 
     /// Work items: those that read the same KV together, of them and among them the longest first; or request after request where they
-    /// are not packed.
+    /// are not packed. Where there are two queues, those of the front come first.
     pub fn items(&self) -> &[WorkItem] {
         &self.items
+    }
+
+    /// Of the items, those of the front queue: all of them, unless the plan has lanes that [begin behind it](Self::back_lanes).
+    pub fn num_front_items(&self) -> u32 {
+        self.num_front_items
+    }
+
+    /// Lanes that begin with the items behind the [front](Self::num_front_items), and go on with those when there are no more; the others do the front first. So some read
+    /// memory while others compute. Only persistent blocks take their tasks like that.
+    pub fn back_lanes(&self) -> u32 {
+        self.back_lanes
     }
 
     /// Row segments of all tiles.

@@ -51,8 +51,6 @@ pub struct Planner {
     order: Vec<Place>,
     /// What each item takes.
     takes: Vec<Ns>,
-    /// The order that is being made of another.
-    mixed: Vec<Place>,
 }
 
 /// What an item's place in the plan is decided by, in this order: what the longest of its pack takes, its pack, what it takes itself
@@ -93,7 +91,6 @@ impl Planner {
             longest: Vec::new(),
             order: Vec::new(),
             takes: Vec::new(),
-            mixed: Vec::new(),
         }
     }
 
@@ -238,8 +235,8 @@ impl Planner {
 
     /// Puts the items into the plan: pack after pack, so that tiles that read the same KV run at the same time and find it in the L2
     /// cache; the packs with the longest items first. Of each pack the longest come first, so that the device ends with short ones; but
-    /// items of shared columns go by these. Items whose columns nobody else reads are packs by themselves. Of persistent blocks, some do wide
-    /// items while others do narrow ones.
+    /// items of shared columns go by these. Items whose columns nobody else reads are packs by themselves. Persistent blocks have two queues, if
+    /// there are wide items and narrow ones.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
         self.order.clear();
         if self.packing == Packing::PerRequest {
@@ -263,43 +260,35 @@ impl Planner {
             }
             self.order.sort_unstable();
             if plan.model.kernel_family == KernelFamily::Sm90a {
-                self.mix_kinds();
+                plan.back_lanes = self.put_narrow_items_behind(plan.model.lanes());
             }
         }
+        let is_front = |place: &&Place| plan.back_lanes == 0 || self.items[place.3 as usize].item.tile == TileKind::Wide;
+        plan.num_front_items = self.order.iter().filter(is_front).count() as u32;
         let in_order = || self.order.iter().map(|place| &self.items[place.3 as usize]);
         plan.items.extend(in_order().map(|item| item.item));
         plan.fresh.extend(in_order().map(|item| item.fresh));
         plan.shared.extend(in_order().map(|item| item.shared));
     }
 
-    /// Mixes wide items, which products limit, and narrow ones, which memory limits: each kind stays in its order, so that
-    /// the device does some of both at a time.
-    fn mix_kinds(&mut self) {
-        /// Below this part of the time of all items, narrow ones stay with those that read the same KV.
+    /// Puts narrow items, which memory limits, behind wide ones, which products limit, each kind in its order, if there is much of both; and returns how many
+    /// of `lanes` should begin with them, so that both kinds are done at about the same time.
+    fn put_narrow_items_behind(&mut self, lanes: u32) -> u32 {
+        /// Below this part of the time of all items, one kind hardly matters.
         const WORTHWHILE: f64 = 0.05;
-        /// The part of the narrow items that comes beside wide ones. The rest comes behind them: it is shorter items that even out the lanes.
-        const BESIDE_WIDE: f64 = 0.8;
-        let Self { items, order, takes, mixed, .. } = self;
-        let is_wide = |place: &&Place| items[place.3 as usize].item.tile == TileKind::Wide;
-        let takes = |place: &Place| takes[place.3 as usize] as f64;
-        let total: f64 = order.iter().map(takes).sum();
-        let wide_total: f64 = order.iter().filter(is_wide).map(takes).sum();
-        let narrow_total = total - wide_total;
-        if narrow_total.min(wide_total) < WORTHWHILE * total {
-            return;
+        /// How long a narrow item takes beside wide ones, which leave it more of the memory than its share, as part of what it takes among narrow ones.
+        const BESIDE_WIDE: f64 = 0.5;
+        let Self { items, order, takes, .. } = self;
+        let is_wide = |place: &Place| items[place.3 as usize].item.tile == TileKind::Wide;
+        let takes = |is_of_kind: &dyn Fn(&Place) -> bool| -> f64 {
+            order.iter().filter(|place| is_of_kind(place)).map(|place| takes[place.3 as usize] as f64).sum()
+        };
+        let (wide, narrow) = (takes(&is_wide), takes(&|place| !is_wide(place)));
+        if lanes < 2 || narrow.min(wide) < WORTHWHILE * (narrow + wide) {
+            return 0;
         }
-        mixed.clear();
-        let (mut wide, mut narrow) =
-            (order.iter().filter(is_wide).peekable(), order.iter().filter(|place| !is_wide(place)).peekable());
-        let (mut wide_done, mut narrow_done) = (0.0, 0.0);
-        while wide.peek().is_some() || narrow.peek().is_some() {
-            let wide_is_behind = wide_done * narrow_total * BESIDE_WIDE <= narrow_done * wide_total;
-            let next = if wide_is_behind { wide.next().or_else(|| narrow.next()) } else { narrow.next().or_else(|| wide.next()) };
-            if let Some(place) = next {
-                *if is_wide(&place) { &mut wide_done } else { &mut narrow_done } += takes(place);
-                mixed.push(*place);
-            }
-        }
-        std::mem::swap(order, mixed);
+        order.sort_by_key(|place| !is_wide(place));
+        let narrow = narrow * BESIDE_WIDE;
+        ((f64::from(lanes) * narrow / (narrow + wide)).round() as u32).clamp(1, lanes - 1)
     }
 }

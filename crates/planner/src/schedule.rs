@@ -64,20 +64,24 @@ pub enum StampError {
 }
 
 impl Schedule {
-    /// What `model` expects: every task goes to the lane that is free first.
+    /// What `model` expects: the lane that is free first takes the next task of its queue, or of the other one if that is empty.
     pub fn predicted(plan: &Plan, model: &DeviceModel) -> Self {
         let num_lanes = model.lanes();
         let num_sms = model.num_sms.clamp(1, num_lanes);
         let mut free: BinaryHeap<_> = (0..num_lanes).map(|lane| Reverse((0u64, lane))).collect();
-        let mut tasks = Vec::new();
-        for taken_ns in plan.item_ns(model) {
-            for _ in 0..plan.heads().num_groups {
-                let Some(mut first) = free.peek_mut() else { continue };
-                let Reverse((begin_ns, lane)) = *first;
-                let end_ns = begin_ns.saturating_add(taken_ns);
-                first.0.0 = end_ns;
-                tasks.push(TaskTime { sm: lane % num_sms, lane: lane / num_sms, begin_ns, end_ns, taken_ns });
-            }
+        let groups = plan.heads().num_groups as usize;
+        let taken: Vec<u64> = plan.item_ns(model).flat_map(|item_ns| std::iter::repeat_n(item_ns, groups)).collect();
+        let mut tasks = vec![TaskTime { sm: 0, lane: 0, begin_ns: 0, end_ns: 0, taken_ns: 0 }; taken.len()];
+        let front = plan.num_front_items() as usize * groups;
+        let mut queues = [0..front, front..taken.len()];
+        let first_back_lane = num_lanes - plan.back_lanes().min(num_lanes);
+        while let Some(mut first) = free.peek_mut() {
+            let Reverse((begin_ns, lane)) = *first;
+            let own = usize::from(lane >= first_back_lane);
+            let Some(index) = queues[own].next().or_else(|| queues[1 - own].next()) else { break };
+            let end_ns = begin_ns.saturating_add(taken[index]);
+            first.0.0 = end_ns;
+            tasks[index] = TaskTime { sm: lane % num_sms, lane: lane / num_sms, begin_ns, end_ns, taken_ns: taken[index] };
         }
         Self { num_sms, lanes_per_sm: num_lanes.div_ceil(num_sms), tasks }
     }
@@ -224,10 +228,11 @@ pub struct ScheduleSummary {
 
 #[cfg(test)]
 mod tests {
+    use packinfer_abi::TileKind;
     use packinfer_batch::{AttentionShape, Batch, DType, Mask};
 
     use super::*;
-    use crate::Planner;
+    use crate::{KernelFamily, Planner};
 
     fn plan(requests: u32) -> Plan {
         let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape");
@@ -262,6 +267,35 @@ mod tests {
         assert!(summary.span_us <= explanation.predicted_us);
         assert!(summary.least_busy_us <= summary.median_busy_us && summary.median_busy_us <= summary.most_busy_us);
         assert_eq!(Schedule::predicted(&self::plan(0), &model).summary().span_us, 0.0);
+    }
+
+    /// A prompt beside decodes, for persistent blocks.
+    fn mixed_plan() -> (Plan, DeviceModel) {
+        let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape");
+        let mut batch = Batch::new(shape, Mask::Causal);
+        batch.push_contiguous(2048, 4096, 0).expect("a good request");
+        for request in 1..100 {
+            batch.push_contiguous(1, 2000 + 10 * request, request * 10_000).expect("a good request");
+        }
+        let models = DeviceModel::all_for_device("H100", (9, 0), 132);
+        let model = models.into_iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("there is one");
+        (Planner::new(model).plan(&batch).expect("a batch that can be planned"), model)
+    }
+
+    #[test]
+    fn some_lanes_begin_with_what_memory_limits() {
+        let (plan, model) = mixed_plan();
+        let (front, back) = plan.items().split_at(plan.num_front_items() as usize);
+        assert!(front.iter().all(|item| item.tile == TileKind::Wide) && back.iter().all(|item| item.tile == TileKind::Narrow));
+        assert!(!front.is_empty() && !back.is_empty() && (1..132).contains(&plan.back_lanes()), "{}", plan.back_lanes());
+        let schedule = Schedule::predicted(&plan, &model);
+        let at_begin = |tasks: &[TaskTime]| tasks.iter().filter(|task| task.begin_ns == 0).count() as u32;
+        let (front, back) = schedule.tasks.split_at(front.len() * 8);
+        assert_eq!((at_begin(front), at_begin(back)), (132 - plan.back_lanes(), plan.back_lanes()));
+        // Whoever has done with the one kind helps with the other.
+        assert!(schedule.summary().utilization > 0.9, "{:?}", schedule.summary());
+        let decodes = self::plan(100);
+        assert_eq!((decodes.num_front_items() as usize, decodes.back_lanes()), (decodes.items().len(), 0));
     }
 
     #[test]

@@ -99,7 +99,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let num_tasks = params.num_items * params.heads.num_groups;
     let (mut tasks, mut queries, mut near_end) = (shared.task_ring(), shared.query_ring(), shared.near_end());
     let (first_row, leads) = (warp * QUERY_WARP_ROWS, warp == 0 && lane == 0);
-    let mut index = block_index();
+    let mut index = Queue::of_block(params).first_task(params);
     while index < num_tasks {
         let lane = opaque(lane);
         tasks.wait_empty();
@@ -109,7 +109,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         let params = &params;
         let task = Task::load(*params, index, shared.rows(stage));
         let steps = (task.item.column_end - task.item.column_begin).div_ceil(Shared::<DIM_BLOCKS, FRAGMENTS>::STEP);
-        let ahead = if leads && steps <= STEPS_LEFT { take_task(params) } else { NOT_TAKEN };
+        let ahead = if leads && steps <= STEPS_LEFT { take_task(params, num_tasks) } else { NOT_TAKEN };
         let mut view = WarpView::NOTHING;
         for rows in 0..QUERY_WARP_ROWS / LANES {
             let row = first_row + rows * LANES + lane;
@@ -141,7 +141,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 
         if leads && shared.told_task(tasks.stage) == NOT_TAKEN {
             near_end.receive();
-            shared.tell_task(tasks.stage, take_task(params));
+            shared.tell_task(tasks.stage, take_task(params, num_tasks));
         }
         warpgroup::sync(barrier::QUERY_WARPS, QUERY_WARPS * LANES);
         index = shared.told_task(tasks.stage);
@@ -225,10 +225,57 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
     }
 }
 
-/// Takes the next task for this block.
+/// Takes the next task: of the block's queue, or if that is empty of the other one. If no task is left, it is one that there is not. Whether the block's queue was
+/// empty the last time is not kept, for want of registers.
 #[inline(always)]
-unsafe fn take_task(params: &AttentionParams) -> u32 {
-    num_blocks() + fetch_add_global(params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64, 1)
+unsafe fn take_task(params: &AttentionParams, num_tasks: u32) -> u32 {
+    let queue = Queue::of_block(params);
+    let task = queue.take(params, num_tasks);
+    if task < num_tasks { task } else { queue.other().take(params, num_tasks) }
+}
+
+/// The queue that a block takes its tasks from: see [`Scheduler`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Queue {
+    Front,
+    Back,
+}
+
+impl Queue {
+    /// The queue that this block begins with.
+    #[inline(always)]
+    fn of_block(params: &AttentionParams) -> Self {
+        if block_index() < num_blocks() - params.back_blocks { Self::Front } else { Self::Back }
+    }
+
+    /// The first task of this block, which no other has.
+    #[inline(always)]
+    fn first_task(self, params: &AttentionParams) -> u32 {
+        match self {
+            Self::Front => block_index(),
+            Self::Back => params.front_tasks + block_index() - (num_blocks() - params.back_blocks),
+        }
+    }
+
+    #[inline(always)]
+    fn other(self) -> Self {
+        match self {
+            Self::Front => Self::Back,
+            Self::Back => Self::Front,
+        }
+    }
+
+    /// Takes a task of this queue; one that there is not if the queue is empty.
+    #[inline(always)]
+    unsafe fn take(self, params: &AttentionParams, num_tasks: u32) -> u32 {
+        let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
+        let (counter, first, end) = match self {
+            Self::Front => (taken, num_blocks() - params.back_blocks, params.front_tasks),
+            Self::Back => (taken + size_of::<u32>() as u64, params.front_tasks + params.back_blocks, num_tasks),
+        };
+        let task = first + fetch_add_global(counter, 1);
+        if task < end { task } else { num_tasks }
+    }
 }
 
 /// Says that this block takes no more tasks; the last block to say so makes the scheduler ready for the next launch.
@@ -236,7 +283,9 @@ unsafe fn take_task(params: &AttentionParams) -> u32 {
 unsafe fn leave(params: &AttentionParams) {
     let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
     if fetch_add_global_ordered(finished, 1) == num_blocks() - 1 {
-        store_global(params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64, 0);
+        let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
+        store_global(taken, 0);
+        store_global(taken + size_of::<u32>() as u64, 0);
         store_global(finished, 0);
     }
 }
