@@ -188,13 +188,6 @@ impl WarpView {
         Self { any_begin, any_end, all_begin, all_end }
     }
 
-    /// Whether this is the view of no row at all, rather than of rows that see nothing.
-    #[cfg(feature = "sm_90a")]
-    #[inline(always)]
-    pub fn is_of_no_row(&self) -> bool {
-        self.all_end == u32::MAX
-    }
-
     /// The columns that every row sees: the first, and one past the last.
     #[inline(always)]
     pub fn all(&self) -> (u32, u32) {

@@ -40,10 +40,6 @@ pub struct OnlineSoftmax<const ROW_BLOCKS: usize> {
     scale_log2: f32,
 }
 
-/// Maximum, not yet scaled, and this lane's part of the sum of the two rows of a block that the lane holds a part of.
-#[cfg(feature = "sm_90a")]
-pub type State = [[f32; ROWS_PER_LANE]; 2];
-
 /// A factor for each row that the lane holds a part of.
 pub type RowFactors<const ROW_BLOCKS: usize> = [[f32; ROWS_PER_LANE]; ROW_BLOCKS];
 
@@ -206,30 +202,6 @@ impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
             }
         }
         (factors, sums)
-    }
-
-    /// Maximum and sum of the rows of a block.
-    #[cfg(feature = "sm_90a")]
-    #[inline(always)]
-    pub fn state(&self, block: usize) -> State {
-        [self.max[block], self.sum[block]]
-    }
-
-    /// Takes in what was found of other columns of a block's rows, and says by what the output so far, and that of the others, must be multiplied.
-    #[cfg(feature = "sm_90a")]
-    #[inline(always)]
-    pub fn join(&mut self, block: usize, [others_max, others_sum]: State) -> [[f32; ROWS_PER_LANE]; 2] {
-        let mut factors = [[0f32; ROWS_PER_LANE]; 2];
-        for half in 0..ROWS_PER_LANE {
-            let max = math::max(self.max[block][half], others_max[half]);
-            let origin = if max == f32::NEG_INFINITY { 0.0 } else { max };
-            let factor = |max: f32| math::exp2((max - origin) * self.scale_log2);
-            let (ours, theirs) = (factor(self.max[block][half]), factor(others_max[half]));
-            self.sum[block][half] = self.sum[block][half] * ours + others_sum[half] * theirs;
-            self.max[block][half] = max;
-            (factors[0][half], factors[1][half]) = (ours, theirs);
-        }
-        factors
     }
 
     /// Has all exponentials computed here. The assembler would put them off until after the next wait for products in flight, which they

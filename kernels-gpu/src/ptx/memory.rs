@@ -231,25 +231,13 @@ pub unsafe fn store_shared_f32x2(address: u32, a: f32, b: f32) {
     asm!("st.shared.v2.f32 [{0}], {{{1}, {2}}};", in(reg32) address, in(reg32) a, in(reg32) b, options(nostack));
 }
 
-/// Adds to a word that other blocks change too, and returns what it was. Orders nothing else.
+/// Adds to a word that other blocks change too, and returns what it was.
 ///
 /// # Safety
 ///
 /// `address` is aligned to 4 bytes and writable.
 #[inline(always)]
 pub unsafe fn fetch_add_global(address: u64, value: u32) -> u32 {
-    let before: u32;
-    asm!("atom.relaxed.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) before, in(reg64) address, in(reg32) value, options(nostack));
-    before
-}
-
-/// As [`fetch_add_global`], behind what this thread has done to memory and before what it will do, as other blocks see it that do the same.
-///
-/// # Safety
-///
-/// As [`fetch_add_global`].
-#[inline(always)]
-pub unsafe fn fetch_add_global_ordered(address: u64, value: u32) -> u32 {
     let before: u32;
     asm!("atom.acq_rel.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) before, in(reg64) address, in(reg32) value, options(nostack));
     before

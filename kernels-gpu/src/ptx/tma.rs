@@ -39,11 +39,3 @@ pub unsafe fn copy_box(destination: u32, map: u64, at: [u32; 5], barrier: u32, p
         in(reg32) at[0], in(reg32) at[1], in(reg32) at[2], in(reg32) at[3], in(reg32) at[4], in(reg64) policy.0,
         options(nostack));
 }
-
-/// Orders what this thread wrote to shared memory before what the copy engine does to it later. PTX ISA, Parallel Synchronization and Communication
-/// Instructions: `fence.proxy.async`.
-#[inline(always)]
-pub fn fence_async() {
-    // SAFETY: orders memory accesses.
-    unsafe { asm!("fence.proxy.async.shared::cta;", options(nostack)) };
-}

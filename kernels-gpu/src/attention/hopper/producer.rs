@@ -12,8 +12,7 @@ use super::queries::QueryRows;
 use super::shared::{ColumnTile, Ring, Shared};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
-use crate::ptx::math::opaque;
-use crate::ptx::memory::{fetch_add_global, fetch_add_global_ordered, prefetch_global, store_global};
+use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
 use crate::ptx::tma::{CachePolicy, copy_box};
 use crate::ptx::warp::{self, LANES};
@@ -26,13 +25,6 @@ pub const LOADER_WARPS: u32 = 2;
 pub const QUERY_WARPS: u32 = 2;
 /// Rows of a tile that each of these looks after: those of one consumer.
 const QUERY_WARP_ROWS: u32 = WIDE_TILE_ROWS / QUERY_WARPS;
-
-/// Steps of a task that are still to be loaded when the block takes another. Loads of the next begin in time, and no block has a long task in
-/// store that another would be free for. Of shorter tasks, the block takes some ahead.
-const STEPS_LEFT: u32 = 6;
-
-/// The index of a task that is still to be taken.
-const NOT_TAKEN: u32 = u32::MAX;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
@@ -52,17 +44,12 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let v_maps = params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES);
     match warp {
         0 => {
-            let (mut ring, near_end) = (shared.k_ring(), shared.near_end());
-            let tell = |steps_left| {
-                if steps_left == STEPS_LEFT {
-                    near_end.send();
-                }
-            };
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane, tell));
+            let mut ring = shared.k_ring();
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane));
         }
         1 => {
             let mut ring = shared.v_ring();
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane, |_| ()));
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane));
         }
         _ => post_tasks(params, shared, warp - LOADER_WARPS, lane),
     }
@@ -97,19 +84,14 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     lane: u32,
 ) {
     let num_tasks = params.num_items * params.heads.num_groups;
-    let (mut tasks, mut queries, mut near_end) = (shared.task_ring(), shared.query_ring(), shared.near_end());
+    let (mut tasks, mut queries) = (shared.task_ring(), shared.query_ring());
     let (first_row, leads) = (warp * QUERY_WARP_ROWS, warp == 0 && lane == 0);
     let mut index = Queue::of_block(params).first_task(params);
     while index < num_tasks {
-        let lane = opaque(lane);
+        let next = if leads { take_task(params, num_tasks) } else { 0 };
         tasks.wait_empty();
         let stage = tasks.stage;
-        let mut params = *params;
-        params.heads.num_groups = opaque(params.heads.num_groups);
-        let params = &params;
         let task = Task::load(*params, index, shared.rows(stage));
-        let steps = (task.item.column_end - task.item.column_begin).div_ceil(Shared::<DIM_BLOCKS, FRAGMENTS>::STEP);
-        let ahead = if leads && steps <= STEPS_LEFT { take_task(params, num_tasks) } else { NOT_TAKEN };
         let mut view = WarpView::NOTHING;
         for rows in 0..QUERY_WARP_ROWS / LANES {
             let row = first_row + rows * LANES + lane;
@@ -117,16 +99,13 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
             view = view.and(WarpView::of(task.rows.read(row)));
         }
         if lane == 0 {
-            shared.post_view(stage, opaque(first_row) / QUERY_WARP_ROWS, view);
+            shared.post_view(stage, warp, view);
         }
         if leads {
             shared.post_task(stage, Some(&task));
             prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         tasks.fill();
-        if leads {
-            shared.tell_task(tasks.stage, ahead);
-        }
 
         queries.wait_empty();
         for rows in 0..QUERY_WARP_ROWS / LANES {
@@ -139,12 +118,11 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         }
         queries.fill_by_copies();
 
-        if leads && shared.told_task(tasks.stage) == NOT_TAKEN {
-            near_end.receive();
-            shared.tell_task(tasks.stage, take_task(params, num_tasks));
+        if leads {
+            shared.tell_next_task(stage, next);
         }
         warpgroup::sync(barrier::QUERY_WARPS, QUERY_WARPS * LANES);
-        index = shared.told_task(tasks.stage);
+        index = shared.next_task(stage);
     }
     tasks.wait_empty();
     if leads {
@@ -154,8 +132,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     tasks.fill();
 }
 
-/// Brings all columns of the task's K, or of its V, step by step, and calls `at_step`, with one thread, with the steps that are left; `tiles` is the ring's
-/// first tile.
+/// Brings all columns of the task's K, or of its V, step by step; `tiles` is the ring's first tile.
 #[inline(always)]
 unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const STAGES: u32>(
     task: &Task,
@@ -163,7 +140,6 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ST
     tiles: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
     maps: u64,
     lane: u32,
-    at_step: impl Fn(u32),
 ) {
     let columns = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
     let item = &task.item;
@@ -172,14 +148,12 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ST
     let mut window = RunWindow::new(&task.params, item, lane);
     let mut step = item.column_begin;
     while step < item.column_end {
-        let lane = opaque(lane);
         let end = core::cmp::min(item.column_end, step + columns);
         ring.wait_empty();
         let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage), maps, kv_head: task.kv_head, barrier: ring.full(), policy };
         if lane == 0 {
             ring.expect(ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
             copies.copy(NO_SLOT, end - step, columns); // zeros where no column is left
-            at_step((item.column_end - step).div_ceil(columns));
         }
         loop {
             let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
@@ -282,7 +256,7 @@ impl Queue {
 #[inline(always)]
 unsafe fn leave(params: &AttentionParams) {
     let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
-    if fetch_add_global_ordered(finished, 1) == num_blocks() - 1 {
+    if fetch_add_global(finished, 1) == num_blocks() - 1 {
         let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
         store_global(taken, 0);
         store_global(taken + size_of::<u32>() as u64, 0);

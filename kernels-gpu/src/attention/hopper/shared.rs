@@ -9,11 +9,9 @@ use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
 use crate::ptx::memory::{load_shared, load_shared_x4, store_shared, store_shared_x4};
-use crate::ptx::mma::Fragment;
 use crate::ptx::warp::LANES as WARP_LANES;
 use crate::rows::{RowTable, WarpView};
 use crate::shared_tile::{BoxTile, PanelTile};
-use crate::softmax::State;
 
 /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
 pub const TASKS: u32 = 4;
@@ -151,19 +149,6 @@ impl<const STAGES: u32> Ring<STAGES> {
         self.advance();
     }
 
-    /// Emptying side: lets `parts` parts go by unused.
-    ///
-    /// # Safety
-    ///
-    /// As [`Self::wait_full`].
-    #[inline(always)]
-    pub unsafe fn skip(&mut self, parts: u32, lane: u32) {
-        for _ in 0..parts {
-            self.wait_full();
-            self.release(lane);
-        }
-    }
-
     /// Emptying side, every lane, which counts for itself: it has done with the part; on to the next.
     ///
     /// # Safety
@@ -186,73 +171,6 @@ impl<const STAGES: u32> Ring<STAGES> {
     }
 }
 
-/// What one thread tells another, which waits for it, again and again.
-#[derive(Clone, Copy)]
-pub struct Signal {
-    barrier: u32,
-    /// Parity of the phase that is waited for next.
-    parity: u32,
-}
-
-impl Signal {
-    /// Bytes of the barrier.
-    const BYTES: u32 = mbarrier::BYTES;
-
-    /// Gives the signal.
-    ///
-    /// # Safety
-    ///
-    /// Reached by one thread, once the other has received the signals before.
-    #[inline(always)]
-    pub unsafe fn send(&self) {
-        mbarrier::arrive(self.barrier);
-    }
-
-    /// Waits for the next signal.
-    ///
-    /// # Safety
-    ///
-    /// Reached by one thread.
-    #[inline(always)]
-    pub unsafe fn receive(&mut self) {
-        mbarrier::wait(self.barrier, self.parity);
-        self.parity ^= 1;
-    }
-}
-
-/// Where a thread of consumer 1 leaves its output and state of a tile, for the same thread of consumer 0.
-#[derive(Clone, Copy)]
-pub struct Found {
-    output: u32,
-    state: u32,
-}
-
-impl Found {
-    /// Bytes of a fragment of all threads.
-    const BLOCK_BYTES: u32 = 16 * CONSUMER_THREADS / 2;
-
-    #[inline(always)]
-    pub unsafe fn store(&self, block: u32, fragment: Fragment) {
-        store_shared_x4(self.output + block * Self::BLOCK_BYTES, fragment.map(f32::to_bits));
-    }
-
-    #[inline(always)]
-    pub unsafe fn load(&self, block: u32) -> Fragment {
-        load_shared_x4(self.output + block * Self::BLOCK_BYTES).map(f32::from_bits)
-    }
-
-    #[inline(always)]
-    pub unsafe fn store_state(&self, [[a, b], [c, d]]: State) {
-        store_shared_x4(self.state, [a, b, c, d].map(f32::to_bits));
-    }
-
-    #[inline(always)]
-    pub unsafe fn load_state(&self) -> State {
-        let [a, b, c, d] = load_shared_x4(self.state).map(f32::from_bits);
-        [[a, b], [c, d]]
-    }
-}
-
 /// Where the parts lie, in this order: Q, K, V, row tables, task slots, barriers.
 #[derive(Clone, Copy)]
 pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
@@ -267,22 +185,19 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const V: u32 = Self::K + K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const ROWS: u32 = Self::V + V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const SLOTS: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
-    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, the index that
-    /// the warps that gather Q tell each other.
+    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, the index of the task
+    /// after it.
     const SLOT_ITEM: u32 = 0;
     const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
     const SLOT_VIEWS: u32 = Self::SLOT_TASK + 16;
-    const SLOT_INDEX: u32 = Self::SLOT_VIEWS + 2 * 16;
+    const SLOT_NEXT: u32 = Self::SLOT_VIEWS + 2 * 16;
     /// Bytes of a task slot.
-    const SLOT_BYTES: u32 = Self::SLOT_INDEX + 16;
-    const STATES: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
-    const BARRIERS: u32 = Self::STATES + CONSUMER_THREADS / 2 * 16;
+    const SLOT_BYTES: u32 = Self::SLOT_NEXT + 16;
+    const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::<1>::BYTES;
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::<K_STAGES>::BYTES;
     const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::<V_STAGES>::BYTES;
-    const FOUND_BARRIERS: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
-    const NEAR_END: u32 = Self::FOUND_BARRIERS + Ring::<1>::BYTES;
-    const END: u32 = Self::NEAR_END + Signal::BYTES;
+    const END: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
     const FITS: () = assert!(Self::END <= HOPPER_SHARED_BYTES);
 
     #[inline(always)]
@@ -296,21 +211,12 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
         self.task_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);
-        self.found_ring().init(CONSUMER_THREADS / 2, CONSUMER_THREADS / 2);
-        mbarrier::init(self.near_end().barrier, 1);
         mbarrier::fence_init();
     }
 
     #[inline(always)]
     pub fn query_ring(&self) -> Ring<1> {
         Ring::at(self.base + Self::BARRIERS)
-    }
-
-    /// The ring of Q when it is the turn of the task in a slot.
-    #[inline(always)]
-    pub fn queries_of(&self, slot: u32) -> Ring<1> {
-        const { assert!(TASKS % 2 == 0) };
-        Ring { parity: slot % 2, ..self.query_ring() }
     }
 
     #[inline(always)]
@@ -326,24 +232,6 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     #[inline(always)]
     pub fn task_ring(&self) -> Ring<TASKS> {
         Ring::at(self.base + Self::TASK_BARRIERS)
-    }
-
-    #[inline(always)]
-    pub fn found_ring(&self) -> Ring<1> {
-        Ring::at(self.base + Self::FOUND_BARRIERS)
-    }
-
-    /// Where thread `thread` of a consumer finds or leaves what the other is to add: in stage `values` of V.
-    #[inline(always)]
-    pub fn found(&self, values: u32, thread: u32) -> Found {
-        const { assert!(DIM_BLOCKS as u32 * Found::BLOCK_BYTES <= ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES) };
-        Found { output: self.v(values).row(0, 0) + 16 * thread, state: self.base + Self::STATES + 16 * thread }
-    }
-
-    /// Of the warp that loads K, to the thread that takes tasks: a long task is near its end.
-    #[inline(always)]
-    pub fn near_end(&self) -> Signal {
-        Signal { barrier: self.base + Self::NEAR_END, parity: 0 }
     }
 
     #[inline(always)]
@@ -454,23 +342,23 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         WarpView::from_words(load_shared_x4(self.slot(stage) + Self::SLOT_VIEWS + 16 * consumer))
     }
 
-    /// Tells the index of the task that comes into a slot.
+    /// Keeps the index of the task after that of a slot.
     ///
     /// # Safety
     ///
     /// Reached by one thread, before a barrier between the warps that gather Q.
     #[inline(always)]
-    pub unsafe fn tell_task(&self, stage: u32, index: u32) {
-        store_shared(self.slot(stage) + Self::SLOT_INDEX, index);
+    pub unsafe fn tell_next_task(&self, stage: u32, index: u32) {
+        store_shared(self.slot(stage) + Self::SLOT_NEXT, index);
     }
 
-    /// What [`Self::tell_task`] told.
+    /// What [`Self::tell_next_task`] kept.
     ///
     /// # Safety
     ///
-    /// Reached after that barrier, or by the same thread.
+    /// Reached after that barrier.
     #[inline(always)]
-    pub unsafe fn told_task(&self, stage: u32) -> u32 {
-        load_shared(self.slot(stage) + Self::SLOT_INDEX)
+    pub unsafe fn next_task(&self, stage: u32) -> u32 {
+        load_shared(self.slot(stage) + Self::SLOT_NEXT)
     }
 }

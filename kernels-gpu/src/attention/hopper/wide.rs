@@ -9,8 +9,6 @@
 //! other units         softmax₀         softmax₁            softmax₀′ · store O             softmax₁′
 //! ```
 
-use core::ops::Range;
-
 use packinfer_abi::AttentionParams;
 
 use super::epilogue;
@@ -19,7 +17,6 @@ use super::{CONSUMER_THREADS, barrier};
 use crate::attention::task::Stamper;
 use crate::element::Element;
 use crate::ptx::mma::Fragment;
-use crate::ptx::tma::fence_async;
 use crate::ptx::wgmma::{self, Accumulator, Descriptor, hold_words};
 use crate::ptx::{warp, warpgroup};
 use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
@@ -27,8 +24,6 @@ use crate::softmax::{OnlineSoftmax, mask, scale_rows};
 
 /// Rows of a warp.
 const WARP_ROWS: u32 = 16;
-/// Rows of a consumer.
-const CONSUMER_ROWS: u32 = 4 * WARP_ROWS;
 
 /// Exponentials of a step in the element type, two words a fragment of scores: one for each row that the lane holds a part of. Those of two
 /// neighbouring fragments are an operand A.
@@ -42,46 +37,39 @@ struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     params: &'a AttentionParams,
     shared: Shared<DIM_BLOCKS, FRAGMENTS>,
     tasks: Ring<TASKS>,
+    queries: Ring<1>,
     k: Ring<K_STAGES>,
     v: Ring<V_STAGES>,
-    /// What consumer 1 found of shared tiles, for consumer 0.
-    found: Ring<1>,
     /// 0 or 1.
     warpgroup: u32,
-    /// First of the warp's rows among the consumer's.
-    warp_row: u32,
+    /// First row of the warp.
+    first_row: u32,
     lane: u32,
 }
 
-/// A step of a tile that the consumer does.
-///
-/// Of a tile whose rows fill both consumers' parts, a consumer does the steps that some of its rows see. One whose rows all are consumer 0's is
-/// *shared*: both work on these rows, consumer 0 does the steps 0, 2, … and consumer 1 the others.
+/// A step of a tile that some of the consumer's rows see.
 #[derive(Clone, Copy)]
 struct Step {
     /// The task's slot.
     slot: u32,
     /// First column of the step.
     column: u32,
-    /// 1 if the tile is shared, else 0.
-    shared: u32,
-    /// First column of the last step.
+    /// First column of the last step that these rows see.
     last: u32,
     /// Every row sees the columns from here …
     all_begin: u32,
     /// … to before here.
     all_end: u32,
+    /// Steps before the first that these rows see.
+    before: u32,
+    /// Steps behind the last.
+    behind: u32,
 }
 
 impl Step {
     #[inline(always)]
     fn is_last(&self) -> bool {
         self.column == self.last
-    }
-
-    #[inline(always)]
-    fn is_shared(&self) -> bool {
-        self.shared > 0
     }
 }
 
@@ -96,41 +84,13 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
         self.shared.has_task(self.tasks.stage)
     }
 
-    /// Whether a tile is left whose first step can be started together with the end of the tile before, which ends with `done`. Behind a shared tile
-    /// both consumers find the same: what consumer 0 waits for must not wait for a turn that it has still to give.
+    /// Whether a tile is left that these rows see from its first step on.
     #[inline(always)]
-    unsafe fn goes_on_after(&self, done: &Step) -> bool {
-        (done.is_shared() || self.steps_behind(done) == 0) && self.has_tile() && {
+    unsafe fn has_tile_that_follows(&self) -> bool {
+        self.has_tile() && {
             let slot = self.tasks.stage;
-            let range = self.shared.columns(slot);
-            let other = if done.is_shared() { 1 - self.warpgroup } else { self.warpgroup };
-            let begins = |consumer| self.shared.view(slot, consumer).steps(range.start, Self::STEP).0 == 0;
-            self.shares(slot, &range) || begins(self.warpgroup) & begins(other)
+            self.shared.view(slot, self.warpgroup).steps(self.shared.columns(slot).start, Self::STEP).0 == 0
         }
-    }
-
-    /// Whether the tile of a slot is shared: there are no rows for consumer 1, but steps.
-    #[inline(always)]
-    unsafe fn shares(&self, slot: u32, columns: &Range<u32>) -> bool {
-        columns.end - columns.start > Self::STEP && self.shared.view(slot, 1).is_of_no_row()
-    }
-
-    /// Steps of the tile before one.
-    #[inline(always)]
-    unsafe fn steps_before(&self, step: &Step) -> u32 {
-        (step.column - self.shared.columns(step.slot).start) / Self::STEP
-    }
-
-    /// Steps of the tile behind the consumer's last.
-    #[inline(always)]
-    unsafe fn steps_behind(&self, step: &Step) -> u32 {
-        (self.shared.columns(step.slot).end - step.last - 1) / Self::STEP
-    }
-
-    /// First of the warp's rows in the tile.
-    #[inline(always)]
-    fn first_row(&self, step: &Step) -> u32 {
-        self.warp_row + (1 - step.shared) * self.warpgroup * CONSUMER_ROWS
     }
 
     /// The first step of the next tile, which is left; its Q has arrived.
@@ -141,36 +101,32 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
             Stamper::of(self.params).begin(self.shared.task_index(slot));
         }
         let range = self.shared.columns(slot);
-        let steps = (range.end - range.start).div_ceil(Self::STEP);
-        let shares = self.shares(slot, &range);
-        let of_rows = if shares { 0 } else { self.warpgroup };
-        let view = self.shared.view(slot, of_rows);
-        let (first, end) =
-            if shares { (self.warpgroup, steps - (steps - 1 - self.warpgroup) % 2) } else { view.steps(range.start, Self::STEP) };
+        let view = self.shared.view(slot, self.warpgroup);
+        let (first, end) = view.steps(range.start, Self::STEP);
         let (all_begin, all_end) = view.all();
         self.tasks.advance();
         Step {
             slot,
             column: range.start + first * Self::STEP,
-            shared: u32::from(shares),
             last: range.start + (end - 1) * Self::STEP,
             all_begin,
             all_end,
+            before: first,
+            behind: (range.end - range.start).div_ceil(Self::STEP) - end,
         }
     }
 
     /// Takes the warp's rows of the tile's Q into registers.
     #[inline(always)]
-    unsafe fn take_queries(&mut self, step: &Step) -> Queries<DIM_BLOCKS> {
+    unsafe fn take_queries(&mut self) -> Queries<DIM_BLOCKS> {
         let mut queries = [[0u32; 2]; DIM_BLOCKS];
-        let mut part = self.shared.queries_of(step.slot);
-        part.wait_full();
+        self.queries.wait_full();
         for block in (0..DIM_BLOCKS).step_by(2) {
-            let panel = self.shared.queries().panel(block / PANEL_BLOCKS).skip_rows(self.first_row(step));
+            let panel = self.shared.queries().panel(block / PANEL_BLOCKS).skip_rows(self.first_row);
             let [a, b, c, d] = SharedTile::<PANEL_BLOCKS>::operand_a(panel.rows_by_lane(self.lane), 0, block % PANEL_BLOCKS);
             (queries[block], queries[block + 1]) = ([a, b], [c, d]);
         }
-        part.release_by_lanes();
+        self.queries.release_by_lanes();
         queries
     }
 
@@ -213,65 +169,21 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
     #[inline(always)]
     unsafe fn mask(&self, step: &Step, scores: &mut [Fragment; FRAGMENTS]) {
         if step.column < step.all_begin || step.column + Self::STEP > step.all_end {
-            let [rows] = self.shared.rows(step.slot).of_lane::<1>(self.first_row(step), self.lane);
+            let [rows] = self.shared.rows(step.slot).of_lane::<1>(self.first_row, self.lane);
             mask(scores, &rows, step.column, self.lane);
         }
     }
 
-    /// Ends a tile of which `done` was the last step, with V in stage `values`, which is then free: stores the output, or hands it over.
+    /// Stores the output of a tile; its slot may then be used again.
     #[inline(always)]
-    unsafe fn end_tile<E: Element>(
-        &mut self,
-        done: &Step,
-        values: u32,
-        softmax: &mut OnlineSoftmax<1>,
-        output: &mut [[Fragment; DIM_BLOCKS]; 1],
-    ) {
-        if done.is_shared() && self.warpgroup == 1 {
-            self.hand_over(values, softmax, output);
-        } else {
-            self.v.release_stage(values, self.lane);
-            if done.is_shared() {
-                let others = if self.steps_behind(done) > 0 { values + 1 } else { values + V_STAGES - 1 };
-                self.take_over(if others >= V_STAGES { others - V_STAGES } else { others }, softmax, output);
-            }
-            let task = self.shared.task(self.params, done.slot);
-            epilogue::store::<E, DIM_BLOCKS>(&task, self.lane, self.first_row(done), softmax, output);
-            if self.thread_that_notes() {
-                Stamper::of(self.params).end(task.index);
-            }
+    unsafe fn store<E: Element>(&mut self, slot: u32, softmax: &OnlineSoftmax<1>, output: &mut [[Fragment; DIM_BLOCKS]; 1]) {
+        let task = self.shared.task(self.params, slot);
+        epilogue::store::<E, DIM_BLOCKS>(&task, self.lane, self.first_row, softmax, output);
+        if self.thread_that_notes() {
+            Stamper::of(self.params).end(task.index);
         }
         warp::sync();
-        self.tasks.release_stage(done.slot, self.lane);
-    }
-
-    /// Consumer 1, of a shared tile: hands over what it found, the output where the V of its last step was.
-    #[inline(always)]
-    unsafe fn hand_over(&mut self, values: u32, softmax: &OnlineSoftmax<1>, output: &[[Fragment; DIM_BLOCKS]; 1]) {
-        self.found.wait_empty();
-        let found = self.shared.found(values, self.warp_row * 2 + self.lane);
-        for (block, fragment) in output[0].iter().enumerate() {
-            found.store(block as u32, *fragment);
-        }
-        found.store_state(softmax.state(0));
-        fence_async();
-        self.found.fill();
-    }
-
-    /// Consumer 0, of a shared tile: adds what consumer 1 found, whose V was in stage `values`.
-    #[inline(always)]
-    unsafe fn take_over(&mut self, values: u32, softmax: &mut OnlineSoftmax<1>, output: &mut [[Fragment; DIM_BLOCKS]; 1]) {
-        self.found.wait_full();
-        let found = self.shared.found(values, self.warp_row * 2 + self.lane);
-        let [ours, theirs] = softmax.join(0, found.load_state());
-        for (block, fragment) in output[0].iter_mut().enumerate() {
-            let other = found.load(block as u32);
-            for (e, value) in fragment.iter_mut().enumerate() {
-                *value = *value * ours[e / 2] + other[e] * theirs[e / 2];
-            }
-        }
-        self.found.release_by_lanes();
-        self.v.release_stage(values, self.lane);
+        self.tasks.release_stage(slot, self.lane);
     }
 
     /// Lets `steps` steps go by unused. Nothing that has come before may be left to do: the other consumer may need it out of the way.
@@ -280,17 +192,10 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
         for _ in 0..steps {
             self.take_turn();
             self.pass_turn();
-            self.k.skip(1, self.lane);
-            self.v.skip(1, self.lane);
-        }
-    }
-
-    /// Of a shared tile that ends with a step of consumer 0, gives consumer 1 as many turns.
-    #[inline(always)]
-    unsafe fn even_turns(&self, done: &Step) {
-        if done.is_shared() && self.warpgroup == 1 && self.steps_behind(done) > 0 {
-            self.take_turn();
-            self.pass_turn();
+            self.k.wait_full();
+            self.k.release(self.lane);
+            self.v.wait_full();
+            self.v.release(self.lane);
         }
     }
 
@@ -309,7 +214,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
 
     #[inline(always)]
     fn thread_that_notes(&self) -> bool {
-        self.warpgroup == 0 && self.warp_row == 0 && self.lane == 0
+        self.first_row == 0 && self.lane == 0
     }
 }
 
@@ -332,11 +237,11 @@ pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         params,
         shared,
         tasks: shared.task_ring(),
+        queries: shared.query_ring(),
         k: shared.k_ring(),
         v: shared.v_ring(),
-        found: shared.found_ring(),
         warpgroup,
-        warp_row: warp::uniform(thread / 32) * WARP_ROWS - warpgroup * CONSUMER_ROWS,
+        first_row: warp::uniform(thread / 32) * WARP_ROWS,
         lane: thread % 32,
     };
     if warpgroup == 1 {
@@ -358,20 +263,13 @@ where
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
     let mut step = consumer.next_tile();
-    let mut queries = consumer.take_queries(&step);
+    let mut queries = consumer.take_queries();
     let nothing = OnlineSoftmax::<1>::new(consumer.params.scale_log2);
     let mut softmax = nothing;
     let mut output = [[[0f32; 4]; DIM_BLOCKS]];
-    // Steps of the other consumer that come before.
-    let mut skipped = 0;
-    if step.is_shared() {
-        skipped = consumer.steps_before(&step);
-    } else {
-        consumer.skip(consumer.steps_before(&step));
-    }
+    consumer.skip(step.before);
 
     let mut scores = [[[0f32; 4]; FRAGMENTS]];
-    consumer.k.skip(skipped, consumer.lane);
     consumer.k.wait_full();
     consumer.take_turn();
     scores[0].hold();
@@ -383,28 +281,22 @@ where
     consumer.mask(&step, &mut scores[0]);
     softmax.update(&mut scores);
     let mut weights = weights_of::<E, FRAGMENTS>(&scores[0]);
-    consumer.v.skip(skipped, consumer.lane);
     let mut values = consumer.v.take_full();
 
     loop {
         // The step's scores have become weights; its output is not started yet.
         let done = step;
         if done.is_last() {
-            if !consumer.goes_on_after(&done) {
+            if done.behind > 0 || !consumer.has_tile_that_follows() {
                 break;
             }
-            consumer.even_turns(&done);
-            skipped = consumer.steps_behind(&done);
             step = consumer.next_tile();
-            queries = consumer.take_queries(&step);
-            skipped += consumer.steps_before(&step);
+            queries = consumer.take_queries();
         } else {
-            skipped = step.shared;
-            step.column += (1 + skipped) * Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP;
+            step.column += Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP;
         }
 
         let mut scores = [[[0f32; 4]; FRAGMENTS]];
-        consumer.k.skip(skipped, consumer.lane);
         consumer.k.wait_full();
         consumer.take_turn();
         output[0].hold();
@@ -418,26 +310,25 @@ where
         scores[0].hold();
         consumer.k.release(consumer.lane);
         consumer.mask(&step, &mut scores[0]);
-        let mut before = softmax;
+        let before = softmax;
         if done.is_last() {
             softmax = nothing;
         }
         let factors = softmax.update(&mut scores);
         softmax.settle();
+        let next_values = consumer.v.take_full();
         wgmma::wait_group::<0>();
         output[0].hold();
         scores[0].hold();
+        consumer.v.release_stage(values, consumer.lane);
+        values = next_values;
         weights = weights_of::<E, FRAGMENTS>(&scores[0]);
         if done.is_last() {
-            consumer.end_tile::<E>(&done, values, &mut before, &mut output);
+            consumer.store::<E>(done.slot, &before, &mut output);
             output = [[[0f32; 4]; DIM_BLOCKS]];
         } else {
-            consumer.v.release_stage(values, consumer.lane);
             scale_rows(&mut output, &factors);
         }
-        // Not before the last V is free: in between there may be two that the other consumer works on.
-        consumer.v.skip(skipped, consumer.lane);
-        values = consumer.v.take_full();
     }
 
     output[0].hold();
@@ -445,17 +336,9 @@ where
     consumer.start_output::<E>(&mut output[0], &weights, values);
     wgmma::wait_group::<0>();
     output[0].hold();
-    let behind = consumer.steps_behind(&step);
-    if step.is_shared() {
-        consumer.even_turns(&step);
-    }
-    consumer.end_tile::<E>(&step, values, &mut softmax, &mut output);
-    if step.is_shared() {
-        consumer.k.skip(behind, consumer.lane);
-        consumer.v.skip(behind, consumer.lane);
-    } else {
-        consumer.skip(behind);
-    }
+    consumer.v.release_stage(values, consumer.lane);
+    consumer.store::<E>(step.slot, &softmax, &mut output);
+    consumer.skip(step.behind);
 }
 
 /// The exponentials of a step in the element type.
