@@ -498,7 +498,7 @@ mod tests {
 
     #[test]
     fn prompts_in_pages_are_moved_where_that_pays() {
-        let policy = Policy::Contiguous(Contiguous { run_cost: 0.8, ..Contiguous::default() });
+        let policy = Policy::Contiguous(Contiguous::default());
         let in_pages = DecodeConfig { prompts_in_pages: true, ..config(policy) };
         let (_, moved) = replay(in_pages, 1);
         assert!(moved.scattered > moved.admitted / 3 && moved.moves > moved.admitted / 3, "{moved:?}");
