@@ -1,7 +1,7 @@
 //! `packinfer bench`: how close to the floor a batch runs.
 
 use std::fs::File;
-use std::io::{Write, stdout};
+use std::io::{Seek, Write, stdout};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -24,7 +24,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let cases =
         if args.batch.is_empty() { vec![Case::builtin(args.seed)?] } else { Case::read_all(&args.batch, args.seed, false)? };
     // Better to learn now that the file cannot be written than after minutes of measuring.
-    let out = match &args.json {
+    let mut out = match &args.json {
         Some(path) => Some((path, File::create(path).with_context(|| cannot_write(path))?)),
         None => None,
     };
@@ -43,11 +43,12 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         progress.doing(case.name.clone());
         let measured = with_types!(case.batch.shape(), measure(case, &mut backend, &report.ceilings, args));
         report.batches.push(measured.with_context(|| case.name.clone())?);
+        // What was measured so far, lest it be lost if something goes wrong later.
+        if let Some((path, file)) = &mut out {
+            report.write(file).with_context(|| cannot_write(path))?;
+        }
     }
     drop(progress);
-    if let Some((path, file)) = out {
-        report.write(file).with_context(|| cannot_write(path))?;
-    }
     report.print(args.baseline)
 }
 
@@ -187,8 +188,11 @@ impl Measured {
 }
 
 impl Report {
-    fn write(&self, mut file: File) -> anyhow::Result<()> {
-        serde_json::to_writer_pretty(&mut file, self)?;
+    /// Writes the report in place of what the file has.
+    fn write(&self, file: &mut File) -> anyhow::Result<()> {
+        file.set_len(0)?;
+        file.rewind()?;
+        serde_json::to_writer_pretty(&mut *file, self)?;
         Ok(writeln!(file)?)
     }
 

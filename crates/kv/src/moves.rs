@@ -166,14 +166,11 @@ pub(crate) fn push_copy(copies: &mut Vec<SlotCopy>, copy: SlotCopy) {
     }
 }
 
-/// Joins runs that adjoin.
-pub(crate) fn join_runs(runs: impl Iterator<Item = KvRun>) -> impl Iterator<Item = KvRun> {
-    let mut runs = runs.peekable();
-    std::iter::from_fn(move || {
-        let mut run = runs.next()?;
-        while let Some(next) = runs.next_if(|next| next.first_slot == run.first_slot + run.num_slots) {
-            run.num_slots += next.num_slots;
-        }
-        Some(run)
-    })
+/// Appends a run, joined to the last one if it adjoins that.
+pub(crate) fn push_run(runs: &mut Vec<KvRun>, run: KvRun) {
+    match runs.last_mut() {
+        _ if run.num_slots == 0 => {}
+        Some(last) if last.first_slot + last.num_slots == run.first_slot => last.num_slots += run.num_slots,
+        _ => runs.push(run),
+    }
 }

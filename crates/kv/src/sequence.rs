@@ -7,7 +7,7 @@ use packinfer_abi::KvRun;
 
 pub use moving::SequenceMove;
 
-use crate::moves::join_runs;
+use crate::moves::push_run;
 use crate::pool::Motion;
 use crate::{Extent, KvError, SlotCopy, SlotPool};
 
@@ -168,21 +168,20 @@ impl Sequence {
     ///
     /// The slots are of another pool.
     pub fn runs_from(&self, pool: &SlotPool, first: u32) -> Result<Vec<KvRun>, KvError> {
-        let mut end = self.len;
-        let mut runs = Vec::new();
-        for part in self.parts.iter().rev() {
-            if end <= first {
-                break;
-            }
-            let begin = end - part.filled;
-            let skipped = first.saturating_sub(begin);
-            if part.filled > skipped {
-                let first_slot = pool.run(part.extent)?.first_slot + skipped;
-                runs.push(KvRun { first_slot, num_slots: part.filled - skipped });
-            }
-            end = begin;
+        // The part that token `first` lies in, and the tokens before it.
+        let (mut index, mut begin) = (self.parts.len(), self.len);
+        while begin > first {
+            index -= 1;
+            begin -= self.parts[index].filled;
         }
-        Ok(join_runs(runs.into_iter().rev()).collect())
+        let mut skipped = first.saturating_sub(begin);
+        let mut runs = Vec::with_capacity(self.parts.len() - index);
+        for &Part { extent, filled } in &self.parts[index..] {
+            let first_slot = pool.run(extent)?.first_slot + skipped;
+            push_run(&mut runs, KvRun { first_slot, num_slots: filled.saturating_sub(skipped) });
+            skipped = 0;
+        }
+        Ok(runs)
     }
 
     /// Free slots of a part that the sequence may write to.

@@ -54,6 +54,49 @@ fn buffers_that_repeat_elements() {
     assert_eq!(download(&[], 4), [0; 4]);
 }
 
+/// Lengths of prompts, chunks of prompts, drafts and decodes, others for each seed.
+fn random_lengths(seed: u64) -> Vec<(u32, u32)> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut below = |most: u32| {
+        // Xorshift, as Marsaglia has it: there is no need for more.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 33) as u32 % most
+    };
+    let mut lengths = |kind: u32| match kind {
+        0 => (1, 1 + below(2500)),
+        1 => {
+            let query_len = 1 + below(16);
+            (query_len, query_len + below(900))
+        }
+        2 => {
+            let query_len = 1 + below(250);
+            (query_len, query_len + below(700))
+        }
+        _ => {
+            let prompt = 1 + below(600);
+            (prompt, prompt)
+        }
+    };
+    (0..20).map(|request| lengths(if request % 3 == 0 { 3 } else { request % 4 })).collect()
+}
+
+/// Enough tasks that every multiprocessor does several, of tiles with many rows and with few in all orders.
+#[test]
+fn random_mixes_of_lengths() {
+    let Some(engine) = engine() else { return };
+    for seed in 0..8 {
+        let head_dim = [64, 128][seed as usize % 2];
+        let shape = AttentionShape::new(32, 8, head_dim, DType::Bf16).expect("a good shape");
+        let case = Case::<bf16>::new(paged(shape, Mask::Causal, &random_lengths(seed), 16));
+        case.check(&case.run(engine, Packing::Packed));
+        let prompts: Vec<_> = random_lengths(seed).into_iter().map(|(_, kv_len)| (kv_len.min(600), kv_len.min(600))).collect();
+        let case = Case::<bf16>::new(contiguous(shape, Mask::Causal, &prompts));
+        case.check(&case.run(engine, Packing::Packed));
+    }
+}
+
 #[test]
 fn mixed_contiguous_bf16() {
     check_all_shapes::<bf16>(&MIXED, None);
