@@ -72,7 +72,7 @@ pub fn measure<E: BackendElement + BackendKv<E>>(
     let compared_every = (args.steps / COMPARED_STEPS).max(1);
     let outputs = args.steps / compared_every;
     let mut device = Device::<E>::new(cuda.engine(), replay, shape, (args, outputs))?;
-    // Those who are there already: as long as their KV is, they are as new ones.
+    // The KV of requests that decode already is written like that of new ones.
     let runs: Vec<_> = replay.requests().map(|request| request.kv.runs(replay.pool())).collect::<Result<_, _>>()?;
     device.write(runs.iter().flatten(), 0)?;
 
