@@ -97,7 +97,8 @@ pub use packinfer_batch::{
     RopeLayout,
 };
 pub use packinfer_kv::{
-    Contiguous, Epoch, ExpectedTokens, Growth, KvError, Policy, PrefixTree, Sequence, SequenceMove, SlotCopy, SlotPool,
+    Contiguous, Epoch, ExpectedTokens, GroupMember, Growth, KvError, Policy, PrefixTree, Sequence, SequenceMove, SlotCopy,
+    SlotPool,
 };
 pub use packinfer_planner::{
     AppendError, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan, PlanError,

@@ -152,6 +152,12 @@ impl Contiguous {
         (f64::from(now) + f64::from(to_come) / 2.0) * self.run_cost * f64::from(situation.expected)
     }
 
+    /// Whether it pays to move the members of a group side by side: what attention saves for all of them together is more than what the copies cost.
+    pub fn group_pays(&self, usage: &Usage, page_size: u32, members: &[Situation]) -> bool {
+        let gain: f64 = members.iter().map(|member| self.gain(usage, page_size, member)).sum();
+        gain > members.iter().map(|member| self.cost(member)).sum()
+    }
+
     /// What moving the KV costs, in the same unit.
     pub fn cost(&self, situation: &Situation) -> f64 {
         f64::from(situation.tokens) * self.move_cost

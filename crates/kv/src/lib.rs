@@ -44,7 +44,8 @@
 //! - [`Sequence`]: the KV of one request, which grows, forks, shares slots with others and copies a page before it writes to
 //!   what others own.
 //! - [`PrefixTree`]: blocks of tokens that own slots, found by the tokens themselves or by hashes, evicted when slots run out.
-//! - [`Policy`]: pages, or contiguous extents with headroom.
+//! - [`Policy`]: pages, or contiguous extents with headroom, for [one request](Sequence::reorganize) or for
+//!   [a group](SlotPool::reorganize_group) side by side.
 //!
 //! # Moves and epochs
 //!
@@ -55,6 +56,7 @@
 
 mod error;
 mod free_spans;
+mod group;
 mod layout;
 mod moves;
 mod pool;
@@ -62,6 +64,7 @@ mod sequence;
 mod tree;
 
 pub use error::KvError;
+pub use group::GroupMember;
 pub use layout::{Contiguous, ExpectedTokens, Policy, Reason, Situation};
 pub use moves::{Filled, Move, SlotCopy};
 pub use packinfer_abi::KvRun;

@@ -1,6 +1,6 @@
 //! What the pool promises, one promise a test.
 
-use packinfer_kv::{Contiguous, Filled, Growth, KvError, KvRun, Sequence, Situation, SlotCopy, SlotPool, Usage};
+use packinfer_kv::{Contiguous, Filled, GroupMember, Growth, KvError, KvRun, Policy, Sequence, SlotCopy, SlotPool, Usage};
 
 const PAGE: u32 = 16;
 
@@ -182,29 +182,69 @@ fn cancelled_and_failed_moves_leave_everything_in_place() {
     pool.audit().unwrap();
 }
 
-#[test]
-fn a_group_moves_side_by_side() {
-    let mut pool = pool(64);
+/// Three requests of 60 tokens whose pages mix.
+fn mixed_group(pool: &mut SlotPool) -> Vec<Sequence> {
     let mut group: Vec<_> = (0..3).map(|_| Sequence::new()).collect();
     for _ in 0..3 {
-        // In turns, so that their pages mix.
         for member in &mut group {
-            member.append(&mut pool, 20, Growth::Pages).unwrap();
+            member.append(pool, 20, Growth::Pages).unwrap();
         }
     }
-    let situations: Vec<_> = group.iter().map(|member| Situation::of(member, &pool, 10)).collect();
-    assert!(situations.iter().all(|situation| situation.tokens == 60 && situation.runs > 1));
-    let slots = Contiguous::default().group(&pool.usage(), PAGE, &situations);
-    let targets = pool.allocate_group(&slots).unwrap();
-    for (member, target) in group.iter_mut().zip(targets) {
-        let begun = member.begin_move_into(&mut pool, target).unwrap();
-        member.commit_move(&mut pool, begun).unwrap();
+    group
+}
+
+fn members(group: &mut [Sequence], expected: u32) -> Vec<GroupMember<'_>> {
+    group.iter_mut().map(|kv| GroupMember { kv, expected }).collect()
+}
+
+fn runs_of(group: &[Sequence], pool: &SlotPool) -> Vec<KvRun> {
+    group.iter().flat_map(|member| member.runs(pool).unwrap()).collect()
+}
+
+#[test]
+fn a_group_moves_side_by_side() {
+    let mut pool = pool(128);
+    let mut group = mixed_group(&mut pool);
+    // Somebody who has no tokens yet is in the group as well.
+    group.insert(1, Sequence::new());
+    let policy = Policy::Contiguous(Contiguous::default());
+    let usage = pool.usage();
+    let moves = pool.reorganize_group(&policy, &usage, &mut members(&mut group, 300)).unwrap();
+    assert_eq!(moves.iter().map(|(member, begun)| (*member, begun.num_slots())).collect::<Vec<_>>(), [(0, 60), (2, 60), (3, 60)]);
+    for (member, begun) in moves {
+        group[member].commit_move(&mut pool, begun).unwrap();
     }
-    let runs: Vec<_> = group.iter().flat_map(|member| member.runs(&pool).unwrap()).collect();
+    let runs = runs_of(&group, &pool);
     let first = runs[0].first_slot;
-    let expected = [0, 80, 160].map(|offset| KvRun { first_slot: first + offset, num_slots: 60 });
-    assert_eq!(runs, expected, "60 tokens and 10 to come, in whole pages");
+    let expected = [0, 368, 736].map(|offset| KvRun { first_slot: first + offset, num_slots: 60 });
+    assert_eq!(runs, expected, "60 tokens and 300 to come, in whole pages");
     pool.audit().unwrap();
+}
+
+#[test]
+fn a_group_stays_where_moving_it_does_not_pay_or_fails() {
+    let mut pool = pool(64);
+    let mut group = mixed_group(&mut pool);
+    let policy = Policy::Contiguous(Contiguous::default());
+    let (before, usage) = (runs_of(&group, &pool), pool.usage());
+    let stays = |pool: &mut SlotPool, group: &mut [Sequence], policy: &Policy, usage: &Usage, expected| {
+        let moves = pool.reorganize_group(policy, usage, &mut members(group, expected)).unwrap();
+        assert!(moves.is_empty());
+        assert_eq!((runs_of(group, pool), pool.usage()), (before.clone(), *usage));
+        pool.audit().unwrap();
+    };
+    stays(&mut pool, &mut group, &policy, &usage, 5);
+    stays(&mut pool, &mut group, &Policy::Paged, &usage, 300);
+    // The last member is being moved already: what was begun for the others is given up.
+    let begun = group[2].begin_move(&mut pool, 0).unwrap().unwrap();
+    let usage = pool.usage();
+    stays(&mut pool, &mut group, &policy, &usage, 300);
+    begun.cancel(&mut pool).unwrap();
+    // There is no room for three times 60 slots.
+    let rest = sequence(&mut pool, 64 * PAGE - 3 * 64 - 100, contiguous(0));
+    let usage = pool.usage();
+    stays(&mut pool, &mut group, &policy, &usage, 300);
+    rest.free(&mut pool).unwrap();
 }
 
 #[test]
