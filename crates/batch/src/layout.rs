@@ -93,6 +93,7 @@ impl KvLayout {
     }
 
     /// Slots of a page, where the layout has pages of its own.
+    #[inline]
     pub fn page_size(&self) -> Option<u32> {
         match self {
             Self::Slots => None,
@@ -101,6 +102,7 @@ impl KvLayout {
     }
 
     /// Slots of the largest pool: their numbers stay below [`Batch::MAX_SLOTS`].
+    #[inline]
     pub fn most_slots(&self, shape: AttentionShape) -> u32 {
         match self {
             Self::Slots => Batch::MAX_SLOTS,
@@ -112,11 +114,13 @@ impl KvLayout {
     }
 
     /// Slots of the smallest pool that has slots up to `end`: whole pages.
+    #[inline]
     pub fn pool_slots(&self, end: u32) -> u32 {
         self.page_size().map_or(end, |page_size| end.checked_next_multiple_of(page_size).unwrap_or(u32::MAX))
     }
 
     /// The numbers of the slots from `first` on, as many as follow each other before `end`, which is at most [`Self::most_slots`].
+    #[inline]
     pub fn number(&self, shape: AttentionShape, first: u32, end: u32) -> KvRun {
         match self {
             Self::Slots => KvRun { first_slot: first, num_slots: end.saturating_sub(first) },
