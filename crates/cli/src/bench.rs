@@ -1,8 +1,6 @@
 //! `packinfer bench`: how close to the floor a batch runs.
 
-use std::fs::File;
-use std::io::{Seek, Write, stdout};
-use std::path::Path;
+use std::io::{Write, stdout};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -13,6 +11,7 @@ use serde::Serialize;
 use crate::args::{Baseline, BenchArgs};
 use crate::backend::{Backend, BackendElement, BackendKv, Ceilings, Repeat};
 use crate::case::Case;
+use crate::json_file::JsonFile;
 use crate::planning::{self, Planned};
 use crate::progress::Progress;
 use crate::table;
@@ -23,11 +22,7 @@ use crate::units::significant;
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let cases =
         if args.batch.is_empty() { vec![Case::builtin(args.seed)?] } else { Case::read_all(&args.batch, args.seed, false)? };
-    // Better to learn now that the file cannot be written than after minutes of measuring.
-    let mut out = match &args.json {
-        Some(path) => Some((path, File::create(path).with_context(|| cannot_write(path))?)),
-        None => None,
-    };
+    let mut out = JsonFile::create(args.json.as_ref())?;
     let mut backend = Backend::open(&args.device)?;
     let progress = Progress::new(cases.len() + 1);
     progress.doing("ceilings of the device");
@@ -44,16 +39,12 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         let measured = with_types!(case.batch.shape(), measure(case, &mut backend, &report.ceilings, args));
         report.batches.push(measured.with_context(|| case.name.clone())?);
         // What was measured so far, lest it be lost if something goes wrong later.
-        if let Some((path, file)) = &mut out {
-            report.write(file).with_context(|| cannot_write(path))?;
+        if let Some(out) = &mut out {
+            out.write(&report)?;
         }
     }
     drop(progress);
     report.print(args.baseline)
-}
-
-fn cannot_write(path: &Path) -> String {
-    format!("cannot write {}", path.display())
 }
 
 /// Everything that was measured.
@@ -188,14 +179,6 @@ impl Measured {
 }
 
 impl Report {
-    /// Writes the report in place of what the file has.
-    fn write(&self, file: &mut File) -> anyhow::Result<()> {
-        file.set_len(0)?;
-        file.rewind()?;
-        serde_json::to_writer_pretty(&mut *file, self)?;
-        Ok(writeln!(file)?)
-    }
-
     fn print(&self, baseline: Option<Baseline>) -> anyhow::Result<()> {
         let mut header =
             vec!["batch", "floor µs", "time µs", "graph µs", "ratio", "GB/s", "TFLOP/s", "plan µs", "runs", "kernels"];

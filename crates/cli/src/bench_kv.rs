@@ -1,10 +1,8 @@
 //! `packinfer bench-kv`: how fast slots are copied and tokens appended, beside the bandwidth that the device copies its memory at.
 
-use std::fs::File;
 use std::io::{Write, stdout};
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::Context;
 use float8::F8E4M3;
 use half::bf16;
 use indicatif::HumanBytes;
@@ -19,6 +17,7 @@ use serde::Serialize;
 use crate::args::BenchKvArgs;
 use crate::backend::{BackendKv, Cuda};
 use crate::bench::Timing;
+use crate::json_file::JsonFile;
 use crate::progress::Progress;
 use crate::table;
 use crate::units::significant;
@@ -72,12 +71,7 @@ struct Measured {
 
 /// Measures copies and appends, in bf16 and in FP8.
 pub fn run(args: &BenchKvArgs) -> anyhow::Result<()> {
-    // Better to learn now that the file cannot be written than after measuring.
-    let cannot_write = |path: &std::path::PathBuf| format!("cannot write {}", path.display());
-    let out = match &args.json {
-        Some(path) => Some((path, File::create(path).with_context(|| cannot_write(path))?)),
-        None => None,
-    };
+    let mut out = JsonFile::create(args.json.as_ref())?;
     let cuda = Cuda::open(None, None)?;
     let progress = Progress::new(3);
     progress.doing("copy bandwidth of the device");
@@ -105,9 +99,8 @@ pub fn run(args: &BenchKvArgs) -> anyhow::Result<()> {
         layers: LAYERS,
         launches: bench.launches,
     };
-    if let Some((path, mut file)) = out {
-        serde_json::to_writer_pretty(&mut file, &report).with_context(|| cannot_write(path))?;
-        writeln!(file).with_context(|| cannot_write(path))?;
+    if let Some(out) = &mut out {
+        out.write(&report)?;
     }
     report.print()
 }

@@ -12,6 +12,7 @@ mod case;
 mod decode_run;
 mod explain;
 mod info;
+mod json_file;
 mod kv_sim;
 mod memory;
 mod plan;

@@ -29,14 +29,11 @@ use packinfer_kv::{Epoch, ExpectedTokens, Growth, KvError, KvRun, Policy, Reason
 use serde::{Deserialize, Serialize};
 
 use crate::TraceRequest;
+use crate::replay::{FIRST_EXPECTATION, REVIEW_STEPS};
 pub use picture::{PoolMap, pools_svg};
 
 /// Slots of the pool for each token that as many mean requests have, if nobody says how many there are: so that the pool is two thirds full.
 const SLOTS_PER_TOKEN: f64 = 1.75;
-/// Steps between two looks at whether a request's KV should be moved, besides whenever its room is used up.
-const REVIEW_STEPS: u32 = 64;
-/// Answers are expected to be this long until some have been seen.
-const FIRST_EXPECTATION: u32 = 256;
 
 /// What is replayed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -191,13 +188,24 @@ impl<'a> DecodeReplay<'a> {
         })
     }
 
-    /// Goes through `steps` steps whose copies are all done at once, so that the pool looks as after a long time of serving; then the report begins anew. Who
-    /// is running afterwards was never told by [`Self::admit`].
+    /// As [`Self::advance_alone`], so that the pool looks as after a long time of serving; then the report begins anew. Who is running afterwards was never
+    /// told by [`Self::admit`].
     ///
     /// # Errors
     ///
     /// As the parts of a step.
     pub fn warm_up(&mut self, steps: u32) -> Result<(), DecodeError> {
+        self.advance_alone(steps)?;
+        self.report = DecodeReport::default();
+        Ok(())
+    }
+
+    /// Goes through `steps` steps without a device: copies are done when the next step begins, and plans have run when their step ends.
+    ///
+    /// # Errors
+    ///
+    /// As the parts of a step.
+    pub fn advance_alone(&mut self, steps: u32) -> Result<(), DecodeError> {
         let mut moves = Vec::new();
         for _ in 0..steps {
             self.admit()?;
@@ -213,7 +221,6 @@ impl<'a> DecodeReplay<'a> {
         for (id, begun) in moves {
             self.end_move(id, begun)?;
         }
-        self.report = DecodeReport::default();
         Ok(())
     }
 
@@ -325,11 +332,12 @@ impl<'a> DecodeReplay<'a> {
             let request = &mut self.running[index];
             request.generated += 1;
             request.is_due |= request.kv.room(&self.pool) == 0 || request.generated.is_multiple_of(REVIEW_STEPS);
-            self.slots.extend(request.kv.runs_from(&self.pool, position)?.iter().map(|run| run.first_slot));
+            let runs = request.kv.runs(&self.pool)?;
+            // The new token is the last of the last run.
+            self.slots.extend(runs.last().map(|run| run.first_slot + run.num_slots - 1));
             self.positions.push(position);
-            let runs = request.kv.runs(&self.pool)?.len();
             self.report.read_slots += u64::from(position) + 1;
-            self.report.read_runs += runs as u64;
+            self.report.read_runs += runs.len() as u64;
         }
         self.step += 1;
         self.report.steps += 1;

@@ -36,3 +36,8 @@ pub enum TraceError {
         reason: String,
     },
 }
+
+/// A plot that could not be drawn or written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot draw the plot: {0}")]
+pub struct PlotError(pub(crate) String);

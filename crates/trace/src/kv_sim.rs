@@ -24,7 +24,7 @@ use packinfer_kv::{Contiguous, KvError, Policy, SlotPool};
 use serde::{Deserialize, Serialize};
 
 use crate::{BLOCK_TOKENS, TraceRequest};
-pub use plot::{PlotError, plot_svg};
+pub use plot::plot_svg;
 pub use report::{Sample, SimReport};
 
 /// What a trace is replayed against.

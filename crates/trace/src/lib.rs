@@ -27,10 +27,11 @@ mod error;
 pub mod kv_sim;
 mod mooncake;
 mod reader;
+mod replay;
 mod request;
 mod summary;
 
-pub use error::TraceError;
+pub use error::{PlotError, TraceError};
 pub use reader::{Format, TraceReader};
 pub use request::{BLOCK_TOKENS, TraceRequest};
 pub use summary::TraceSummary;

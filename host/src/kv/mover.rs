@@ -5,7 +5,7 @@ use std::fmt;
 
 use packinfer_kv::{Epoch, KvError, SequenceMove, SlotCopy};
 
-use super::{KvArena, SlotCopies};
+use super::{KvArena, KvMemoryError, SlotCopies};
 use crate::stream::{Event, Stream};
 use crate::{Element, Engine, EngineError, KvElement};
 
@@ -101,7 +101,7 @@ impl<Id> KvMover<Id> {
             return Ok(());
         }
         if self.is_busy() {
-            return Err(super::KvMemoryError::MoverBusy { moves: self.moves.len() }.into());
+            return Err(KvMemoryError::MoverBusy { moves: self.moves.len() }.into());
         }
         self.scratch.clear();
         self.scratch.extend(moves.iter().flat_map(|(_, begun)| begun.copies()));

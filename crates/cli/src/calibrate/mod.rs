@@ -5,13 +5,13 @@ mod run;
 
 use std::fs;
 use std::io::{Write, stdout};
-use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::Context;
 use packinfer_planner::{Calibration, DeviceModel, Fit, Measurement, fit};
 
 use crate::args::CalibrateArgs;
+use crate::json_file::cannot_write;
 use crate::table;
 use crate::units::significant;
 
@@ -37,10 +37,6 @@ pub fn run(args: &CalibrateArgs) -> anyhow::Result<()> {
         fs::write(path, calibration.to_json()).with_context(|| cannot_write(path))?;
     }
     Ok(())
-}
-
-fn cannot_write(path: &Path) -> String {
-    format!("cannot write {}", path.display())
 }
 
 fn measure(args: &CalibrateArgs) -> anyhow::Result<Calibration> {

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use packinfer::measure::{Mark, Marks};
 use packinfer::{AppendSlots, DeviceBuffer, Engine, KvAppend, KvArena, KvMover, RunOptions, Stream, Tensors};
-use packinfer_batch::AttentionShape;
+use packinfer_batch::{AttentionShape, Batch, Mask};
 use packinfer_cpu::random_elements;
 use packinfer_kv::KvRun;
 use packinfer_trace::decode_replay::DecodeReplay;
 use serde::Serialize;
 
-use super::{empty_batch, fill};
+use super::fill;
 use crate::args::DecodeRunArgs;
 use crate::backend::{BackendElement, BackendKv, Cuda};
 
@@ -78,7 +78,7 @@ pub fn measure<E: BackendElement + BackendKv<E>>(
 
     let (engine, stream) = (cuda.engine(), device.stream.clone());
     let mut planner = cuda.planner();
-    let mut batch = empty_batch(shape);
+    let mut batch = Batch::new(shape, Mask::Causal);
     fill(&mut batch, replay)?;
     let mut plan = planner.plan(&batch)?;
     let mut device_plan = engine.upload(&plan, &stream)?;

@@ -2,13 +2,13 @@
 
 mod device;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Write, stdout};
 use std::time::SystemTime;
 
 use anyhow::Context;
 use half::bf16;
-use packinfer_batch::{AttentionShape, Batch, DType, Mask};
+use packinfer_batch::{AttentionShape, Batch, DType};
 use packinfer_kv::{Contiguous, Policy};
 use packinfer_trace::decode_replay::{DecodeConfig, DecodeReplay, DecodeReport, PoolMap, pools_svg};
 use packinfer_trace::{TraceReader, TraceRequest};
@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::args::DecodeRunArgs;
 use crate::backend::Backend;
+use crate::json_file::{JsonFile, cannot_write};
 use crate::progress::Progress;
 use crate::table;
 use crate::units::significant;
@@ -68,12 +69,7 @@ const MOVED: &str = "moved";
 pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
     let trace: Vec<TraceRequest> = TraceReader::open(&args.trace)?.collect::<Result<_, _>>()?;
     let shape = AttentionShape::new(args.num_qo_heads, args.num_kv_heads, args.head_dim, DType::Bf16)?;
-    let cannot_write = |path: &std::path::PathBuf| format!("cannot write {}", path.display());
-    // Better to learn now that the file cannot be written than after measuring.
-    let out = match &args.json {
-        Some(path) => Some((path, File::create(path).with_context(|| cannot_write(path))?)),
-        None => None,
-    };
+    let mut out = JsonFile::create(args.json.as_ref())?;
     let backend = Backend::open(&args.device)?;
     let progress = Progress::new(LAYOUTS * args.rounds as usize);
     let mut runs = Vec::new();
@@ -92,7 +88,7 @@ pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
                     Some(measured)
                 }
                 Backend::Cpu(_) => {
-                    pool_alone(&mut replay, args.steps)?;
+                    replay.advance_alone(args.steps)?;
                     None
                 }
             };
@@ -124,9 +120,8 @@ pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
         layouts: layouts.into_iter().filter_map(|(layout, ..)| median(&mut runs, layout)).collect(),
         difference: difference(&outputs),
     };
-    if let Some((path, mut file)) = out {
-        serde_json::to_writer_pretty(&mut file, &report).with_context(|| cannot_write(path))?;
-        writeln!(file).with_context(|| cannot_write(path))?;
+    if let Some(out) = &mut out {
+        out.write(&report)?;
     }
     report.print()
 }
@@ -151,23 +146,6 @@ fn warm<'a>(
     Ok(replay)
 }
 
-/// Goes on without a device, with copies that take a step.
-fn pool_alone(replay: &mut DecodeReplay<'_>, steps: u32) -> anyhow::Result<()> {
-    let mut moves = Vec::new();
-    for _ in 0..steps {
-        replay.admit()?;
-        for (id, begun) in moves.drain(..) {
-            if let Some((ended, _)) = replay.end_move(id, begun)? {
-                replay.retire(ended)?;
-            }
-        }
-        moves = replay.begin_moves()?;
-        replay.append()?;
-    }
-    moves.into_iter().try_for_each(|(id, begun)| replay.end_move(id, begun).map(drop))?;
-    Ok(())
-}
-
 /// The requests of a step as a batch.
 fn fill(batch: &mut Batch, replay: &DecodeReplay<'_>) -> anyhow::Result<()> {
     batch.clear();
@@ -177,12 +155,7 @@ fn fill(batch: &mut Batch, replay: &DecodeReplay<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An empty batch of decodes.
-fn empty_batch(shape: AttentionShape) -> Batch {
-    Batch::new(shape, Mask::Causal)
-}
-
-/// Of the rounds of a layout, that with the median time.
+/// Of the rounds of a layout, that with the median time; of an even number, the faster of the two in the middle.
 fn median(runs: &mut Vec<(u32, Run)>, layout: &str) -> Option<Run> {
     let mut rounds: Vec<Run> = runs.extract_if(.., |(_, run)| run.layout == layout).map(|(_, run)| run).collect();
     let total = |run: &Run| run.measured.as_ref().map_or(0.0, |measured| measured.step_us);

@@ -5,7 +5,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::DecodeReplay;
-use crate::kv_sim::PlotError;
+use crate::PlotError;
 
 /// Pages in a line of the picture, and lines: the beginning of the pool.
 const PAGES_PER_LINE: u32 = 96;

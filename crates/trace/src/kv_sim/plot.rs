@@ -4,11 +4,7 @@ use packinfer_kv::Usage;
 use plotters::prelude::*;
 
 use super::{Sample, SimReport};
-
-/// A plot that could not be drawn or written.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot draw the plot: {0}")]
-pub struct PlotError(pub(crate) String);
+use crate::PlotError;
 
 /// Size of the picture, in pixels.
 const SIZE: (u32, u32) = (900, 640);

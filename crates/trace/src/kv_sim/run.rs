@@ -5,12 +5,8 @@ use std::collections::VecDeque;
 use packinfer_kv::{Branch, ExpectedTokens, KvError, PrefixTree, SequenceMove, Situation, SlotPool};
 
 use super::{Sample, SimConfig, SimReport};
+use crate::replay::{FIRST_EXPECTATION, REVIEW_STEPS};
 use crate::{BLOCK_TOKENS, TraceRequest};
-
-/// Answers are expected to be this long until some have been seen.
-const FIRST_EXPECTATION: u32 = 256;
-/// Steps between two looks at whether a request's KV should be moved, besides whenever its room is used up.
-const REVIEW_STEPS: u32 = 64;
 
 /// A request that is not running: its number, and how many tokens of its answer it had before it was preempted.
 #[derive(Clone, Copy)]

@@ -247,6 +247,9 @@ unsafe fn score<
     scores
 }
 
+/// Accumulators of a thread, of O and of scores, with which the assembler was seen to spill: 160 of its 255 registers.
+const MANY_ACCUMULATORS: usize = 160;
+
 /// Adds P V of one step to the output. `sums` are those of the exponentials up to each fragment.
 #[inline(always)]
 unsafe fn accumulate<
@@ -265,7 +268,7 @@ unsafe fn accumulate<
 ) {
     // Products need no sums, so the assembler puts the additions off until after them, and keeps all exponentials for that long. Where accumulators
     // leave too few registers, those of two fragments are to be added up before the first load for the next two.
-    let few_registers = const { 4 * ROW_BLOCKS * (DIM_BLOCKS + SCORE_FRAGMENTS) >= 160 };
+    let few_registers = const { 4 * ROW_BLOCKS * (DIM_BLOCKS + SCORE_FRAGMENTS) >= MANY_ACCUMULATORS };
     let v = v.columns_by_lane_transposed(lane);
     for pair in 0..SCORE_FRAGMENTS / 2 {
         let first_v = if few_registers && pair > 0 { v.after(zero_after(&sums[2 * pair - 1])) } else { v };
