@@ -140,11 +140,20 @@ impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
     }
 }
 
+/// A run, without slots if there is no such run.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+unsafe fn run_or_none(params: &AttentionParams, index: u32) -> KvRun {
+    if index < params.num_runs { load_run(params, index) } else { KvRun::default() }
+}
+
 /// Up to 32 consecutive KV runs of a work item, one a lane, and the columns that they are.
 #[cfg(feature = "sm_90a")]
 pub struct RunWindow {
     /// Index of the run after the window.
     next_run: u32,
+    /// The lane's run of the next window, on its way while this one is worked on.
+    next: KvRun,
     /// Column after the window; the same in all lanes.
     window_end: u32,
     /// Slot of column `begin`.
@@ -164,7 +173,8 @@ impl RunWindow {
     /// Reached by all lanes of the warp; `params` and `item` are valid.
     #[inline(always)]
     pub unsafe fn new(params: &AttentionParams, item: &WorkItem, lane: u32) -> Self {
-        let mut window = Self { next_run: item.run_begin, window_end: item.column_begin, slot: 0, begin: 0, end: 0 };
+        let next = run_or_none(params, item.run_begin + lane);
+        let mut window = Self { next_run: item.run_begin, next, window_end: item.column_begin, slot: 0, begin: 0, end: 0 };
         window.load(params, item, lane, item.run_skip);
         window
     }
@@ -188,11 +198,9 @@ impl RunWindow {
     /// Loads the 32 runs from `next_run` on, less the first `skip` slots.
     #[inline(always)]
     unsafe fn load(&mut self, params: &AttentionParams, item: &WorkItem, lane: u32, skip: u32) {
-        let index = self.next_run + lane;
-        let mut run = KvRun::default();
-        if index < params.num_runs {
-            run = load_run(params, index);
-        }
+        let run = self.next;
+        self.next_run += warp::LANES;
+        self.next = run_or_none(params, self.next_run + lane);
         let skip = if lane == 0 { skip } else { 0 };
         // Columns past the item's range do not matter; cut to them, the sum of 32 runs cannot overflow for long.
         let left = item.column_end - self.window_end;
@@ -208,7 +216,6 @@ impl RunWindow {
         self.slot = run.first_slot + skip;
         self.begin = self.window_end + if lane == 0 { 0 } else { before };
         self.end = self.window_end + sum;
-        self.next_run += 32;
         self.window_end += warp::shuffle_from(sum, 31);
     }
 }

@@ -295,6 +295,49 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> BoxTile<DIM_BLOCKS, ROW_B
         Self { base: self.base + tiles * Self::BYTES }
     }
 
+    #[inline(always)]
+    fn lane_row(self, row: u32, block: u32) -> LaneRow {
+        LaneRow { row: self.row(row, 0), swizzle: (block ^ row % 8) * CHUNK_BYTES }
+    }
+
+    /// How this lane reads [`Self::operands_b`] of rows from `first_row` on, a multiple of 8.
+    #[inline(always)]
+    pub fn columns_by_lane(self, first_row: u32, lane: u32) -> LaneRow {
+        self.lane_row(first_row + lane % 8 + lane / 16 * 8, lane / 8 % 2)
+    }
+
+    /// How this lane reads [`Self::operands_b_transposed`] of rows from `first_row` on, a multiple of 8.
+    #[inline(always)]
+    pub fn columns_by_lane_transposed(self, first_row: u32, lane: u32) -> LaneRow {
+        self.lane_row(first_row + lane % 16, lane / 16)
+    }
+
+    /// As [`SharedTile::operands_b`], of rows from that of `lane_row` on.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, with `lane_row` from [`Self::columns_by_lane`]; the tile holds these rows.
+    #[inline(always)]
+    pub unsafe fn operands_b(lane_row: LaneRow, block: usize) -> [OperandB; 2] {
+        SharedTile::<PANEL_BLOCKS>::operands_b(Self::in_panel(lane_row, block), 0, block % PANEL_BLOCKS)
+    }
+
+    /// As [`SharedTile::operands_b_transposed`], of rows from that of `lane_row` on.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, with `lane_row` from [`Self::columns_by_lane_transposed`]; the tile holds these rows.
+    #[inline(always)]
+    pub unsafe fn operands_b_transposed(lane_row: LaneRow, block: usize) -> [OperandB; 2] {
+        SharedTile::<PANEL_BLOCKS>::operands_b_transposed(Self::in_panel(lane_row, block), 0, block % PANEL_BLOCKS)
+    }
+
+    /// The same row of the panel that holds block `block`.
+    #[inline(always)]
+    fn in_panel(lane_row: LaneRow, block: usize) -> LaneRow {
+        LaneRow { row: lane_row.row + (block / PANEL_BLOCKS) as u32 * Self::PANEL_BYTES, ..lane_row }
+    }
+
     /// Address of row `row` of panel `panel`.
     #[inline(always)]
     pub fn row(self, row: u32, panel: u32) -> u32 {

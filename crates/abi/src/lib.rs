@@ -53,7 +53,7 @@ pub const ATTENTION_SHARED_BYTES: u32 = TILE_SHARED_BYTES + ROW_TABLE_BYTES;
 pub const HOPPER_THREADS: u32 = 384;
 /// Dynamic shared memory of the `sm_90a` attention kernel: tiles of Q, K and V (160 KiB for a head dimension of 128), an exchange of
 /// 36.5 KiB, four row tables, barriers. One block an `sm_90` multiprocessor, which has 227 KiB.
-pub const HOPPER_SHARED_BYTES: u32 = 204 * 1024;
+pub const HOPPER_SHARED_BYTES: u32 = 220 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds tiles.
 pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds the row table.

@@ -177,6 +177,19 @@ pub unsafe fn load_shared_f32(address: u32) -> f32 {
     f32::from_bits(load_shared(address))
 }
 
+/// Loads two numbers from shared memory.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and in the block's shared memory.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn load_shared_f32x2(address: u32) -> [f32; 2] {
+    let (a, b): (f32, f32);
+    asm!("ld.shared.v2.f32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg32) address, options(nostack));
+    [a, b]
+}
+
 /// Loads four words from shared memory.
 ///
 /// # Safety

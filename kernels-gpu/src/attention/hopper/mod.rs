@@ -1,20 +1,24 @@
 //! For `sm_90a`: a persistent block per multiprocessor, whose warpgroups divide the labour.
 //!
 //! ```text
-//! producer   (1 warpgroup)    takes tasks; brings Q, K and V      task ▸ Q ▸ K₀ V₀ K₁ V₁ … task ▸ …
-//! consumers  (2 warpgroups)   64 rows each, wgmma over a step     S₀ · S₁ P₀V₀ · S₂ P₁V₁ · … · store
+//! producer   (1 warpgroup)    takes tasks; brings Q, K and V           task ▸ Q ▸ K₀ V₀ K₁ V₁ … task ▸ …
+//! consumers  (2 warpgroups)   wide tiles: 64 rows each, wgmma          S₀ · S₁ P₀V₀ · S₂ P₁V₁ · … · store
+//!                             narrow: 16 columns of a step each warp   S₀ P₀V₀ · S₁ P₁V₁ · … · merge
 //! ```
 //!
 //! The producer runs ahead, also across tasks: while the consumers finish one, the Q, K and V of the next arrive. All that passes between
 //! them lies in [`Shared`], guarded by pairs of barriers: *full* (the producer has filled it) and *empty* (the consumers have done with it).
 
+mod consumer;
 mod epilogue;
+mod exchange;
+mod narrow;
 mod producer;
 mod queries;
 mod shared;
 mod wide;
 
-use packinfer_abi::AttentionParams;
+use packinfer_abi::{AttentionParams, TileKind};
 
 use crate::element::{Bf16, Element, F16};
 use crate::ptx::control::sync_block;
@@ -23,6 +27,7 @@ use crate::ptx::special::{dynamic_shared, thread_index};
 use crate::ptx::warp;
 use crate::ptx::warpgroup::{THREADS, give_registers, take_registers};
 use crate::ptx::wgmma::Accumulator;
+use consumer::Consumer;
 use shared::Shared;
 
 /// Warps that consume.
@@ -40,6 +45,8 @@ mod barrier {
     pub const QUERY_WARPS: u32 = 1;
     /// The turn of consumer 0 to start products, and after it that of consumer 1.
     pub const TURN: u32 = 2;
+    /// Between the warps of both consumers.
+    pub const CONSUMERS: u32 = TURN + 2;
 }
 
 #[inline(always)]
@@ -60,35 +67,55 @@ where
         producer::run(&params, shared, thread);
     } else {
         take_registers::<CONSUMER_REGISTERS>();
-        wide::run::<E, DIM_BLOCKS, FRAGMENTS>(&params, shared, warpgroup - 1, thread - THREADS);
+        consume::<E, DIM_BLOCKS, FRAGMENTS>(&params, shared);
     }
+}
+
+/// Does a consumer's part until no task is left.
+#[inline(always)]
+unsafe fn consume<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    params: &AttentionParams,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+) where
+    [Fragment; FRAGMENTS]: Accumulator<E>,
+    [Fragment; DIM_BLOCKS]: Accumulator<E>,
+{
+    let mut consumer = Consumer::new(params, shared);
+    consumer.begin_turns();
+    while let Some(kind) = consumer.next_kind() {
+        match kind {
+            TileKind::Wide => wide::walk::<E, DIM_BLOCKS, FRAGMENTS>(&mut consumer),
+            TileKind::Narrow => narrow::tile::<E, DIM_BLOCKS, FRAGMENTS>(&mut consumer),
+        }
+    }
+    consumer.end_turns();
 }
 
 kernel! {
     /// Attention in bf16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
     fn attention_bf16_d64(params: AttentionParams) {
         attention::<Bf16, 8, 16>(params)
     }
 
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
     fn attention_bf16_d128(params: AttentionParams) {
         attention::<Bf16, 16, 16>(params)
     }
 
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
     fn attention_f16_d64(params: AttentionParams) {
         attention::<F16, 8, 16>(params)
     }
 
     /// Attention in f16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
     fn attention_f16_d128(params: AttentionParams) {
         attention::<F16, 16, 16>(params)
     }

@@ -5,16 +5,17 @@
 //! | 0, 1 | K, V: a box for each piece of a KV run |
 //! | 2, 3 | take tasks, work out their rows, post them; then Q: rows of 16-byte chunks through `cp.async` |
 
-use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, TileKind, WIDE_TILE_ROWS};
+use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 
 use super::barrier;
 use super::queries::QueryRows;
 use super::shared::{ColumnTile, Ring, Shared};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
+use crate::ptx::math::opaque;
 use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
-use crate::ptx::tma::{CachePolicy, copy_box};
+use crate::ptx::tma::{copy_box, prefetch_map};
 use crate::ptx::warp::{self, LANES};
 use crate::ptx::warpgroup;
 use crate::rows::WarpView;
@@ -25,6 +26,10 @@ pub const LOADER_WARPS: u32 = 2;
 pub const QUERY_WARPS: u32 = 2;
 /// Rows of a tile that each of these looks after: those of one consumer.
 const QUERY_WARP_ROWS: u32 = WIDE_TILE_ROWS / QUERY_WARPS;
+
+/// Steps of a long task, of which the block takes the next only when so many are left to be loaded: early enough to begin with it in time, and late enough that
+/// no block has one in store that another would be free for. Of shorter tasks, the block takes some ahead.
+pub const LONG_TASK_STEPS: u32 = 4;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
@@ -42,14 +47,22 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 ) {
     let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
     let v_maps = params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES);
+    if thread < 2 * NUM_KV_BOXES {
+        prefetch_map(params.kv_maps + u64::from(thread * TENSOR_MAP_BYTES));
+    }
     match warp {
         0 => {
-            let mut ring = shared.k_ring();
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane));
+            let (mut ring, near_end) = (shared.k_ring(), shared.near_end());
+            let tell = |steps_left| {
+                if steps_left == LONG_TASK_STEPS {
+                    near_end.send();
+                }
+            };
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane, tell));
         }
         1 => {
             let mut ring = shared.v_ring();
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane));
+            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane, |_| ()));
         }
         _ => post_tasks(params, shared, warp - LOADER_WARPS, lane),
     }
@@ -66,10 +79,10 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let mut tasks = shared.task_ring();
     loop {
         tasks.wait_full();
-        if !shared.has_task(tasks.stage) {
+        if !shared.has_task(tasks.stage()) {
             break;
         }
-        load(&shared.task(params, tasks.stage));
+        load(&shared.task(params, tasks.stage()));
         warp::sync();
         tasks.release(lane);
     }
@@ -83,14 +96,13 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     warp: u32,
     lane: u32,
 ) {
-    let num_tasks = params.num_items * params.heads.num_groups;
-    let (mut tasks, mut queries) = (shared.task_ring(), shared.query_ring());
+    let (mut tasks, mut queries, mut near_end) = (shared.task_ring(), shared.query_ring(), shared.near_end());
     let (first_row, leads) = (warp * QUERY_WARP_ROWS, warp == 0 && lane == 0);
-    let mut index = Queue::of_block(params).first_task(params);
-    while index < num_tasks {
-        let next = if leads { take_task(params, num_tasks) } else { 0 };
+    let mut next = Some(Queue::of_block(params).first_task(params));
+    while let Some(index) = next {
+        let lane = opaque(lane);
         tasks.wait_empty();
-        let stage = tasks.stage;
+        let stage = tasks.stage();
         let task = Task::load(*params, index, shared.rows(stage));
         let mut view = WarpView::NOTHING;
         for rows in 0..QUERY_WARP_ROWS / LANES {
@@ -106,6 +118,11 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
             prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         tasks.fill();
+        // The ticket of a task after a short one is on its way through memory while Q is gathered.
+        let mut ticket = 0;
+        if leads && !shared.is_long(stage) {
+            ticket = Queue::of_block(params).draw(params);
+        }
 
         queries.wait_empty();
         for rows in 0..QUERY_WARP_ROWS / LANES {
@@ -119,20 +136,25 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         queries.fill_by_copies();
 
         if leads {
-            shared.tell_next_task(stage, next);
+            if shared.is_long(stage) {
+                near_end.receive();
+                ticket = Queue::of_block(params).draw(params);
+            }
+            shared.tell_next_task(stage, task_of_ticket(params, ticket));
         }
         warpgroup::sync(barrier::QUERY_WARPS, QUERY_WARPS * LANES);
-        index = shared.next_task(stage);
+        next = shared.next_task(stage);
     }
     tasks.wait_empty();
     if leads {
-        shared.post_task(tasks.stage, None);
+        shared.post_task(tasks.stage(), None);
         leave(params);
     }
     tasks.fill();
 }
 
-/// Brings all columns of the task's K, or of its V, step by step; `tiles` is the ring's first tile.
+/// Brings all columns of the task's K, or of its V, step by step, and calls `at_step`, with one thread, with the steps that are left; `tiles` is the
+/// ring's first tile.
 #[inline(always)]
 unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const STAGES: u32>(
     task: &Task,
@@ -140,20 +162,20 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ST
     tiles: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
     maps: u64,
     lane: u32,
+    at_step: impl Fn(u32),
 ) {
     let columns = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
     let item = &task.item;
-    // Nobody else reads the columns of a few rows. What wide tiles will read again is kept for them.
-    let policy = if item.tile == TileKind::Narrow { CachePolicy::once() } else { CachePolicy::normal() };
     let mut window = RunWindow::new(&task.params, item, lane);
     let mut step = item.column_begin;
     while step < item.column_end {
         let end = core::cmp::min(item.column_end, step + columns);
         ring.wait_empty();
-        let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage), maps, kv_head: task.kv_head, barrier: ring.full(), policy };
+        let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage()), maps, kv_head: task.kv_head, barrier: ring.full() };
         if lane == 0 {
             ring.expect(ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
             copies.copy(NO_SLOT, end - step, columns); // zeros where no column is left
+            at_step((item.column_end - step).div_ceil(columns));
         }
         loop {
             let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
@@ -176,7 +198,6 @@ struct BoxCopies<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     maps: u64,
     kv_head: u32,
     barrier: u32,
-    policy: CachePolicy,
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAGMENTS> {
@@ -191,7 +212,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
             let map = self.maps + u64::from(log2 * TENSOR_MAP_BYTES);
             let boxes = if whole_rows { 1 } else { ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS };
             for panel in 0..boxes {
-                copy_box(self.tile.row(row, panel), map, [0, slot, panel, 0, self.kv_head], self.barrier, self.policy);
+                copy_box(self.tile.row(row, panel), map, [0, slot, panel, 0, self.kv_head], self.barrier);
             }
             slot += 1 << log2;
             row += 1 << log2;
@@ -199,13 +220,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
     }
 }
 
-/// Takes the next task: of the block's queue, or if that is empty of the other one. If no task is left, it is one that there is not. Whether the block's queue was
-/// empty the last time is not kept, for want of registers.
+/// The task that a ticket of the block's queue stands for, or if that queue is empty, one of the other.
 #[inline(always)]
-unsafe fn take_task(params: &AttentionParams, num_tasks: u32) -> u32 {
+unsafe fn task_of_ticket(params: &AttentionParams, ticket: u32) -> Option<u32> {
     let queue = Queue::of_block(params);
-    let task = queue.take(params, num_tasks);
-    if task < num_tasks { task } else { queue.other().take(params, num_tasks) }
+    queue.task(params, ticket).or_else(|| queue.other().task(params, queue.other().draw(params)))
 }
 
 /// The queue that a block takes its tasks from: see [`Scheduler`].
@@ -239,16 +258,23 @@ impl Queue {
         }
     }
 
-    /// Takes a task of this queue; one that there is not if the queue is empty.
+    /// Draws the next ticket.
     #[inline(always)]
-    unsafe fn take(self, params: &AttentionParams, num_tasks: u32) -> u32 {
+    unsafe fn draw(self, params: &AttentionParams) -> u32 {
         let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
-        let (counter, first, end) = match self {
-            Self::Front => (taken, num_blocks() - params.back_blocks, params.front_tasks),
-            Self::Back => (taken + size_of::<u32>() as u64, params.front_tasks + params.back_blocks, num_tasks),
+        fetch_add_global(taken + if self == Self::Front { 0 } else { size_of::<u32>() as u64 }, 1)
+    }
+
+    /// The task that a ticket stands for, if the queue has so many.
+    #[inline(always)]
+    fn task(self, params: &AttentionParams, ticket: u32) -> Option<u32> {
+        // Every block that begins with the queue has its first task without a ticket.
+        let (first, end) = match self {
+            Self::Front => (num_blocks() - params.back_blocks, params.front_tasks),
+            Self::Back => (params.front_tasks + params.back_blocks, params.num_items * params.heads.num_groups),
         };
-        let task = first + fetch_add_global(counter, 1);
-        if task < end { task } else { num_tasks }
+        let task = first + ticket;
+        if task < end { Some(task) } else { None }
     }
 }
 

@@ -2,9 +2,10 @@
 
 use core::ops::Range;
 
-use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, WIDE_TILE_ROWS, WorkItem};
+use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, TileKind, WIDE_TILE_ROWS, WorkItem};
 
-use super::producer::{LOADER_WARPS, QUERY_WARPS};
+use super::exchange::Exchange;
+use super::producer::{LOADER_WARPS, LONG_TASK_STEPS, QUERY_WARPS};
 use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
@@ -21,6 +22,9 @@ pub const K_STAGES: u32 = 2;
 /// Steps whose V is held.
 pub const V_STAGES: u32 = 3;
 
+/// The index of a task that there is not.
+const NO_TASK: u32 = u32::MAX;
+
 /// Q of a task.
 pub type QueryTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, { WIDE_TILE_ROWS as usize / 8 }>;
 /// K or V of a step of `8 * FRAGMENTS` columns.
@@ -30,10 +34,8 @@ pub type ColumnTile<const DIM_BLOCKS: usize, const FRAGMENTS: usize> = BoxTile<D
 #[derive(Clone, Copy)]
 pub struct Ring<const STAGES: u32> {
     barriers: u32,
-    /// The part whose turn it is.
-    pub stage: u32,
-    /// Parity of the phase of its full barrier.
-    parity: u32,
+    /// The part whose turn it is; and `STAGES` more in every other round. One number, as registers are scarce.
+    turn: u32,
 }
 
 impl<const STAGES: u32> Ring<STAGES> {
@@ -41,7 +43,7 @@ impl<const STAGES: u32> Ring<STAGES> {
     const BYTES: u32 = 2 * STAGES * mbarrier::BYTES;
 
     fn at(barriers: u32) -> Self {
-        Self { barriers, stage: 0, parity: 0 }
+        Self { barriers, turn: 0 }
     }
 
     /// Makes the barriers: so many arrivals fill a part, so many empty it.
@@ -52,10 +54,22 @@ impl<const STAGES: u32> Ring<STAGES> {
         }
     }
 
+    /// The part whose turn it is.
+    #[inline(always)]
+    pub fn stage(&self) -> u32 {
+        if self.turn < STAGES { self.turn } else { self.turn - STAGES }
+    }
+
+    /// Parity of the phase of its full barrier.
+    #[inline(always)]
+    fn parity(&self) -> u32 {
+        (self.turn >= STAGES).into()
+    }
+
     /// The barrier that ends when the part is full.
     #[inline(always)]
     pub fn full(&self) -> u32 {
-        self.barriers + self.stage * mbarrier::BYTES
+        self.barriers + self.stage() * mbarrier::BYTES
     }
 
     #[inline(always)]
@@ -66,11 +80,7 @@ impl<const STAGES: u32> Ring<STAGES> {
     /// On to the next part.
     #[inline(always)]
     pub fn advance(&mut self) {
-        self.stage += 1;
-        if self.stage == STAGES {
-            self.stage = 0;
-            self.parity ^= 1;
-        }
+        self.turn = if self.turn + 1 == 2 * STAGES { 0 } else { self.turn + 1 };
     }
 
     /// Filling side: waits until the other has done with the part.
@@ -80,7 +90,7 @@ impl<const STAGES: u32> Ring<STAGES> {
     /// Reached by all lanes of a warp of the filling side, once for each time that it fills the part.
     #[inline(always)]
     pub unsafe fn wait_empty(&self) {
-        mbarrier::wait(self.empty(self.stage), self.parity ^ 1);
+        mbarrier::wait(self.empty(self.stage()), self.parity() ^ 1);
     }
 
     /// Filling side, one thread: the part is full once the copy engine has brought `bytes` bytes.
@@ -122,7 +132,7 @@ impl<const STAGES: u32> Ring<STAGES> {
     /// Reached by all lanes of a warp of the emptying side, once for each time that the part is filled.
     #[inline(always)]
     pub unsafe fn wait_full(&self) {
-        mbarrier::wait(self.full(), self.parity);
+        mbarrier::wait(self.full(), self.parity());
     }
 
     /// Emptying side: as [`Self::wait_full`]; on to the next part. Returns the part, to be given to [`Self::release_stage`].
@@ -133,7 +143,7 @@ impl<const STAGES: u32> Ring<STAGES> {
     #[inline(always)]
     pub unsafe fn take_full(&mut self) -> u32 {
         self.wait_full();
-        let stage = self.stage;
+        let stage = self.stage();
         self.advance();
         stage
     }
@@ -145,7 +155,7 @@ impl<const STAGES: u32> Ring<STAGES> {
     /// As [`Self::wait_full`], after it.
     #[inline(always)]
     pub unsafe fn release(&mut self, lane: u32) {
-        self.release_stage(self.stage, lane);
+        self.release_stage(self.stage(), lane);
         self.advance();
     }
 
@@ -156,7 +166,7 @@ impl<const STAGES: u32> Ring<STAGES> {
     /// As [`Self::wait_full`], after it.
     #[inline(always)]
     pub unsafe fn release_by_lanes(&mut self) {
-        mbarrier::arrive(self.empty(self.stage));
+        mbarrier::arrive(self.empty(self.stage()));
         self.advance();
     }
 
@@ -171,7 +181,38 @@ impl<const STAGES: u32> Ring<STAGES> {
     }
 }
 
-/// Where the parts lie, in this order: Q, K, V, row tables, task slots, barriers.
+/// What one thread tells another, which waits for it, again and again.
+#[derive(Clone, Copy)]
+pub struct Signal {
+    barrier: u32,
+    /// Parity of the phase that is waited for next.
+    parity: u32,
+}
+
+impl Signal {
+    /// Tells.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread, when what was told before has been received.
+    #[inline(always)]
+    pub unsafe fn send(&self) {
+        mbarrier::arrive(self.barrier);
+    }
+
+    /// Waits until it is told.
+    ///
+    /// # Safety
+    ///
+    /// Reached once for each time that it is told, by one thread.
+    #[inline(always)]
+    pub unsafe fn receive(&mut self) {
+        mbarrier::wait(self.barrier, self.parity);
+        self.parity ^= 1;
+    }
+}
+
+/// Where the parts lie, in this order: Q, K, V, row tables, exchange, task slots, barriers.
 #[derive(Clone, Copy)]
 pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     base: u32,
@@ -184,7 +225,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const K: u32 = QueryTile::<DIM_BLOCKS>::BYTES;
     const V: u32 = Self::K + K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const ROWS: u32 = Self::V + V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
-    const SLOTS: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
+    const EXCHANGE: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
+    const SLOTS: u32 = Self::EXCHANGE + Exchange::<DIM_BLOCKS>::BYTES;
     /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, the index of the task
     /// after it.
     const SLOT_ITEM: u32 = 0;
@@ -197,7 +239,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::<1>::BYTES;
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::<K_STAGES>::BYTES;
     const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::<V_STAGES>::BYTES;
-    const END: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
+    const NEAR_END_BARRIER: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
+    const END: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
     const FITS: () = assert!(Self::END <= HOPPER_SHARED_BYTES);
 
     #[inline(always)]
@@ -211,6 +254,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
         self.task_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);
+        mbarrier::init(self.base + Self::NEAR_END_BARRIER, 1);
         mbarrier::fence_init();
     }
 
@@ -234,6 +278,12 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         Ring::at(self.base + Self::TASK_BARRIERS)
     }
 
+    /// That loads of a long task are near its end: the next is to be taken.
+    #[inline(always)]
+    pub fn near_end(&self) -> Signal {
+        Signal { barrier: self.base + Self::NEAR_END_BARRIER, parity: 0 }
+    }
+
     #[inline(always)]
     pub fn queries(&self) -> QueryTile<DIM_BLOCKS> {
         QueryTile::at(self.base)
@@ -255,6 +305,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     }
 
     #[inline(always)]
+    pub fn exchange(&self) -> Exchange<DIM_BLOCKS> {
+        Exchange::at(self.base + Self::EXCHANGE)
+    }
+
+    #[inline(always)]
     fn slot(&self, stage: u32) -> u32 {
         self.base + Self::SLOTS + stage * Self::SLOT_BYTES
     }
@@ -271,7 +326,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
             let words: [[u32; 4]; 2] = core::mem::transmute(task.item);
             store_shared_x4(slot + Self::SLOT_ITEM, words[0]);
             store_shared_x4(slot + Self::SLOT_ITEM + 16, words[1]);
-            store_shared_x4(slot + Self::SLOT_TASK, [1, task.head_group, task.kv_head, task.index]);
+            store_shared_x4(slot + Self::SLOT_TASK, [1 + task.item.tile as u32, task.head_group, task.kv_head, task.index]);
         } else {
             store_shared_x4(slot + Self::SLOT_TASK, [0; 4]);
         }
@@ -285,6 +340,20 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     #[inline(always)]
     pub unsafe fn has_task(&self, stage: u32) -> bool {
         load_shared(self.slot(stage) + Self::SLOT_TASK) != 0
+    }
+
+    /// The kind of the task's tile, if there is a task left; the same for all lanes of the warp.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::has_task`], by all lanes of a warp.
+    #[inline(always)]
+    pub unsafe fn tile_kind(&self, stage: u32) -> Option<TileKind> {
+        match load_shared(self.slot(stage) + Self::SLOT_TASK) {
+            0 => None,
+            1 => Some(TileKind::Wide),
+            _ => Some(TileKind::Narrow),
+        }
     }
 
     /// The task.
@@ -310,6 +379,17 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     pub unsafe fn columns(&self, stage: u32) -> Range<u32> {
         let column = |offset: usize| load_shared(self.slot(stage) + Self::SLOT_ITEM + offset as u32);
         column(core::mem::offset_of!(WorkItem, column_begin))..column(core::mem::offset_of!(WorkItem, column_end))
+    }
+
+    /// Whether the task has so many steps that the next is taken only [near its end](Self::near_end).
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::task`].
+    #[inline(always)]
+    pub unsafe fn is_long(&self, stage: u32) -> bool {
+        let columns = self.columns(stage);
+        (columns.end - columns.start).div_ceil(Self::STEP) >= LONG_TASK_STEPS
     }
 
     /// The index of the task.
@@ -342,14 +422,14 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         WarpView::from_words(load_shared_x4(self.slot(stage) + Self::SLOT_VIEWS + 16 * consumer))
     }
 
-    /// Keeps the index of the task after that of a slot.
+    /// Keeps the index of the task after that of a slot, if there is one.
     ///
     /// # Safety
     ///
     /// Reached by one thread, before a barrier between the warps that gather Q.
     #[inline(always)]
-    pub unsafe fn tell_next_task(&self, stage: u32, index: u32) {
-        store_shared(self.slot(stage) + Self::SLOT_NEXT, index);
+    pub unsafe fn tell_next_task(&self, stage: u32, index: Option<u32>) {
+        store_shared(self.slot(stage) + Self::SLOT_NEXT, index.unwrap_or(NO_TASK));
     }
 
     /// What [`Self::tell_next_task`] kept.
@@ -358,7 +438,10 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     ///
     /// Reached after that barrier.
     #[inline(always)]
-    pub unsafe fn next_task(&self, stage: u32) -> u32 {
-        load_shared(self.slot(stage) + Self::SLOT_NEXT)
+    pub unsafe fn next_task(&self, stage: u32) -> Option<u32> {
+        match load_shared(self.slot(stage) + Self::SLOT_NEXT) {
+            NO_TASK => None,
+            index => Some(index),
+        }
     }
 }

@@ -9,43 +9,21 @@
 //! other units         softmax₀         softmax₁            softmax₀′ · store O             softmax₁′
 //! ```
 
-use packinfer_abi::AttentionParams;
+use packinfer_abi::TileKind;
 
-use super::epilogue;
-use super::shared::{ColumnTile, K_STAGES, Ring, Shared, TASKS, V_STAGES};
-use super::{CONSUMER_THREADS, barrier};
-use crate::attention::task::Stamper;
+use super::consumer::{Consumer, Queries};
+use super::shared::ColumnTile;
+use super::{CONSUMER_THREADS, barrier, epilogue};
 use crate::element::Element;
 use crate::ptx::mma::Fragment;
 use crate::ptx::wgmma::{self, Accumulator, Descriptor, hold_words};
 use crate::ptx::{warp, warpgroup};
-use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
+use crate::shared_tile::PANEL_BLOCKS;
 use crate::softmax::{OnlineSoftmax, mask, scale_rows};
-
-/// Rows of a warp.
-const WARP_ROWS: u32 = 16;
 
 /// Exponentials of a step in the element type, two words a fragment of scores: one for each row that the lane holds a part of. Those of two
 /// neighbouring fragments are an operand A.
 type Weights<const FRAGMENTS: usize> = [[u32; 2]; FRAGMENTS];
-
-/// The warp's rows of Q, two words for every eight elements: one for each row that the lane holds a part of.
-type Queries<const DIM_BLOCKS: usize> = [[u32; 2]; DIM_BLOCKS];
-
-/// A consumer's place and its side of the rings.
-struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
-    params: &'a AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
-    tasks: Ring<TASKS>,
-    queries: Ring<1>,
-    k: Ring<K_STAGES>,
-    v: Ring<V_STAGES>,
-    /// 0 or 1.
-    warpgroup: u32,
-    /// First row of the warp.
-    first_row: u32,
-    lane: u32,
-}
 
 /// A step of a tile that some of the consumer's rows see.
 #[derive(Clone, Copy)]
@@ -60,10 +38,6 @@ struct Step {
     all_begin: u32,
     /// … to before here.
     all_end: u32,
-    /// Steps before the first that these rows see.
-    before: u32,
-    /// Steps behind the last.
-    behind: u32,
 }
 
 impl Step {
@@ -73,61 +47,39 @@ impl Step {
     }
 }
 
-impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCKS, FRAGMENTS> {
-    /// Columns of a step.
-    const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
-
-    /// Whether a tile is left.
-    #[inline(always)]
-    unsafe fn has_tile(&self) -> bool {
-        self.tasks.wait_full();
-        self.shared.has_task(self.tasks.stage)
-    }
-
-    /// Whether a tile is left that these rows see from its first step on.
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS> {
+    /// Whether a wide tile comes next that these rows see from its first step on.
     #[inline(always)]
     unsafe fn has_tile_that_follows(&self) -> bool {
-        self.has_tile() && {
-            let slot = self.tasks.stage;
-            self.shared.view(slot, self.warpgroup).steps(self.shared.columns(slot).start, Self::STEP).0 == 0
+        self.next_kind() == Some(TileKind::Wide) && {
+            let slot = self.tasks.stage();
+            self.shared.view(slot, self.index()).steps(self.shared.columns(slot).start, Self::STEP).0 == 0
         }
     }
 
     /// The first step of the next tile, which is left; its Q has arrived.
     #[inline(always)]
     unsafe fn next_tile(&mut self) -> Step {
-        let slot = self.tasks.stage;
-        if self.thread_that_notes() {
-            Stamper::of(self.params).begin(self.shared.task_index(slot));
-        }
+        let slot = self.tasks.stage();
+        self.note_begin();
         let range = self.shared.columns(slot);
-        let view = self.shared.view(slot, self.warpgroup);
+        let view = self.shared.view(slot, self.index());
         let (first, end) = view.steps(range.start, Self::STEP);
         let (all_begin, all_end) = view.all();
         self.tasks.advance();
-        Step {
-            slot,
-            column: range.start + first * Self::STEP,
-            last: range.start + (end - 1) * Self::STEP,
-            all_begin,
-            all_end,
-            before: first,
-            behind: (range.end - range.start).div_ceil(Self::STEP) - end,
-        }
+        Step { slot, column: range.start + first * Self::STEP, last: range.start + (end - 1) * Self::STEP, all_begin, all_end }
     }
 
-    /// Takes the warp's rows of the tile's Q into registers.
+    /// Steps of the step's tile that come before it, the first that these rows see.
     #[inline(always)]
-    unsafe fn take_queries(&mut self) -> Queries<DIM_BLOCKS> {
-        let mut queries = [[0u32; 2]; DIM_BLOCKS];
-        self.queries.wait_full();
-        for block in (0..DIM_BLOCKS).step_by(2) {
-            let panel = self.shared.queries().panel(block / PANEL_BLOCKS).skip_rows(self.first_row);
-            let [a, b, c, d] = SharedTile::<PANEL_BLOCKS>::operand_a(panel.rows_by_lane(self.lane), 0, block % PANEL_BLOCKS);
-            (queries[block], queries[block + 1]) = ([a, b], [c, d]);
-        }
-        self.queries.release_by_lanes();
-        queries
+    unsafe fn steps_before(&self, step: &Step) -> u32 {
+        (step.column - self.shared.columns(step.slot).start) / Self::STEP
+    }
+
+    /// Steps of the step's tile that come behind it, the last that these rows see.
+    #[inline(always)]
+    unsafe fn steps_behind(&self, step: &Step) -> u32 {
+        (self.shared.columns(step.slot).end - step.column).div_ceil(Self::STEP) - 1
     }
 
     /// Starts the scores of the next step of K.
@@ -137,7 +89,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
         [Fragment; FRAGMENTS]: Accumulator<E>,
     {
         let k =
-            Descriptor::along_sum(self.shared.k(self.k.stage).row(0, 0), ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES);
+            Descriptor::along_sum(self.shared.k(self.k.stage()).row(0, 0), ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES);
         wgmma::fence();
         for block in (0..DIM_BLOCKS).step_by(2) {
             let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
@@ -169,8 +121,8 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
     #[inline(always)]
     unsafe fn mask(&self, step: &Step, scores: &mut [Fragment; FRAGMENTS]) {
         if step.column < step.all_begin || step.column + Self::STEP > step.all_end {
-            let [rows] = self.shared.rows(step.slot).of_lane::<1>(self.first_row, self.lane);
-            mask(scores, &rows, step.column, self.lane);
+            let [rows] = self.shared.rows(step.slot).of_lane::<1>(self.first_row(), self.lane());
+            mask(scores, &rows, step.column, self.lane());
         }
     }
 
@@ -178,12 +130,10 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
     #[inline(always)]
     unsafe fn store<E: Element>(&mut self, slot: u32, softmax: &OnlineSoftmax<1>, output: &mut [[Fragment; DIM_BLOCKS]; 1]) {
         let task = self.shared.task(self.params, slot);
-        epilogue::store::<E, DIM_BLOCKS>(&task, self.lane, self.first_row, softmax, output);
-        if self.thread_that_notes() {
-            Stamper::of(self.params).end(task.index);
-        }
+        epilogue::store::<E, DIM_BLOCKS>(&task, self.lane(), self.first_row(), softmax, output);
+        self.note_end(task.index);
         warp::sync();
-        self.tasks.release_stage(slot, self.lane);
+        self.tasks.release_stage(slot, self.lane());
     }
 
     /// Lets `steps` steps go by unused. Nothing that has come before may be left to do: the other consumer may need it out of the way.
@@ -193,9 +143,9 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
             self.take_turn();
             self.pass_turn();
             self.k.wait_full();
-            self.k.release(self.lane);
+            self.k.release(self.lane());
             self.v.wait_full();
-            self.v.release(self.lane);
+            self.v.release(self.lane());
         }
     }
 
@@ -203,71 +153,57 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
     /// while the other has the tensor cores; both have a turn for every step of every tile.
     #[inline(always)]
     unsafe fn take_turn(&self) {
-        warpgroup::sync(barrier::TURN + self.warpgroup, CONSUMER_THREADS);
+        warpgroup::sync(barrier::TURN + self.index(), CONSUMER_THREADS);
     }
 
     /// Ends this warpgroup's turn.
     #[inline(always)]
     unsafe fn pass_turn(&self) {
-        warpgroup::arrive(barrier::TURN + 1 - self.warpgroup, CONSUMER_THREADS);
+        warpgroup::arrive(barrier::TURN + 1 - self.index(), CONSUMER_THREADS);
     }
 
+    /// Gives consumer 0 the first turn.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all threads of both consumers, before the first tile.
     #[inline(always)]
-    fn thread_that_notes(&self) -> bool {
-        self.first_row == 0 && self.lane == 0
+    pub unsafe fn begin_turns(&self) {
+        if self.index() == 1 {
+            self.pass_turn();
+        }
+    }
+
+    /// Takes the last turn that was passed on.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::begin_turns`], after the last tile.
+    #[inline(always)]
+    pub unsafe fn end_turns(&self) {
+        if self.index() == 0 {
+            self.take_turn();
+        }
     }
 }
 
-/// Does a consumer's part until no task is left.
+/// Walks through steps that follow each other without a gap, from the first of the next tile, which is wide, to the last of this or another.
 ///
 /// # Safety
 ///
-/// Reached by all threads of the consumer's warpgroup; `thread` counts the threads of both.
+/// Reached by all threads of the consumers.
 #[inline(always)]
-pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
-    params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
-    warpgroup: u32,
-    thread: u32,
-) where
-    [Fragment; FRAGMENTS]: Accumulator<E>,
-    [Fragment; DIM_BLOCKS]: Accumulator<E>,
-{
-    let mut consumer = Consumer {
-        params,
-        shared,
-        tasks: shared.task_ring(),
-        queries: shared.query_ring(),
-        k: shared.k_ring(),
-        v: shared.v_ring(),
-        warpgroup,
-        first_row: warp::uniform(thread / 32) * WARP_ROWS,
-        lane: thread % 32,
-    };
-    if warpgroup == 1 {
-        consumer.pass_turn(); // the first turn is consumer 0's
-    }
-    while consumer.has_tile() {
-        walk::<E, DIM_BLOCKS, FRAGMENTS>(&mut consumer);
-    }
-    if warpgroup == 0 {
-        consumer.take_turn(); // the last turn that was passed on
-    }
-}
-
-/// Walks through steps that follow each other without a gap, from the first of the next tile to the last of this or another.
-#[inline(always)]
-unsafe fn walk<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>)
+pub unsafe fn walk<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>)
 where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
     let mut step = consumer.next_tile();
-    let mut queries = consumer.take_queries();
+    let mut queries = consumer.take_queries(consumer.first_row());
     let nothing = OnlineSoftmax::<1>::new(consumer.params.scale_log2);
     let mut softmax = nothing;
     let mut output = [[[0f32; 4]; DIM_BLOCKS]];
-    consumer.skip(step.before);
+    consumer.skip(consumer.steps_before(&step));
 
     let mut scores = [[[0f32; 4]; FRAGMENTS]];
     consumer.k.wait_full();
@@ -277,7 +213,7 @@ where
     consumer.pass_turn();
     wgmma::wait_group::<0>();
     scores[0].hold();
-    consumer.k.release(consumer.lane);
+    consumer.k.release(consumer.lane());
     consumer.mask(&step, &mut scores[0]);
     softmax.update(&mut scores);
     let mut weights = weights_of::<E, FRAGMENTS>(&scores[0]);
@@ -287,11 +223,11 @@ where
         // The step's scores have become weights; its output is not started yet.
         let done = step;
         if done.is_last() {
-            if done.behind > 0 || !consumer.has_tile_that_follows() {
+            if consumer.steps_behind(&done) > 0 || !consumer.has_tile_that_follows() {
                 break;
             }
             step = consumer.next_tile();
-            queries = consumer.take_queries();
+            queries = consumer.take_queries(consumer.first_row());
         } else {
             step.column += Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP;
         }
@@ -308,7 +244,7 @@ where
         consumer.pass_turn();
         wgmma::wait_group::<1>();
         scores[0].hold();
-        consumer.k.release(consumer.lane);
+        consumer.k.release(consumer.lane());
         consumer.mask(&step, &mut scores[0]);
         let before = softmax;
         if done.is_last() {
@@ -320,7 +256,7 @@ where
         wgmma::wait_group::<0>();
         output[0].hold();
         scores[0].hold();
-        consumer.v.release_stage(values, consumer.lane);
+        consumer.v.release_stage(values, consumer.lane());
         values = next_values;
         weights = weights_of::<E, FRAGMENTS>(&scores[0]);
         if done.is_last() {
@@ -336,9 +272,10 @@ where
     consumer.start_output::<E>(&mut output[0], &weights, values);
     wgmma::wait_group::<0>();
     output[0].hold();
-    consumer.v.release_stage(values, consumer.lane);
+    consumer.v.release_stage(values, consumer.lane());
+    let behind = consumer.steps_behind(&step);
     consumer.store::<E>(step.slot, &softmax, &mut output);
-    consumer.skip(step.behind);
+    consumer.skip(behind);
 }
 
 /// The exponentials of a step in the element type.

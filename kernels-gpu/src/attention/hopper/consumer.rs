@@ -1,0 +1,147 @@
+//! What both ways of consuming a tile have in common: a warp's place, its side of the rings, and Q.
+
+use packinfer_abi::{AttentionParams, TileKind};
+
+use super::CONSUMER_THREADS;
+use super::barrier;
+use super::shared::{K_STAGES, Ring, Shared, TASKS, V_STAGES};
+use crate::attention::task::Stamper;
+use crate::ptx::special::thread_index;
+use crate::ptx::{warp, warpgroup};
+use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
+
+/// Rows of a warp.
+const WARP_ROWS: u32 = 16;
+
+/// Warps of a consumer, and of the producer before them.
+const WARPS: u32 = warpgroup::THREADS / warp::LANES;
+
+/// Sixteen rows of Q, two words for every eight elements: one for each row that the lane holds a part of.
+pub type Queries<const DIM_BLOCKS: usize> = [[u32; 2]; DIM_BLOCKS];
+
+/// A consuming warp's place and its side of the rings.
+pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
+    pub params: &'a AttentionParams,
+    pub shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    pub tasks: Ring<TASKS>,
+    pub queries: Ring<1>,
+    pub k: Ring<K_STAGES>,
+    pub v: Ring<V_STAGES>,
+    /// The warp, counted over both consumers. It is the same for all lanes, and the assembler knows: what is worked out from it takes no register of a lane.
+    pub warp: u32,
+}
+
+impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCKS, FRAGMENTS> {
+    /// Columns of a step.
+    pub const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
+
+    /// A warp that has consumed nothing yet.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn new(params: &'a AttentionParams, shared: Shared<DIM_BLOCKS, FRAGMENTS>) -> Self {
+        Self {
+            params,
+            shared,
+            tasks: shared.task_ring(),
+            queries: shared.query_ring(),
+            k: shared.k_ring(),
+            v: shared.v_ring(),
+            warp: warp::uniform(thread_index() / warp::LANES) - WARPS,
+        }
+    }
+
+    /// The thread, counted over both consumers.
+    #[inline(always)]
+    pub fn thread(&self) -> u32 {
+        thread_index() - warpgroup::THREADS
+    }
+
+    #[inline(always)]
+    pub fn lane(&self) -> u32 {
+        thread_index() % warp::LANES
+    }
+
+    /// The consumer that the warp is of: 0 or 1.
+    #[inline(always)]
+    pub fn index(&self) -> u32 {
+        self.warp / WARPS
+    }
+
+    /// First row of the warp in a wide tile.
+    #[inline(always)]
+    pub fn first_row(&self) -> u32 {
+        self.warp * WARP_ROWS
+    }
+
+    /// The kind of the next tile, if one is left.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn next_kind(&self) -> Option<TileKind> {
+        self.tasks.wait_full();
+        self.shared.tile_kind(self.tasks.stage())
+    }
+
+    /// Notes that the next tile is begun, which is left.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn note_begin(&self) {
+        if self.notes() {
+            Stamper::of(self.params).begin(self.shared.task_index(self.tasks.stage()));
+        }
+    }
+
+    /// Notes that a task has ended.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::note_begin`].
+    #[inline(always)]
+    pub unsafe fn note_end(&self, task: u32) {
+        if self.notes() {
+            Stamper::of(self.params).end(task);
+        }
+    }
+
+    /// Whether this thread is the one that notes.
+    #[inline(always)]
+    fn notes(&self) -> bool {
+        self.warp == 0 && self.lane() == 0
+    }
+
+    /// Takes sixteen rows of the tile's Q, from `first_row` on, into registers.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, once for each tile.
+    #[inline(always)]
+    pub unsafe fn take_queries(&mut self, first_row: u32) -> Queries<DIM_BLOCKS> {
+        let mut queries = [[0u32; 2]; DIM_BLOCKS];
+        self.queries.wait_full();
+        for block in (0..DIM_BLOCKS).step_by(2) {
+            let panel = self.shared.queries().panel(block / PANEL_BLOCKS).skip_rows(first_row);
+            let [a, b, c, d] = SharedTile::<PANEL_BLOCKS>::operand_a(panel.rows_by_lane(self.lane()), 0, block % PANEL_BLOCKS);
+            (queries[block], queries[block + 1]) = ([a, b], [c, d]);
+        }
+        self.queries.release_by_lanes();
+        queries
+    }
+
+    /// Waits until all consuming warps are here.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all of them.
+    #[inline(always)]
+    pub unsafe fn meet(&self) {
+        warpgroup::sync(barrier::CONSUMERS, CONSUMER_THREADS);
+    }
+}

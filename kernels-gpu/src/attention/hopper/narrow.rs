@@ -1,0 +1,141 @@
+//! The consumers of narrow tiles: all eight warps share the rows and divide the columns of every step, 16 each.
+//!
+//! There is little to compute, and much to bring: a step takes the tensor cores a fraction of the time that memory takes for it. So warps wait for nobody
+//! but the copy engine, whose next steps are under way meanwhile. At the end the eight results are merged through shared memory.
+
+use packinfer_abi::NARROW_TILE_ROWS;
+
+use super::consumer::{Consumer, Queries};
+use super::exchange::ROWS_AT_ONCE;
+use super::shared::ColumnTile;
+use crate::element::Element;
+use crate::ptx::mma::Fragment;
+use crate::ptx::warp;
+use crate::rows::{NO_ROW, Row};
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_rows};
+
+/// Fragments of 8 columns that a warp takes of a step.
+const SCORE_FRAGMENTS: usize = 2;
+/// Columns that a warp takes of a step.
+const WARP_COLUMNS: u32 = 8 * SCORE_FRAGMENTS as u32;
+
+/// Does the next tile, which is narrow.
+///
+/// # Safety
+///
+/// Reached by all threads of the consumers.
+#[inline(always)]
+pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>) {
+    const { assert!(Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP == super::CONSUMER_WARPS * WARP_COLUMNS) };
+    let (slot, lane) = (consumer.tasks.stage(), consumer.lane());
+    consumer.note_begin();
+    let range = consumer.shared.columns(slot);
+    let view = consumer.shared.view(slot, 0); // of the first rows, which are all that there are
+    let [rows] = consumer.shared.rows(slot).of_lane::<1>(0, lane);
+    let queries = consumer.take_queries(0);
+    let mut softmax = OnlineSoftmax::<1>::new(consumer.params.scale_log2);
+    let mut output = [[[0f32; 4]; DIM_BLOCKS]];
+
+    let first_row = consumer.warp * WARP_COLUMNS; // of the step's K and V
+    let mut column = range.start + first_row;
+    for _ in 0..(range.end - range.start).div_ceil(Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP) {
+        let sees_any = warp::any(view.sees_any(column, WARP_COLUMNS));
+        let mut scores = [[[0f32; 4]; SCORE_FRAGMENTS]];
+        consumer.k.wait_full();
+        if sees_any {
+            scores[0] = score::<E, DIM_BLOCKS, FRAGMENTS>(&queries, consumer.shared.k(consumer.k.stage()), first_row, lane);
+        }
+        warp::sync();
+        consumer.k.release(lane);
+        if sees_any {
+            if warp::any(!view.sees_all(column, WARP_COLUMNS)) {
+                mask(&mut scores[0], &rows, column, lane);
+            }
+            let factors = softmax.update(&mut scores);
+            scale_rows(&mut output, &factors);
+        }
+        consumer.v.wait_full();
+        if sees_any {
+            accumulate::<E, DIM_BLOCKS, FRAGMENTS>(
+                &mut output[0],
+                &scores[0],
+                consumer.shared.v(consumer.v.stage()),
+                first_row,
+                lane,
+            );
+        }
+        warp::sync();
+        consumer.v.release(lane);
+        column += Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP;
+    }
+
+    store::<E, DIM_BLOCKS, FRAGMENTS>(consumer, slot, &rows, &softmax, &mut output);
+    consumer.tasks.release(lane);
+}
+
+/// Merges what the warps found, and stores it.
+#[inline(always)]
+unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    consumer: &Consumer<DIM_BLOCKS, FRAGMENTS>,
+    slot: u32,
+    rows: &[Row; ROWS_PER_LANE],
+    softmax: &OnlineSoftmax<1>,
+    output: &mut [[Fragment; DIM_BLOCKS]; 1],
+) {
+    let task = consumer.shared.task(consumer.params, slot);
+    let (warp, lane, exchange) = (consumer.warp, consumer.lane(), consumer.shared.exchange());
+    let sums = [softmax.finish(0, 0), softmax.finish(0, 1)];
+    exchange.tell_lse(warp, lane, &sums);
+    consumer.meet();
+    scale_rows(output, &[exchange.factors(&task, warp, lane, rows, &sums)]);
+    for first_row in (0..NARROW_TILE_ROWS).step_by(ROWS_AT_ONCE as usize) {
+        if task.rows.index(first_row) == NO_ROW {
+            break;
+        }
+        if first_row > 0 {
+            consumer.meet(); // all have read the rows before
+        }
+        exchange.write(warp, lane, first_row, &output[0]);
+        consumer.meet();
+        exchange.store_sums::<E>(&task, consumer.thread(), first_row);
+    }
+    consumer.note_end(task.index);
+    warp::sync();
+}
+
+/// Scores of the warp's columns, which are the rows of K from `first_row` on.
+#[inline(always)]
+unsafe fn score<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    queries: &Queries<DIM_BLOCKS>,
+    k: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
+    first_row: u32,
+    lane: u32,
+) -> [Fragment; SCORE_FRAGMENTS] {
+    let mut scores = [[0f32; 4]; SCORE_FRAGMENTS];
+    let k = k.columns_by_lane(first_row, lane);
+    for block in (0..DIM_BLOCKS).step_by(2) {
+        let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
+        let [left, right] = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::operands_b(k, block);
+        E::mma(&mut scores[0], [a, b, c, d], left);
+        E::mma(&mut scores[1], [a, b, c, d], right);
+    }
+    scores
+}
+
+/// Adds P V of the warp's columns to the output.
+#[inline(always)]
+unsafe fn accumulate<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    output: &mut [Fragment; DIM_BLOCKS],
+    exponentials: &[Fragment; SCORE_FRAGMENTS],
+    v: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
+    first_row: u32,
+    lane: u32,
+) {
+    let weights = probabilities::<E>(&exponentials[0], &exponentials[1]);
+    let v = v.columns_by_lane_transposed(first_row, lane);
+    for block in (0..DIM_BLOCKS).step_by(2) {
+        let [left, right] = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::operands_b_transposed(v, block);
+        E::mma(&mut output[block], weights, left);
+        E::mma(&mut output[block + 1], weights, right);
+    }
+}
