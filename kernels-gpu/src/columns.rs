@@ -199,8 +199,6 @@ impl RunWindow {
     #[inline(always)]
     unsafe fn load(&mut self, params: &AttentionParams, item: &WorkItem, lane: u32, skip: u32) {
         let run = self.next;
-        self.next_run += warp::LANES;
-        self.next = run_or_none(params, self.next_run + lane);
         let skip = if lane == 0 { skip } else { 0 };
         // Columns past the item's range do not matter; cut to them, the sum of 32 runs cannot overflow for long.
         let left = item.column_end - self.window_end;
@@ -217,5 +215,9 @@ impl RunWindow {
         self.begin = self.window_end + if lane == 0 { 0 } else { before };
         self.end = self.window_end + sum;
         self.window_end += warp::shuffle_from(sum, 31);
+        self.next_run += warp::LANES;
+        if self.window_end < item.column_end {
+            self.next = run_or_none(params, self.next_run + lane);
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Merges the partial results of query tokens whose columns were split among work items.
 //!
 //! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ wᵢ.
-//! Four warps take every fourth partial each, and are merged the same way. A sink is one more partial, whose O is zero.
+//! Four warps take every fourth partial each, several at a time, so that enough loads are in flight to hide their latency, and are merged the same way. A sink is one more partial, whose O is zero.
 //!
 //! On `sm_90a` the kernel may be launched so that it begins before the attention kernel ends: it waits before it reads partials.
 
@@ -14,12 +14,13 @@ use crate::ptx::control::wait_for_launch_before;
 use crate::ptx::memory::{load_global, load_written, load_written_x2};
 use crate::ptx::memory::{load_shared_f32, store_global, store_global_f32, store_shared_f32};
 use crate::ptx::special::{block_index, dynamic_shared, thread_index};
+use crate::ptx::warp::LANES;
 use crate::ptx::{math, warp};
 use crate::softmax::LN_2;
 
-const WARPS: u32 = MERGE_THREADS / 32;
-/// Partials that a warp reads before it uses the first: enough loads in flight to hide their latency.
-const LOADS_AHEAD: usize = 4;
+const WARPS: u32 = MERGE_THREADS / LANES;
+/// What a lane holds that no source is left for.
+const NO_SOURCE: u32 = 0;
 
 /// A weighted sum of partials: `sum / total` is their merged O, `max + log2(total)` their log-sum-exp to base 2.
 #[derive(Clone, Copy)]
@@ -50,7 +51,7 @@ impl<const PAIRS: usize> Merged<PAIRS> {
 }
 
 #[inline(always)]
-unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize>(params: MergeParams) {
+unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize, const LOADS_AHEAD: usize>(params: MergeParams) {
     const { assert!(PAIRS as u32 == DIM.div_ceil(64)) };
     let heads = &params.heads;
     let merge_index = math::divide(block_index(), heads.num_qo_heads);
@@ -67,32 +68,43 @@ unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize>(params: MergePar
     let first_row =
         u64::from(head_group) * u64::from(params.num_partial_rows) + u64::from(head - head_group * heads.heads_per_group);
 
+    // A source of the warp for each lane: every fourth is the warp's.
+    let source_of_lane = |first: u32| {
+        let source = first + lane * WARPS;
+        if source < num_sources { load_global(sources + 4 * u64::from(source)) } else { NO_SOURCE }
+    };
+    let mut of_lane = source_of_lane(warp);
+
     // What was read until here is the plan's, which was there before the attention kernel began.
     #[cfg(feature = "sm_90a")]
     wait_for_launch_before();
     let mut merged = Merged::<PAIRS>::NOTHING;
-    let mut next = warp;
-    while next < num_sources {
-        let mut lse_log2 = [f32::NEG_INFINITY; LOADS_AHEAD];
-        let mut output = [[[0f32; 2]; PAIRS]; LOADS_AHEAD];
-        for ahead in 0..LOADS_AHEAD {
-            let source = next + ahead as u32 * WARPS;
-            if source < num_sources {
-                let row = first_row + u64::from(load_global(sources + 4 * u64::from(source)));
-                lse_log2[ahead] = f32::from_bits(load_written(params.partial_lse + 4 * row)) / LN_2;
-                for (pair, output) in output[ahead].iter_mut().enumerate() {
-                    let element = element_of_lane(lane, pair);
-                    if element < DIM {
-                        let [a, b] = load_written_x2(params.partial_o + 4 * (row * u64::from(DIM) + u64::from(element)));
-                        *output = [f32::from_bits(a), f32::from_bits(b)];
+    let mut first = warp;
+    while first < num_sources {
+        let num_here = core::cmp::min((num_sources - first).div_ceil(WARPS), LANES);
+        for next in (0..num_here).step_by(LOADS_AHEAD) {
+            let mut lse_log2 = [f32::NEG_INFINITY; LOADS_AHEAD];
+            let mut output = [[[0f32; 2]; PAIRS]; LOADS_AHEAD];
+            for ahead in 0..LOADS_AHEAD {
+                let source = warp::shuffle_from(of_lane, next + ahead as u32);
+                if next + (ahead as u32) < num_here {
+                    let row = first_row + u64::from(source);
+                    lse_log2[ahead] = f32::from_bits(load_written(params.partial_lse + 4 * row)) / LN_2;
+                    for (pair, output) in output[ahead].iter_mut().enumerate() {
+                        let element = element_of_lane(lane, pair);
+                        if element < DIM {
+                            let [a, b] = load_written_x2(params.partial_o + 4 * (row * u64::from(DIM) + u64::from(element)));
+                            *output = [f32::from_bits(a), f32::from_bits(b)];
+                        }
                     }
                 }
             }
+            for ahead in 0..LOADS_AHEAD {
+                merged.add(lse_log2[ahead], 1.0, &output[ahead]);
+            }
         }
-        for ahead in 0..LOADS_AHEAD {
-            merged.add(lse_log2[ahead], 1.0, &output[ahead]);
-        }
-        next += LOADS_AHEAD as u32 * WARPS;
+        first += LANES * WARPS;
+        of_lane = source_of_lane(first);
     }
 
     share::<PAIRS>(warp, lane, &merged);
@@ -163,55 +175,55 @@ kernel! {
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_bf16_d64(params: MergeParams) {
-        merge::<Bf16, 64, 1>(params)
+        merge::<Bf16, 64, 1, 8>(params)
     }
 
     /// Merges partials, O in bf16, head dimension 96.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_bf16_d96(params: MergeParams) {
-        merge::<Bf16, 96, 2>(params)
+        merge::<Bf16, 96, 2, 8>(params)
     }
 
     /// Merges partials, O in bf16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_bf16_d128(params: MergeParams) {
-        merge::<Bf16, 128, 2>(params)
+        merge::<Bf16, 128, 2, 8>(params)
     }
 
     /// Merges partials, O in bf16, head dimension 256.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_bf16_d256(params: MergeParams) {
-        merge::<Bf16, 256, 4>(params)
+        merge::<Bf16, 256, 4, 4>(params)
     }
 
     /// Merges partials, O in f16, head dimension 64.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_f16_d64(params: MergeParams) {
-        merge::<F16, 64, 1>(params)
+        merge::<F16, 64, 1, 8>(params)
     }
 
     /// Merges partials, O in f16, head dimension 96.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_f16_d96(params: MergeParams) {
-        merge::<F16, 96, 2>(params)
+        merge::<F16, 96, 2, 8>(params)
     }
 
     /// Merges partials, O in f16, head dimension 128.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_f16_d128(params: MergeParams) {
-        merge::<F16, 128, 2>(params)
+        merge::<F16, 128, 2, 8>(params)
     }
 
     /// Merges partials, O in f16, head dimension 256.
     #[launch_bounds(threads = 128, blocks_per_sm = 8)]
     #[expect("bar.sync" = 1)]
     fn merge_f16_d256(params: MergeParams) {
-        merge::<F16, 256, 4>(params)
+        merge::<F16, 256, 4, 4>(params)
     }
 }
