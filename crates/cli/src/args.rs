@@ -34,7 +34,8 @@ pub enum Command {
     Calibrate(CalibrateArgs),
     /// Replays a trace of requests against a KV pool, without a GPU.
     KvSim(KvSimArgs),
-    /// Decodes requests of a trace for some hundred steps, with KV in pages, in extents, and moved from one to the other, alone or in groups; measures that on the GPU.
+    /// Decodes requests of a trace for some hundred steps, with KV in pages, in extents, and moved from one to the other, alone or in groups; measures that
+    /// on the GPU.
     DecodeRun(DecodeRunArgs),
 }
 

@@ -27,8 +27,8 @@ pub struct Contiguous {
     /// If a greater share of the slots that can be had is free but scattered (see [`Usage::fragmentation`]), a request that
     /// will outgrow its headroom is reckoned to grow into single pages, even if an extent can be found now.
     pub max_fragmentation: f64,
-    /// A group is looked at if a greater share of its slots is not both in its one extent and a member's (see [`GroupState::fragmentation`](crate::GroupState::fragmentation)):
-    /// from 0, which is any, to 1, which is never.
+    /// A group is looked at if a greater share of its slots is not both in its one extent and a member's, see
+    /// [`GroupState::fragmentation`](crate::GroupState::fragmentation): from 0, which is any, to 1, which is never.
     pub max_group_fragmentation: f64,
     /// Groups are balanced if the largest one has more than so many times the tokens of the mean (see [`imbalance`](crate::imbalance)); infinity is never.
     pub max_imbalance: f64,

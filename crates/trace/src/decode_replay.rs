@@ -275,8 +275,9 @@ impl<'a> DecodeReplay<'a> {
         Ok(admitted)
     }
 
-    /// Begins to move the KV of requests, or of groups, for which the policy says so, each move with its request's number. What was appended so far is to be copied. Steps may
-    /// be left out while other copies are under way: who was to be looked at is looked at later. Groups are only looked at when all moves have ended.
+    /// Begins to move the KV of requests, or of groups, for which the policy says so, each move with its request's number. What was appended so far is to be
+    /// copied. Steps may be left out while other copies are under way: who was to be looked at is looked at later. Groups are only looked at when all moves
+    /// have ended.
     ///
     /// # Errors
     ///
