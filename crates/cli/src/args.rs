@@ -197,10 +197,10 @@ pub struct DecodeRunArgs {
     /// Requests of a group, for the layout `groups`.
     #[arg(long, value_name = "N", default_value = "4")]
     pub group_size: NonZeroU32,
-    /// Share of a group's slots that may be holes, or outside of its extent, before it is looked at: for the layout `groups`.
+    /// Share of a group's slots that may be holes, or outside of its extent, before it is looked at, 0.5 by default: for the layout `groups`.
     #[arg(long, value_name = "SHARE", value_parser = share)]
     pub group_fragmentation: Option<f64>,
-    /// Tokens that the largest group may have over the mean of all, before they are balanced: for the layout `groups`.
+    /// Tokens that the largest group may have over the mean of all, before they are balanced, 1.5 by default: for the layout `groups`.
     #[arg(long, value_name = "RATIO", value_parser = ratio)]
     pub imbalance: Option<f64>,
     /// Rounds of all layouts in turn; of each, the round with the median time is reported.
@@ -275,7 +275,7 @@ fn share(text: &str) -> Result<f64, String> {
 }
 
 fn ratio(text: &str) -> Result<f64, String> {
-    number(text, 1.0..=f64::INFINITY)
+    number(text, 1.0..=f64::MAX)
 }
 
 /// A number within bounds.

@@ -30,7 +30,7 @@ pub struct Contiguous {
     /// A group is looked at if a greater share of its slots is not both in its one extent and a member's, see
     /// [`GroupState::fragmentation`](crate::GroupState::fragmentation): from 0, which is any, to 1, which is never.
     pub max_group_fragmentation: f64,
-    /// Groups are balanced if the largest one has more than so many times the tokens of the mean (see [`imbalance`](crate::imbalance)); infinity is never.
+    /// Groups are balanced if the largest one has more than so many times the tokens of the mean (see [`imbalance`](crate::imbalance)), at least 1.
     pub max_imbalance: f64,
     /// What each further run costs attention at every step: an address and the end of a tile that is not full.
     pub run_cost: f64,

@@ -9,6 +9,8 @@
 //! 3. [`DecodeReplay::append`]: a slot for each new token;
 //! 4. a plan for [`DecodeReplay::requests`], and its launches; [`DecodeReplay::retire`] when they have run.
 //!
+//! With [`DecodeConfig::group_size`], requests are moved in [`Group`]s, side by side: whoever comes takes a place that somebody has left.
+//!
 //! ```
 //! use packinfer_trace::TraceRequest;
 //! use packinfer_trace::decode_replay::{DecodeConfig, DecodeReplay};

@@ -332,10 +332,12 @@ mod tests {
         }
         let moves: Vec<(u64, SequenceMove)> = replay.begin_moves().expect("a good pool");
         assert_eq!(moves.len(), 3);
+        let looked_at_before = looked_at(&replay);
         for _ in 0..40 {
             assert!(replay.begin_moves().expect("a good pool").is_empty(), "others are under way");
             end_step(&mut replay);
         }
+        assert_eq!(looked_at(&replay), looked_at_before);
         let places = |replay: &DecodeReplay<'_>| -> Vec<_> {
             replay.requests().map(|request| request.kv.runs(&replay.pool).expect("the pool's own")).collect()
         };
