@@ -212,7 +212,7 @@ impl Report {
             Some(format!("{scattered}, {no_headroom}, {fragmented}"))
         });
         row("groups moved in all: no headroom, fragmented group, imbalance", &|run| Some(by_trigger(run.pool.groups_moved)));
-        row("of these that were looked at", &|run| Some(by_trigger(run.pool.groups_looked_at)));
+        row("groups looked at in all: likewise", &|run| Some(by_trigger(run.pool.groups_looked_at)));
         row("most slots used, % of the pool", &|run| {
             Some(significant(100.0 * f64::from(run.pool.peak_used_slots) / f64::from(self.num_slots.max(1))))
         });
