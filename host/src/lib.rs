@@ -97,8 +97,8 @@ pub use packinfer_batch::{
     RopeLayout,
 };
 pub use packinfer_kv::{
-    Contiguous, Epoch, ExpectedTokens, GroupMember, Growth, KvError, Policy, PrefixTree, Sequence, SequenceMove, SlotCopy,
-    SlotPool,
+    Contiguous, Epoch, ExpectedTokens, GroupMember, GroupMove, GroupState, Growth, KvError, Policy, PrefixTree, Sequence,
+    SequenceMove, SlotCopy, SlotPool, Trigger, balance_groups, imbalance,
 };
 pub use packinfer_planner::{
     AppendError, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan, PlanError,

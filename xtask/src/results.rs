@@ -23,9 +23,10 @@ pub struct Args {
     /// What `packinfer bench --json` wrote; may be given several times, for a table each.
     #[arg(long, value_name = "FILE", required = true)]
     bench: Vec<PathBuf>,
-    /// What the peers' script wrote, measured on the same device.
+    /// What the peers' script wrote, measured on a device of the same name; may be given several times, for peers that were measured apart. Of a peer that is
+    /// in several files, the first one's times are taken.
     #[arg(long, value_name = "FILE")]
-    peers: Option<PathBuf>,
+    peers: Vec<PathBuf>,
     /// Name of the two files that are written; by default date and device, such as 2026-11-23-h100.
     #[arg(long)]
     name: Option<String>,
@@ -50,7 +51,7 @@ const FOLDER: &str = "benches/results";
 /// A file that cannot be read or written, that lacks a field, or whose fields do not fit those of another.
 pub fn run(args: &Args) -> Result<()> {
     let benches = args.bench.iter().map(|path| input::read(path)).collect::<Result<Vec<Bench>>>()?;
-    let peers = args.peers.as_deref().map(input::read::<Peers>).transpose()?;
+    let peers = args.peers.iter().map(|path| Peers::read(path)).collect::<Result<Vec<Peers>>>()?;
     let results = Results::new(benches, peers).with_context(|| {
         let files: Vec<_> = args.bench.iter().chain(&args.peers).map(|path| path.display().to_string()).collect();
         files.join(", ")

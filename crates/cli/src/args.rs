@@ -1,9 +1,12 @@
 //! The command line.
 
+use std::num::NonZeroU32;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use packinfer::{KernelFamily, Packing};
+use serde::Serialize;
 
 /// Packed attention for batched LLM inference.
 #[derive(Debug, Parser)]
@@ -31,7 +34,8 @@ pub enum Command {
     Calibrate(CalibrateArgs),
     /// Replays a trace of requests against a KV pool, without a GPU.
     KvSim(KvSimArgs),
-    /// Decodes requests of a trace for some hundred steps, with KV in pages, in extents, and moved from one to the other; measures that on the GPU.
+    /// Decodes requests of a trace for some hundred steps, with KV in pages, in extents, and moved from one to the other, alone or in groups; measures that
+    /// on the GPU.
     DecodeRun(DecodeRunArgs),
 }
 
@@ -186,6 +190,19 @@ pub struct DecodeRunArgs {
     /// What a further run of slots costs attention, in slots read: moves are begun where they save more than they cost.
     #[arg(long, value_name = "SLOTS")]
     pub run_cost: Option<f64>,
+    /// Layouts to go through, in this order; by default all.
+    #[arg(long, value_name = "LAYOUT", value_enum, value_delimiter = ',', num_args = 1..,
+          default_values_t = DecodeLayout::value_variants().iter().copied())]
+    pub layouts: Vec<DecodeLayout>,
+    /// Requests of a group, for the layout `groups`.
+    #[arg(long, value_name = "N", default_value = "4")]
+    pub group_size: NonZeroU32,
+    /// Share of a group's slots that may be holes, or outside of its extent, before it is looked at, 0.5 by default: for the layout `groups`.
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    pub group_fragmentation: Option<f64>,
+    /// Tokens that the largest group may have over the mean of all, before they are balanced, 1.5 by default: for the layout `groups`.
+    #[arg(long, value_name = "RATIO", value_parser = ratio)]
+    pub imbalance: Option<f64>,
     /// Rounds of all layouts in turn; of each, the round with the median time is reported.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: u32,
@@ -213,6 +230,32 @@ pub enum Layout {
     Paged,
 }
 
+/// Layout of KV in decode steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DecodeLayout {
+    /// Everything in pages.
+    Paged,
+    /// In extents with headroom from the beginning.
+    Contiguous,
+    /// Prompts in pages, each moved to an extent with headroom where that pays.
+    Moved,
+    /// Prompts in pages, groups of requests moved side by side to an extent with headroom for each where that pays.
+    Groups,
+}
+
+impl DecodeLayout {
+    /// Its name, as it is given.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Paged => "paged",
+            Self::Contiguous => "contiguous",
+            Self::Moved => "moved",
+            Self::Groups => "groups",
+        }
+    }
+}
+
 /// Where to run.
 #[derive(Clone, Debug, Args)]
 pub struct DeviceArgs {
@@ -225,6 +268,21 @@ pub struct DeviceArgs {
     /// The planner's models of the device, as `packinfer calibrate` wrote them; by default those that are built in.
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    number(text, 0.0..=1.0)
+}
+
+fn ratio(text: &str) -> Result<f64, String> {
+    number(text, 1.0..=f64::MAX)
+}
+
+/// A number within bounds.
+fn number(text: &str, within: RangeInclusive<f64>) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    let (least, most) = (within.start(), within.end());
+    if within.contains(&number) { Ok(number) } else { Err(format!("{number} is not between {least} and {most}")) }
 }
 
 /// Kind of device.

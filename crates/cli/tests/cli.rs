@@ -377,9 +377,28 @@ fn decode_runs_tell_of_the_pool_without_a_gpu() {
     let found = predicate::str::contains("KV runs of a request").and(predicate::str::contains("nothing was measured"));
     decode_run(&["--json"]).arg(&out).assert().success().stdout(found);
     let report: serde_json::Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+    let layouts: Vec<_> = report["layouts"].as_array().unwrap().iter().map(|run| run["layout"].as_str().unwrap()).collect();
+    assert_eq!(layouts, ["paged", "contiguous", "moved", "groups"]);
     let runs_of = |index: usize| report["layouts"][index]["pool"]["read_runs"].as_u64().unwrap();
-    assert!(runs_of(0) > 3 * runs_of(1) && runs_of(0) > runs_of(2), "{report}");
-    assert!(report["layouts"][2]["moved_bytes"].as_u64() > Some(0) && report["layouts"][0]["moved_bytes"] == 0, "{report}");
+    assert!(runs_of(0) > 3 * runs_of(1) && runs_of(0) > runs_of(2) && runs_of(0) > runs_of(3), "{report}");
+    let moved_bytes_of = |index: usize| report["layouts"][index]["moved_bytes"].as_u64().unwrap();
+    assert!(moved_bytes_of(0) == 0 && moved_bytes_of(2) > 0 && moved_bytes_of(3) > 0, "{report}");
+    let groups = &report["layouts"][3];
+    let (looked_at, moved) = (&groups["pool"]["groups_looked_at"], &groups["pool"]["groups_moved"]);
+    assert!(groups["group_size"] == 4 && moved["fragmentation"].as_u64() > Some(0), "{report}");
+    assert!(looked_at["fragmentation"].as_u64() > moved["fragmentation"].as_u64(), "{report}");
+    // Some of the layouts, with thresholds that nothing passes.
+    let never = ["--layouts", "groups,paged", "--group-size", "2", "--group-fragmentation", "1", "--imbalance", "1e9"];
+    decode_run(&never).arg("--json").arg(&out).assert().success().stdout(predicate::str::contains("contiguous").not());
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+    let never = &report["layouts"][0];
+    assert!(never["layout"] == "groups" && never["group_size"] == 2 && never["moved_bytes"] == 0, "{report}");
+    assert!(report["layouts"][1]["layout"] == "paged" && report["layouts"].as_array().unwrap().len() == 2, "{report}");
+    for (argument, value) in
+        [("--group-fragmentation", "1.5"), ("--imbalance", "0.5"), ("--imbalance", "inf"), ("--group-size", "0")]
+    {
+        decode_run(&[argument, value]).assert().code(2).stderr(predicate::str::contains(argument));
+    }
     decode_run(&["--slots", "1024"]).assert().code(2).stderr(predicate::str::contains("a pool of 1024 slots does not hold 16"));
 }
 

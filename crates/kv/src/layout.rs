@@ -27,6 +27,11 @@ pub struct Contiguous {
     /// If a greater share of the slots that can be had is free but scattered (see [`Usage::fragmentation`]), a request that
     /// will outgrow its headroom is reckoned to grow into single pages, even if an extent can be found now.
     pub max_fragmentation: f64,
+    /// A group is looked at if a greater share of its slots is not both in its one extent and a member's, see
+    /// [`GroupState::fragmentation`](crate::GroupState::fragmentation): from 0, which is any, to 1, which is never.
+    pub max_group_fragmentation: f64,
+    /// Groups are balanced if the largest one has more than so many times the tokens of the mean (see [`imbalance`](crate::imbalance)), at least 1.
+    pub max_imbalance: f64,
     /// What each further run costs attention at every step: an address and the end of a tile that is not full.
     pub run_cost: f64,
     /// What it costs to move a slot, once.
@@ -41,6 +46,8 @@ impl Default for Contiguous {
             full_headroom_pressure: 0.7,
             no_headroom_pressure: 0.95,
             max_fragmentation: 0.5,
+            max_group_fragmentation: 0.5,
+            max_imbalance: 1.5,
             // Measured by `packinfer decode-run` on an H100: to attention alone a further run costs 0.17 slots. With longer plans to upload, and
             // multiprocessors that wait for those whose requests are scattered, whole steps took less time with 0.8 than with 0.17.
             run_cost: 0.8,
@@ -150,6 +157,11 @@ impl Contiguous {
         };
         // Runs to come are added one after the other: half of them on average.
         (f64::from(now) + f64::from(to_come) / 2.0) * self.run_cost * f64::from(situation.expected)
+    }
+
+    /// The imbalance that groups are brought down to when it was more than [`Self::max_imbalance`]: half way to none, so that it is not more again at once.
+    pub fn balanced(&self) -> f64 {
+        f64::midpoint(1.0, self.max_imbalance)
     }
 
     /// Whether it pays to move the members of a group side by side: what attention saves for all of them together is more than what the copies cost.

@@ -45,7 +45,8 @@
 //!   what others own.
 //! - [`PrefixTree`]: blocks of tokens that own slots, found by the tokens themselves or by hashes, evicted when slots run out.
 //! - [`Policy`]: pages, or contiguous extents with headroom, for [one request](Sequence::reorganize) or for
-//!   [a group](SlotPool::reorganize_group) side by side.
+//!   [a group](SlotPool::reorganize_group) side by side. A group is looked at when a [`Trigger`] gives cause; [`balance_groups`]
+//!   evens out groups of different length.
 //!
 //! # Moves and epochs
 //!
@@ -64,7 +65,7 @@ mod sequence;
 mod tree;
 
 pub use error::KvError;
-pub use group::GroupMember;
+pub use group::{GroupMember, GroupMove, GroupState, Trigger, balance_groups, imbalance};
 pub use layout::{Contiguous, ExpectedTokens, Policy, Reason, Situation};
 pub use moves::{Filled, Move, SlotCopy};
 pub use packinfer_abi::KvRun;

@@ -1,6 +1,8 @@
 //! What the pool promises, one promise a test.
 
-use packinfer_kv::{Contiguous, Filled, GroupMember, Growth, KvError, KvRun, Policy, Sequence, SlotCopy, SlotPool, Usage};
+use packinfer_kv::{
+    Contiguous, Filled, GroupMember, GroupState, Growth, KvError, KvRun, Policy, Sequence, SlotCopy, SlotPool, Usage,
+};
 
 const PAGE: u32 = 16;
 
@@ -209,13 +211,18 @@ fn a_group_moves_side_by_side() {
     group.insert(1, Sequence::new());
     let policy = Policy::Contiguous(Contiguous::default());
     let usage = pool.usage();
-    let moves = pool.reorganize_group(&policy, &usage, &mut members(&mut group, 300)).unwrap();
-    assert_eq!(moves.iter().map(|(member, begun)| (*member, begun.num_slots())).collect::<Vec<_>>(), [(0, 60), (2, 60), (3, 60)]);
-    for (member, begun) in moves {
+    let moved = pool.reorganize_group(&policy, &usage, &mut members(&mut group, 300)).unwrap().unwrap();
+    let slots: Vec<_> = moved.members.iter().map(|(member, begun)| (*member, begun.num_slots())).collect();
+    assert_eq!((slots, moved.num_slots()), (vec![(0, 60), (2, 60), (3, 60)], 180));
+    let extent = moved.extent;
+    for (member, begun) in moved.members {
         group[member].commit_move(&mut pool, begun).unwrap();
     }
     let runs = runs_of(&group, &pool);
     let first = runs[0].first_slot;
+    assert_eq!(extent, KvRun { first_slot: first, num_slots: 3 * 368 });
+    let in_place = GroupState { extent: 3 * 368, in_place: 3 * 368, ..GroupState::default() };
+    assert_eq!(GroupState::of(Some(extent), &group, &pool), in_place);
     let expected = [0, 368, 736].map(|offset| KvRun { first_slot: first + offset, num_slots: 60 });
     assert_eq!(runs, expected, "60 tokens and 300 to come, in whole pages");
     pool.audit().unwrap();
@@ -228,8 +235,8 @@ fn a_group_stays_where_moving_it_does_not_pay_or_fails() {
     let policy = Policy::Contiguous(Contiguous::default());
     let (before, usage) = (runs_of(&group, &pool), pool.usage());
     let stays = |pool: &mut SlotPool, group: &mut [Sequence], policy: &Policy, usage: &Usage, expected| {
-        let moves = pool.reorganize_group(policy, usage, &mut members(group, expected)).unwrap();
-        assert!(moves.is_empty());
+        let moved = pool.reorganize_group(policy, usage, &mut members(group, expected)).unwrap();
+        assert!(moved.is_none());
         assert_eq!((runs_of(group, pool), pool.usage()), (before.clone(), *usage));
         pool.audit().unwrap();
     };
@@ -245,6 +252,30 @@ fn a_group_stays_where_moving_it_does_not_pay_or_fails() {
     let usage = pool.usage();
     stays(&mut pool, &mut group, &policy, &usage, 300);
     rest.free(&mut pool).unwrap();
+}
+
+#[test]
+fn a_cancelled_group_stays_where_it_was() {
+    let mut pool = pool(256);
+    let mut group = mixed_group(&mut pool);
+    let (before, usage) = (runs_of(&group, &pool), pool.usage());
+    let policy = Policy::Contiguous(Contiguous::default());
+    let moved = pool.reorganize_group(&policy, &usage, &mut members(&mut group, 300)).unwrap().unwrap();
+    assert!(pool.usage().used > usage.used);
+    moved.cancel(&mut pool).unwrap();
+    assert_eq!((runs_of(&group, &pool), pool.usage()), (before, usage));
+    // One of them leaves, and another outgrows its new place, before the copies are done: the third one moves all the same.
+    let mut moved = pool.reorganize_group(&policy, &usage, &mut members(&mut group, 100)).unwrap().unwrap();
+    group[1].append(&mut pool, 500, Growth::Pages).unwrap();
+    let outgrown = group[1].runs(&pool).unwrap();
+    group.remove(0).free(&mut pool).unwrap();
+    moved.members.remove(0).1.cancel(&mut pool).unwrap();
+    for (member, begun) in moved.members {
+        assert_eq!(group[member - 1].commit_move(&mut pool, begun).is_ok(), member == 2);
+    }
+    assert_eq!(group[0].runs(&pool).unwrap(), outgrown);
+    assert_eq!(group[1].runs(&pool).unwrap().len(), 1);
+    pool.audit().unwrap();
 }
 
 #[test]

@@ -9,6 +9,8 @@
 //! 3. [`DecodeReplay::append`]: a slot for each new token;
 //! 4. a plan for [`DecodeReplay::requests`], and its launches; [`DecodeReplay::retire`] when they have run.
 //!
+//! With [`DecodeConfig::group_size`], requests are moved in [`Group`]s, side by side: whoever comes takes a place that somebody has left.
+//!
 //! ```
 //! use packinfer_trace::TraceRequest;
 //! use packinfer_trace::decode_replay::{DecodeConfig, DecodeReplay};
@@ -23,13 +25,21 @@
 //! # Ok::<(), packinfer_trace::decode_replay::DecodeError>(())
 //! ```
 
+mod groups;
 mod picture;
 
-use packinfer_kv::{Epoch, ExpectedTokens, Growth, KvError, KvRun, Policy, Reason, Sequence, SequenceMove, SlotCopy, SlotPool};
+use std::num::NonZeroU32;
+
+use packinfer_kv::{
+    Epoch, ExpectedTokens, GroupMember, GroupMove, Growth, KvError, KvRun, Policy, Reason, Sequence, SequenceMove, SlotCopy,
+    SlotPool,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::TraceRequest;
 use crate::replay::{FIRST_EXPECTATION, REVIEW_STEPS};
+use groups::Groups;
+pub use groups::{Group, TriggerCounts};
 pub use picture::{PoolMap, pools_svg};
 
 /// Slots of the pool for each token that as many mean requests have, if nobody says how many there are: so that the pool is two thirds full.
@@ -50,7 +60,10 @@ pub struct DecodeConfig {
     /// Whether prompts come in pages all the same, as they do where their KV was computed or received page by page: it is for the policy then to say which requests
     /// are moved.
     pub prompts_in_pages: bool,
-    /// The most slots that moves begun in one step copy, so that none slows a step down by much; but one request is always moved whole.
+    /// Requests of a group, which are moved side by side: who comes takes a place in the group that has the fewest tokens, and a group is looked at when a
+    /// [`Trigger`](packinfer_kv::Trigger) of the policy gives cause. `None` if each request is moved by itself.
+    pub group_size: Option<NonZeroU32>,
+    /// The most slots that moves begun in one step copy, so that none slows a step down by much; but one request, or one group, is always moved whole.
     pub most_moving_slots: u32,
 }
 
@@ -62,6 +75,7 @@ impl Default for DecodeConfig {
             page_size: 16,
             policy: Policy::Paged,
             prompts_in_pages: false,
+            group_size: None,
             most_moving_slots: 16_384,
         }
     }
@@ -121,6 +135,10 @@ pub struct DecodeReport {
     pub no_headroom: u64,
     /// Moves that were begun because there would be none.
     pub fragmented: u64,
+    /// Groups that were looked at, by what gave cause to it.
+    pub groups_looked_at: TriggerCounts,
+    /// Groups that were then begun to be moved, as it paid and there was room.
+    pub groups_moved: TriggerCounts,
     /// The most slots that had an owner.
     pub peak_used_slots: u32,
 }
@@ -155,7 +173,9 @@ pub struct DecodeReplay<'a> {
     trace: &'a [TraceRequest],
     config: DecodeConfig,
     pool: SlotPool,
+    /// In the order of their numbers.
     running: Vec<Decoding>,
+    groups: Groups,
     admitted: u64,
     step: u64,
     expected: ExpectedTokens,
@@ -179,6 +199,7 @@ impl<'a> DecodeReplay<'a> {
             trace,
             config,
             running: Vec::new(),
+            groups: config.group_size.map_or_else(Groups::default, |places| Groups::new(config.concurrent, places)),
             admitted: 0,
             step: 0,
             expected: ExpectedTokens::new(FIRST_EXPECTATION),
@@ -233,6 +254,7 @@ impl<'a> DecodeReplay<'a> {
         let complete: Vec<_> = self.running.extract_if(.., |request| request.generated >= request.answer).collect();
         for request in complete {
             self.expected.observe(request.generated);
+            self.groups.leave(request.id);
             request.kv.free(&mut self.pool)?;
         }
         let mut admitted = Vec::new();
@@ -246,6 +268,7 @@ impl<'a> DecodeReplay<'a> {
             // Without a token there would be nothing to attend to.
             kv.append(&mut self.pool, request.prompt_tokens.max(1), growth).map_err(|error| self.full(error))?;
             admitted.push(Admitted { id: self.admitted, runs: kv.runs(&self.pool)? });
+            self.groups.join(self.admitted, &self.running);
             let answer = request.output_tokens.max(1);
             self.running.push(Decoding { id: self.admitted, kv, generated: 0, answer, is_due: true });
             self.admitted += 1;
@@ -254,13 +277,23 @@ impl<'a> DecodeReplay<'a> {
         Ok(admitted)
     }
 
-    /// Begins to move the KV of requests for which the policy says so, each with the request's number. What was appended so far is to be copied. Steps may be left out while
-    /// other copies are under way: who was to be looked at is looked at later.
+    /// Begins to move the KV of requests, or of groups, for which the policy says so, each move with its request's number. What was appended so far is to be
+    /// copied. Steps may be left out while other copies are under way: who was to be looked at is looked at later. Groups are only looked at when all moves
+    /// have ended.
     ///
     /// # Errors
     ///
     /// None that a user can cause.
     pub fn begin_moves(&mut self) -> Result<Vec<(u64, SequenceMove)>, KvError> {
+        let moves = match self.config.group_size {
+            Some(_) => self.begin_moves_of_groups()?,
+            None => self.begin_moves_of_requests()?,
+        };
+        self.report.moved_slots += moves.iter().map(|(_, begun)| u64::from(begun.num_slots())).sum::<u64>();
+        Ok(moves)
+    }
+
+    fn begin_moves_of_requests(&mut self) -> Result<Vec<(u64, SequenceMove)>, KvError> {
         let expected = self.expected.remaining();
         let (mut moves, mut moving_slots) = (Vec::new(), 0);
         for request in &mut self.running {
@@ -278,10 +311,43 @@ impl<'a> DecodeReplay<'a> {
                 Reason::Fragmented => self.report.fragmented += 1,
             }
             moving_slots += begun.num_slots();
-            self.report.moved_slots += u64::from(begun.num_slots());
             moves.push((request.id, begun));
         }
         Ok(moves)
+    }
+
+    fn begin_moves_of_groups(&mut self) -> Result<Vec<(u64, SequenceMove)>, KvError> {
+        if self.groups.under_way > 0 {
+            return Ok(Vec::new());
+        }
+        let (mut moves, mut moving_slots) = (Vec::new(), 0);
+        self.groups.balance(&self.config.policy, &self.running);
+        for group in 0..self.groups.len() {
+            if moving_slots >= self.config.most_moving_slots {
+                break;
+            }
+            let Some(trigger) = self.groups.trigger(group, &self.config.policy, &mut self.running, &self.pool) else {
+                continue;
+            };
+            self.report.groups_looked_at.count(trigger);
+            let (ids, Some(begun)) = self.begin_move_of_group(group)? else { continue };
+            self.report.groups_moved.count(trigger);
+            moving_slots += begun.num_slots();
+            self.groups.begin(group, begun.extent, begun.members.len());
+            moves.extend(begun.members.into_iter().map(|(member, begun)| (ids[member], begun)));
+        }
+        Ok(moves)
+    }
+
+    /// Begins to move a group if that pays; also who its members are.
+    fn begin_move_of_group(&mut self, group: usize) -> Result<(Vec<u64>, Option<GroupMove>), KvError> {
+        let (ids, expected) = (self.groups.members(group), self.expected.remaining());
+        let running = self.running.iter_mut().filter(|request| ids.contains(&request.id));
+        let (ids, mut members): (Vec<u64>, Vec<_>) =
+            running.map(|request| (request.id, GroupMember { kv: &mut request.kv, expected })).unzip();
+        let usage = self.pool.usage();
+        let begun = self.pool.reorganize_group(&self.config.policy, &usage, &mut members)?;
+        Ok((ids, begun))
     }
 
     /// Ends a move whose copies are done: what is still to be copied, before the next step reads it, and the epoch that ended. `None` if the move was
@@ -303,6 +369,7 @@ impl<'a> DecodeReplay<'a> {
                 None
             }
         };
+        self.groups.end(id, ended.is_some());
         match &ended {
             Some((_, rest)) => {
                 self.report.moves += 1;
@@ -348,6 +415,11 @@ impl<'a> DecodeReplay<'a> {
     /// The requests that decode, in an order that does not depend on the layout.
     pub fn requests(&self) -> impl ExactSizeIterator<Item = &Decoding> {
         self.running.iter()
+    }
+
+    /// The groups that requests are moved in; none if each is moved by itself.
+    pub fn groups(&self) -> impl ExactSizeIterator<Item = &Group> {
+        self.groups.iter()
     }
 
     /// Slots of the new tokens, in the order of the requests.
@@ -408,7 +480,7 @@ impl DecodeConfig {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::HashMap;
 
     use packinfer_kv::Contiguous;
@@ -416,7 +488,7 @@ mod tests {
     use super::*;
 
     /// Requests with prompts of 1 to 400 and answers of 1 to 300 tokens.
-    fn trace() -> Vec<TraceRequest> {
+    pub fn trace() -> Vec<TraceRequest> {
         let request = |index: u32| TraceRequest {
             arrival_ms: 0,
             prompt_tokens: 1 + index * 131 % 400,
@@ -426,12 +498,12 @@ mod tests {
         (0..200).map(request).collect()
     }
 
-    fn config(policy: Policy) -> DecodeConfig {
+    pub fn config(policy: Policy) -> DecodeConfig {
         DecodeConfig { concurrent: 20, num_slots: Some(16_384), policy, ..DecodeConfig::default() }
     }
 
     /// Moves that cost next to nothing.
-    fn eager() -> Policy {
+    pub fn eager() -> Policy {
         Policy::Contiguous(Contiguous { move_cost: 1e-3, max_headroom: 40, ..Contiguous::default() })
     }
 
@@ -449,7 +521,7 @@ mod tests {
     }
 
     /// Replays with copies that take `delay` steps, checks that every request reads its own tokens, and returns who was there in each step.
-    fn replay(config: DecodeConfig, delay: u64) -> (Vec<Vec<u64>>, DecodeReport) {
+    pub fn replay(config: DecodeConfig, delay: u64) -> (Vec<Vec<u64>>, DecodeReport) {
         let trace = trace();
         let mut replay = DecodeReplay::new(&trace, config).expect("a good trace");
         let mut device = Slots(vec![None; replay.pool().num_slots() as usize]);

@@ -83,9 +83,9 @@ impl<Id> KvMover<Id> {
         !self.moves.is_empty()
     }
 
-    /// Starts the copies of moves that were [begun](packinfer_kv::Sequence::reorganize), in all layers, by one launch beside the work of `stream`: behind what was given
-    /// to that until now, which wrote what is copied and may still read the slots that are copied to. Tokens that are appended later are copied
-    /// when the moves are finished. Takes the moves out of the list.
+    /// Starts the copies of moves that were begun, of [requests](packinfer_kv::Sequence::reorganize) or of [groups](packinfer_kv::SlotPool::reorganize_group), in
+    /// all layers, by one launch beside the work of `stream`: behind what was given to that until now, which wrote what is copied and may still read the slots
+    /// that are copied to. Tokens that are appended later are copied when the moves are finished. Takes the moves out of the list.
     ///
     /// # Errors
     ///

@@ -96,7 +96,7 @@ fn group(results: &Results, batch: &str) -> Group {
     let mut bars = vec![bar(FLOOR_COLOR, floor, "")];
     bars.extend(rows.iter().map(|(color, row)| bar(*color, row.ours.time_us, "")));
     if let Some((column, time)) = rows.iter().find_map(|(_, row)| row.best()) {
-        bars.push(bar(PEER_COLOR, time, results.columns[column].name));
+        bars.push(bar(PEER_COLOR, time, results.columns[column].peer.name));
     }
     Group { batch: batch.into(), bars }
 }
@@ -165,9 +165,8 @@ fn draw_legend(root: &Area<'_>, series: &[Series]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use regex::Regex;
-    use serde_json::from_value;
 
-    use super::super::join::tests::{bench, peers};
+    use super::super::join::tests::{bench, more_peers, named, peers};
     use super::*;
 
     /// Widths of the bars of a colour, without the legend's square, which comes first.
@@ -180,7 +179,7 @@ mod tests {
     #[test]
     fn bars_are_as_long_as_their_times() {
         let benches = vec![bench("sm_90a kernels"), bench("sm_80 kernels")];
-        let results = Results::new(benches, Some(from_value(peers()).unwrap())).unwrap();
+        let results = Results::new(benches, vec![named("peers.json", peers()).unwrap()]).unwrap();
         let svg = svg(&results).unwrap();
         let floor = widths(&svg, FLOOR_COLOR);
         assert_eq!(floor.len(), 3);
@@ -197,8 +196,15 @@ mod tests {
     }
 
     #[test]
+    fn the_best_peer_is_of_all_files() {
+        let files = vec![named("a.json", peers()).unwrap(), named("b.json", more_peers()).unwrap()];
+        let svg = svg(&Results::new(vec![bench("")], files).unwrap()).unwrap();
+        assert!(svg.contains("115 µs FlashInfer FA3") && svg.contains("125 µs FlashInfer FA2") && !svg.contains("120 µs"));
+    }
+
+    #[test]
     fn without_peers_there_is_no_bar_for_them() {
-        let svg = svg(&Results::new(vec![bench("")], None).unwrap()).unwrap();
+        let svg = svg(&Results::new(vec![bench("")], Vec::new()).unwrap()).unwrap();
         assert!(!svg.contains("peer"));
         assert_eq!(widths(&svg, OUR_COLORS[0]).len(), 3);
     }

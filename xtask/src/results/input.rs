@@ -1,4 +1,4 @@
-//! The files that are read: one of `packinfer bench --json`, one of the peers' script.
+//! The files that are read: those of `packinfer bench --json`, and of the peers' script.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -90,6 +90,9 @@ pub struct Baseline {
 /// What the peers' script wrote.
 #[derive(Debug, Deserialize)]
 pub struct Peers {
+    /// Name of the file, without its folder.
+    #[serde(skip)]
+    pub file: String,
     /// Name of the device.
     pub device: String,
     /// Rate of a large matrix product.
@@ -103,6 +106,24 @@ pub struct Peers {
     pub read_gbs: f64,
     /// One a batch file.
     pub rows: Vec<PeersRow>,
+}
+
+impl Peers {
+    /// Reads a file of the peers' script.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`].
+    pub fn read(path: &Path) -> Result<Self> {
+        let peers = read(path)?;
+        let file = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok(Self { file, ..peers })
+    }
+
+    /// The row of a batch.
+    pub fn row(&self, batch: &str) -> Option<&PeersRow> {
+        self.rows.iter().find(|row| row.name == batch)
+    }
 }
 
 /// One batch of the peers' script.
@@ -176,6 +197,18 @@ mod tests {
             assert!(message.contains("odd.json") && message.contains(expected), "{message}");
         }
         assert!(format!("{:#}", read::<Peers>(&folder.path().join("none.json")).unwrap_err()).contains("cannot read"));
+    }
+
+    #[test]
+    fn peers_know_their_file_and_rows() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("peers.json");
+        let row = r#"{"name": "a", "bytes_us": 1.0, "flop_us": 2.0}"#;
+        let text = format!(r#"{{"device": "", "matmul_tflops": 1, "copy_gbs": 1, "read_gbs": 1, "rows": [{row}]}}"#);
+        fs::write(&file, text).unwrap();
+        let peers = Peers::read(&file).unwrap();
+        assert_eq!(peers.file, "peers.json");
+        assert_eq!((peers.row("a").map(|row| row.flop_us), peers.row("b").is_none()), (Some(2.0), true));
     }
 
     #[test]

@@ -48,6 +48,17 @@ pub const ERROR_LIMIT: f64 = 1.5e-2;
 /// Bytes and FLOPs of a batch, as either side counts them, differ by rounding only.
 const SAME_BATCH: f64 = 1e-3;
 
+/// A peer that was measured.
+#[derive(Debug)]
+pub struct Column {
+    /// Who it is.
+    pub peer: &'static Peer,
+    /// Index of the file that its times are from, in [`Results::peers`].
+    pub file: usize,
+    /// Indices of later files that have times of it too, which are left out.
+    pub left_out: Vec<usize>,
+}
+
 /// What a peer did with a batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Cell {
@@ -101,26 +112,27 @@ pub struct Results {
     /// At least one.
     pub tables: Vec<Table>,
     /// The peers that were measured.
-    pub columns: Vec<&'static Peer>,
-    /// Their file.
-    pub peers: Option<Peers>,
+    pub columns: Vec<Column>,
+    /// Their files.
+    pub peers: Vec<Peers>,
 }
 
 impl Results {
-    /// Joins files of `packinfer bench`, at least one, with that of the peers' script, batch by batch.
+    /// Joins files of `packinfer bench`, at least one, with those of the peers' script, batch by batch.
     ///
     /// # Errors
     ///
-    /// Other devices, other batches of the same name, or fields of the script's file that make no sense.
-    pub fn new(benches: Vec<Bench>, peers: Option<Peers>) -> Result<Self> {
+    /// Other devices, other batches of the same name, or fields of the script's files that make no sense.
+    pub fn new(benches: Vec<Bench>, peers: Vec<Peers>) -> Result<Self> {
         let device = benches.first().context("no file of packinfer bench")?.device_and_kernels().0.to_owned();
         let others =
-            benches.iter().map(|bench| bench.device_and_kernels().0).chain(peers.as_ref().map(|peers| peers.device.as_str()));
+            benches.iter().map(|bench| bench.device_and_kernels().0).chain(peers.iter().map(|peers| peers.device.as_str()));
         for other in others {
             ensure!(other == device, "`device` differs: {device:?} in the first file, {other:?} in another");
         }
-        let columns = peers.as_ref().map(columns).transpose()?.unwrap_or_default();
-        let tables = benches.into_iter().map(|bench| Table::new(bench, peers.as_ref(), &columns)).collect::<Result<Vec<_>>>()?;
+        check_names(&peers)?;
+        let columns = columns(&peers)?;
+        let tables = benches.into_iter().map(|bench| Table::new(bench, &peers, &columns)).collect::<Result<Vec<_>>>()?;
         ensure!(tables.iter().any(|table| !table.rows.is_empty()), "`batches` is empty: nothing was measured");
         Ok(Self { tables, columns, peers })
     }
@@ -147,20 +159,18 @@ impl Results {
 }
 
 impl Table {
-    fn new(mut bench: Bench, peers: Option<&Peers>, columns: &[&Peer]) -> Result<Self> {
+    fn new(mut bench: Bench, peers: &[Peers], columns: &[Column]) -> Result<Self> {
         let title = match bench.device_and_kernels().1 {
             "" => "PackInfer".into(),
             kernels => format!("PackInfer, {kernels}"),
         };
         let join = |ours: Batch| {
-            let row = peers.and_then(|peers| Some((peers, peers.rows.iter().find(|row| row.name == ours.batch)?)));
-            let cells = match row {
-                Some((peers, row)) => {
-                    check_same_batch(&ours, peers, row)?;
-                    columns.iter().map(|peer| cell(row, peer)).collect::<Result<_>>()?
-                }
-                None => vec![Cell::NotApplicable; columns.len()],
-            };
+            let rows: Vec<Option<&PeersRow>> = peers.iter().map(|peers| peers.row(&ours.batch)).collect();
+            for (peers, row) in peers.iter().zip(&rows) {
+                row.map_or(Ok(()), |row| check_same_batch(&ours, peers, row)).with_context(|| peers.file.clone())?;
+            }
+            let cell = |column: &Column| rows[column.file].map_or(Ok(Cell::NotApplicable), |row| cell(row, column.peer));
+            let cells = columns.iter().map(cell).collect::<Result<_>>()?;
             Ok(Row { ours, cells })
         };
         let rows = std::mem::take(&mut bench.batches).into_iter().map(join).collect::<Result<_>>()?;
@@ -173,8 +183,34 @@ impl Table {
     }
 }
 
-/// The peers of which there is a time or a failure.
-fn columns(peers: &Peers) -> Result<Vec<&'static Peer>> {
+/// Checks that the page can tell the files by their names.
+fn check_names(peers: &[Peers]) -> Result<()> {
+    for (index, one) in peers.iter().enumerate() {
+        let is_alone = peers[..index].iter().all(|other| other.file != one.file);
+        ensure!(
+            is_alone,
+            "two files of peers are called {:?}: rename one of them, as the page tells them by their names",
+            one.file
+        );
+    }
+    Ok(())
+}
+
+/// The peers of which there is a time or a failure, each with the first file that has a time of it, else a failure.
+fn columns(peers: &[Peers]) -> Result<Vec<Column>> {
+    peers.iter().try_for_each(|peers| check_fields(peers).with_context(|| peers.file.clone()))?;
+    let column = |peer| {
+        let mut timed =
+            (0..peers.len()).filter(|&file| has(&peers[file], peer, |cell| matches!(cell, Cell::Time(_) | Cell::Wrong { .. })));
+        let failed = || (0..peers.len()).find(|&file| has(&peers[file], peer, |cell| cell == Cell::Failed));
+        let file = timed.next().or_else(failed)?;
+        Some(Column { peer, file, left_out: timed.collect() })
+    };
+    Ok(PEERS.iter().filter_map(column).collect())
+}
+
+/// Checks that all peers of a file are known.
+fn check_fields(peers: &Peers) -> Result<()> {
     for row in &peers.rows {
         for field in row.cells.keys() {
             if let Some(key) = field.strip_suffix("_err").or_else(|| field.strip_suffix("_exc"))
@@ -184,8 +220,12 @@ fn columns(peers: &Peers) -> Result<Vec<&'static Peer>> {
             }
         }
     }
-    let measured = |peer: &&Peer| peers.rows.iter().any(|row| cell(row, peer).map_or(true, |cell| cell != Cell::NotApplicable));
-    Ok(PEERS.iter().filter(measured).collect())
+    Ok(())
+}
+
+/// Whether a file has such a cell of a peer, or one that is not understood.
+fn has(peers: &Peers, peer: &Peer, wanted: fn(Cell) -> bool) -> bool {
+    peers.rows.iter().any(|row| cell(row, peer).map_or(true, wanted))
 }
 
 fn cell(row: &PeersRow, peer: &Peer) -> Result<Cell> {
@@ -248,14 +288,27 @@ pub mod tests {
         ]})
     }
 
+    /// Another file, with another bandwidth: of FlashAttention-3 again, and of a peer that the first has not.
+    pub fn more_peers() -> Value {
+        json!({"device": "NVIDIA H100 80GB HBM3", "matmul_tflops": 400.0, "copy_gbs": 2500.0, "read_gbs": 600.0, "rows": [
+            {"name": "alike", "bytes_us": 80.0, "flop_us": 2.5, "fa3": 10.0, "fa3_err": 0.002, "fi_fa3": 115.0, "fi_fa3_err": 0.002},
+            {"name": "theirs", "bytes_us": 1.0, "flop_us": 1.0, "fi_fa3": 1.0, "fi_fa3_err": 0.0},
+        ]})
+    }
+
+    /// As if read from a file.
+    pub fn named(file: &str, peers: Value) -> Result<Peers> {
+        Ok(Peers { file: file.into(), ..from_value(peers)? })
+    }
+
     fn joined(peers: Value) -> Result<Results> {
-        Results::new(vec![bench("sm_90a kernels")], Some(from_value(peers)?))
+        Results::new(vec![bench("sm_90a kernels")], vec![named("peers.json", peers)?])
     }
 
     #[test]
     fn rows_meet_by_name() {
         let results = joined(peers()).unwrap();
-        let names: Vec<_> = results.columns.iter().map(|peer| peer.key).collect();
+        let names: Vec<_> = results.columns.iter().map(|column| column.peer.key).collect();
         assert_eq!(names, ["fa3", "fi_fa2", "fi_ba", "fi_cas"]);
         let [alike, shared, alone] = &results.tables[0].rows[..] else { panic!("three rows") };
         let wrong = Cell::Wrong { time_us: 90.0, error: 0.3 };
@@ -268,11 +321,59 @@ pub mod tests {
     }
 
     #[test]
+    fn columns_of_several_files_are_joined() {
+        let both = |first: Value, second: Value| {
+            Results::new(vec![bench("sm_90a kernels")], vec![named("a.json", first).unwrap(), named("b.json", second).unwrap()])
+        };
+        let results = both(peers(), more_peers()).unwrap();
+        let columns: Vec<_> = results.columns.iter().map(|column| (column.peer.key, column.file, &column.left_out[..])).collect();
+        let expected: [(_, _, &[usize]); 5] =
+            [("fa3", 0, &[1]), ("fi_fa2", 0, &[]), ("fi_fa3", 1, &[]), ("fi_ba", 0, &[]), ("fi_cas", 0, &[])];
+        assert_eq!(columns, expected);
+        let [alike, shared, _] = &results.tables[0].rows[..] else { panic!("three rows") };
+        assert_eq!(
+            (alike.cells[0], alike.cells[2]),
+            (Cell::Time(120.5), Cell::Time(115.0)),
+            "the first file's, and the second's as it is"
+        );
+        assert_eq!((alike.best(), shared.cells[2]), (Some((2, 115.0)), Cell::NotApplicable));
+        let results = both(more_peers(), peers()).unwrap();
+        assert_eq!(results.tables[0].rows[0].cells[0], Cell::Time(10.0));
+        assert_eq!(results.tables[0].rows[1].cells[0], Cell::NotApplicable, "a column is of one file");
+        // A file in which a peer only failed is not the first one that has it.
+        let mut failed = peers();
+        failed["rows"][0]["fi_fa3_exc"] = json!("ImportError()");
+        let results = both(failed.clone(), more_peers()).unwrap();
+        assert_eq!((results.columns[2].file, &results.columns[2].left_out[..]), (1, &[][..]));
+        assert_eq!(joined(failed).unwrap().tables[0].rows[0].cells[2], Cell::Failed);
+    }
+
+    #[test]
+    fn every_file_has_to_fit() {
+        let second = |file: &str, pointer: &str, value: Value| {
+            let mut odd = more_peers();
+            *odd.pointer_mut(pointer).unwrap() = value;
+            let files = vec![named("a.json", peers()).unwrap(), named(file, odd).unwrap()];
+            format!("{:#}", Results::new(vec![bench("")], files).unwrap_err())
+        };
+        for (pointer, value, expected) in [
+            ("/device", json!("NVIDIA H200"), "`device` differs"),
+            ("/rows/0/flop_us", json!(3.0), "b.json: \"alike\" is another batch for the peers: its `flops`"),
+            // It would not be taken, but is looked at.
+            ("/rows/0/bytes_us", json!(3.0), "\"alike\" is another batch for the peers: its `bytes`"),
+        ] {
+            let message = second("b.json", pointer, value);
+            assert!(message.contains(expected), "{message}");
+        }
+        assert!(second("a.json", "/device", json!("NVIDIA H100 80GB HBM3")).contains("two files of peers are called \"a.json\""));
+    }
+
+    #[test]
     fn the_name_says_when_and_where() {
         assert_eq!(joined(peers()).unwrap().default_name(), "2026-11-23-h100");
         let mut cpu = bench("");
         cpu.device = "Some Processor, 2 threads".into();
-        assert_eq!(Results::new(vec![cpu], None).unwrap().default_name(), "2026-11-23-some-processor");
+        assert_eq!(Results::new(vec![cpu], Vec::new()).unwrap().default_name(), "2026-11-23-some-processor");
     }
 
     #[test]
@@ -292,9 +393,10 @@ pub mod tests {
         }
         let mut odd = peers();
         odd["rows"][0]["fa9_exc"] = json!("ImportError()");
-        assert!(joined(odd).unwrap_err().to_string().contains("field `fa9_exc`"));
+        let message = format!("{:#}", joined(odd).unwrap_err());
+        assert!(message.starts_with("peers.json: ") && message.contains("field `fa9_exc`"), "{message}");
         let mut empty = bench("");
         empty.batches.clear();
-        assert!(Results::new(vec![empty], None).unwrap_err().to_string().contains("`batches` is empty"));
+        assert!(Results::new(vec![empty], Vec::new()).unwrap_err().to_string().contains("`batches` is empty"));
     }
 }

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::join::{Cell, ERROR_LIMIT, Results, Row, Table};
+use super::input::{Peers, PeersRow};
+use super::join::{Cell, Column, ERROR_LIMIT, Results, Row, Table};
 
 /// The page: what was measured and how, ceilings, a table for each file of `packinfer bench`.
 pub fn page(results: &Results, commit: &str, note: Option<&str>, figure: &str) -> String {
@@ -53,13 +54,17 @@ fn push_circumstances(page: &mut String, results: &Results, commit: &str, note: 
          and splitting; how much faster the plan is.",
         bench.program
     );
-    if let Some(peers) = &results.peers {
-        let difference = peers.copy_gbs * 1e9 / bench.ceilings.copy_bytes_per_s - 1.0;
+    if !results.peers.is_empty() {
+        let difference = |peers: &Peers| {
+            let difference = peers.copy_gbs * 1e9 / bench.ceilings.copy_bytes_per_s - 1.0;
+            format!("{:+.1} %{}", 100.0 * difference, in_file(results, peers, " in "))
+        };
+        let differences: Vec<_> = results.peers.iter().map(difference).collect();
         let _ = writeln!(
             page,
             "\nThe peers: the median of Triton's `do_bench`, which empties the L2 cache as well, on the same batches and a device of the same \
-             name, where copying differs by {:+.1} % from ours.",
-            100.0 * difference
+             name, where copying differs by {} from ours.",
+            differences.join(", ")
         );
     }
     page.push('\n');
@@ -71,10 +76,16 @@ fn push_ceilings(page: &mut String, results: &Results) {
         let (copy, compute) = (bench.ceilings.copy_bytes_per_s * 1e-9, bench.ceilings.flops_per_s * 1e-12);
         let _ = writeln!(page, "| {title} | {copy:.0} | {compute:.0} |");
     }
-    if let Some(peers) = &results.peers {
-        let _ = writeln!(page, "| the peers' script | {:.0} | {:.0} (PyTorch's matmul) |", peers.copy_gbs, peers.matmul_tflops);
+    for peers in &results.peers {
+        let (file, copy, compute) = (in_file(results, peers, ", "), peers.copy_gbs, peers.matmul_tflops);
+        let _ = writeln!(page, "| the peers' script{file} | {copy:.0} | {compute:.0} (PyTorch's matmul) |");
     }
     page.push('\n');
+}
+
+/// The file of some peers, if there are several that it could be.
+fn in_file(results: &Results, peers: &Peers, before: &str) -> String {
+    if results.peers.len() > 1 { format!("{before}{}", peers.file) } else { String::new() }
 }
 
 fn push_table(page: &mut String, results: &Results, table: &Table) {
@@ -87,7 +98,7 @@ fn push_table(page: &mut String, results: &Results, table: &Table) {
     header.extend(["floor", "ours"]);
     header.extend(has_graphs.then_some("graph"));
     header.extend(["ours ÷ floor", "per-request ÷ ours"]);
-    header.extend(results.columns.iter().map(|peer| peer.name));
+    header.extend(results.columns.iter().map(|column| column.peer.name));
     header.extend((!results.columns.is_empty()).then_some("ours ÷ best peer"));
     let aligned: Vec<_> = (0..header.len()).map(|column| if column < left { "---" } else { "---:" }).collect();
     let _ = writeln!(page, "| {} |\n| {} |", header.join(" | "), aligned.join(" | "));
@@ -122,17 +133,28 @@ fn cells(row: &Row, has_kernels: bool, has_graphs: bool) -> Vec<String> {
 
 /// What the columns of the peers are, and which rows have no place in a table.
 fn push_peers(page: &mut String, results: &Results) {
-    let Some(peers) = &results.peers else { return };
+    if results.peers.is_empty() {
+        return;
+    }
     let _ = writeln!(
         page,
         "Bold: the best peer. `x`: it failed. `-`: the batch is not for it. A peer whose error against float32 attention, relative in norm, \
          is over {ERROR_LIMIT:.1e} is marked, and is not the best.\n"
     );
-    for peer in &results.columns {
-        let _ = writeln!(page, "- {}: {}", peer.name, peer.description);
+    for column in &results.columns {
+        let Column { peer, file, left_out } = column;
+        let from = in_file(results, &results.peers[*file], "; from ");
+        let also: Vec<_> = left_out.iter().map(|&other| results.peers[other].file.as_str()).collect();
+        let also = if also.is_empty() { String::new() } else { format!(", though it is in {} too", also.join(", ")) };
+        let _ = writeln!(page, "- {}: {}{from}{also}", peer.name, peer.description);
     }
-    let alone = peers.rows.iter().filter(|row| results.tables.iter().all(|table| table.row(&row.name).is_none()));
-    let alone: Vec<_> = alone.map(|row| row.name.as_str()).collect();
+    let is_alone = |row: &&PeersRow| results.tables.iter().all(|table| table.row(&row.name).is_none());
+    let mut alone: Vec<&str> = Vec::new();
+    for row in results.peers.iter().flat_map(|peers| &peers.rows).filter(is_alone) {
+        if !alone.contains(&row.name.as_str()) {
+            alone.push(&row.name);
+        }
+    }
     if !alone.is_empty() {
         let _ = writeln!(page, "\nOnly the peers were measured on: {}.", alone.join(", "));
     }
@@ -140,21 +162,21 @@ fn push_peers(page: &mut String, results: &Results) {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, from_value, json};
+    use serde_json::{Value, json};
 
     use super::super::input::Graph;
-    use super::super::join::tests::{bench, peers};
+    use super::super::join::tests::{bench, more_peers, named, peers};
     use super::*;
 
-    fn page_of(peers: Option<Value>) -> String {
-        let peers = peers.map(|peers| from_value(peers).unwrap());
+    fn page_of(peers: &[(&str, Value)]) -> String {
+        let peers = peers.iter().map(|(file, peers)| named(file, peers.clone()).unwrap()).collect();
         let results = Results::new(vec![bench("sm_90a kernels"), bench("sm_80 kernels")], peers).unwrap();
         page(&results, "0123abc, with uncommitted changes", Some("On a quiet evening."), "here.svg")
     }
 
     #[test]
     fn tables_have_all_cells() {
-        let page = page_of(Some(peers()));
+        let page = page_of(&[("peers.json", peers())]);
         for line in [
             "# NVIDIA H100 80GB HBM3, 2026-11-23",
             "- Commit: 0123abc, with uncommitted changes",
@@ -172,12 +194,27 @@ mod tests {
             assert!(page.lines().any(|candidate| candidate == line), "no {line:?} in\n{page}");
         }
         assert!(page.contains("the median of 30 runs") && page.contains("differs by +0.0 %"));
-        assert!(!page.contains("Only the peers"));
+        assert!(!page.contains("Only the peers") && !page.contains("peers.json"), "one file needs no name");
+    }
+
+    #[test]
+    fn several_files_of_peers_are_told_apart() {
+        let page = page_of(&[("first.json", peers()), ("second.json", more_peers())]);
+        for text in [
+            "where copying differs by +0.0 % in first.json, +25.0 % in second.json from ours.",
+            "\n| the peers' script, first.json | 2000 | 500 (PyTorch's matmul) |\n| the peers' script, second.json | 2500 | 400 (",
+            "\n| alike | 100 | 110 | 1.10 | 2.50 | 120 | 130 | **115** | 90.0 (error 3e-1) | - | 0.96 |\n",
+            "once for each; from first.json, though it is in second.json too\n",
+            "FA3 prefill; from second.json\n",
+            "Only the peers were measured on: theirs.",
+        ] {
+            assert!(page.contains(text), "no {text:?} in\n{page}");
+        }
     }
 
     #[test]
     fn peers_and_baseline_may_be_missing() {
-        let page = page_of(None);
+        let page = page_of(&[]);
         assert!(page.contains("\n| alike | 100 | 110 | 1.10 | 2.50 |\n"), "{page}");
         assert!(!page.contains("peer"), "{page}");
     }
@@ -186,7 +223,7 @@ mod tests {
     fn graphs_have_a_column_if_there_are_any() {
         let mut measured = bench("");
         measured.batches[0].graph = Some(Graph { time_us: 108.0 });
-        let page = page(&Results::new(vec![measured], None).unwrap(), "", None, "");
+        let page = page(&Results::new(vec![measured], Vec::new()).unwrap(), "", None, "");
         for line in [
             "| batch | floor | ours | graph | ours ÷ floor |",
             "| alike | 100 | 110 | 108 | 1.10 |",
@@ -201,7 +238,7 @@ mod tests {
         let mut more = peers();
         let row = json!({"name": "theirs", "bytes_us": 1.0, "flop_us": 1.0, "fa3": 1.0, "fa3_err": 0.0});
         more["rows"].as_array_mut().unwrap().push(row);
-        assert!(page_of(Some(more)).contains("Only the peers were measured on: theirs."));
+        assert!(page_of(&[("peers.json", more)]).contains("Only the peers were measured on: theirs."));
     }
 
     #[test]

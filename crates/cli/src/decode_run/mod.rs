@@ -1,20 +1,22 @@
-//! `packinfer decode-run`: decode steps of a server, with KV in pages, in contiguous extents, and in pages that are moved to extents.
+//! `packinfer decode-run`: decode steps of a server, with KV in pages, in contiguous extents, and in pages that are moved to extents, one request or one
+//! group at a time.
 
 mod device;
 
 use std::fs;
 use std::io::{Write, stdout};
+use std::num::NonZeroU32;
 use std::time::SystemTime;
 
 use anyhow::Context;
 use half::bf16;
 use packinfer_batch::{AttentionShape, Batch, DType};
 use packinfer_kv::{Contiguous, Policy};
-use packinfer_trace::decode_replay::{DecodeConfig, DecodeReplay, DecodeReport, PoolMap, pools_svg};
+use packinfer_trace::decode_replay::{DecodeConfig, DecodeReplay, DecodeReport, PoolMap, TriggerCounts, pools_svg};
 use packinfer_trace::{TraceReader, TraceRequest};
 use serde::Serialize;
 
-use crate::args::DecodeRunArgs;
+use crate::args::{DecodeLayout, DecodeRunArgs};
 use crate::backend::Backend;
 use crate::json_file::{JsonFile, cannot_write};
 use crate::progress::Progress;
@@ -47,8 +49,11 @@ struct Report {
 /// One layout.
 #[derive(Debug, Serialize)]
 struct Run {
-    layout: &'static str,
+    layout: DecodeLayout,
     policy: Policy,
+    /// Requests of a group, where groups are moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group_size: Option<NonZeroU32>,
     pool: DecodeReport,
     /// Bytes that were read for moves, and as many written, in all layers.
     moved_bytes: u64,
@@ -56,31 +61,22 @@ struct Run {
     measured: Option<Measured>,
 }
 
-/// How many layouts there are.
-const LAYOUTS: usize = 3;
-/// Everything in pages.
-const PAGED: &str = "paged";
-/// In extents with headroom from the beginning.
-const CONTIGUOUS: &str = "contiguous";
-/// Prompts in pages, moved to extents with headroom where that pays.
-const MOVED: &str = "moved";
-
 /// Replays the trace with all layouts and prints what came of it.
 pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
     let trace: Vec<TraceRequest> = TraceReader::open(&args.trace)?.collect::<Result<_, _>>()?;
     let shape = AttentionShape::new(args.num_qo_heads, args.num_kv_heads, args.head_dim, DType::Bf16)?;
     let mut out = JsonFile::create(args.json.as_ref())?;
     let backend = Backend::open(&args.device)?;
-    let progress = Progress::new(LAYOUTS * args.rounds as usize);
+    let progress = Progress::new(args.layouts.len() * args.rounds as usize);
     let mut runs = Vec::new();
     let (mut outputs, mut maps) = (Vec::new(), Vec::new());
-    let extents = Policy::Contiguous(contiguous(args));
-    let layouts: [_; LAYOUTS] = [(PAGED, Policy::Paged, false), (CONTIGUOUS, extents, false), (MOVED, extents, true)];
     let rounds = if matches!(backend, Backend::Cuda(_)) { args.rounds } else { 1 };
     for _ in 0..rounds {
-        for (layout, policy, prompts_in_pages) in layouts {
-            progress.doing(format!("{} steps, {layout}", args.steps));
-            let mut replay = warm(&trace, args, policy, prompts_in_pages)?;
+        for &layout in &args.layouts {
+            progress.doing(format!("{} steps, {}", args.steps, layout.name()));
+            let config = config(args, layout);
+            let mut replay = DecodeReplay::new(&trace, config)?;
+            replay.warm_up(args.warm_up)?;
             let measured = match &backend {
                 Backend::Cuda(cuda) => {
                     let (measured, round_outputs) = device::measure::<bf16>(cuda, &mut replay, shape, args)?;
@@ -92,12 +88,13 @@ pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
                     None
                 }
             };
-            if args.svg.is_some() && maps.len() < LAYOUTS {
-                maps.push(PoolMap::of(layout, &replay)?);
+            if args.svg.is_some() && maps.len() < args.layouts.len() {
+                maps.push(PoolMap::of(layout.name(), &replay)?);
             }
             let pool = *replay.report();
             let moved_bytes = pool.moved_slots * shape.kv_bytes_per_slot() * u64::from(args.layers);
-            runs.push((replay.pool().num_slots(), Run { layout, policy, pool, moved_bytes, measured }));
+            let DecodeConfig { policy, group_size, .. } = config;
+            runs.push((replay.pool().num_slots(), Run { layout, policy, group_size, pool, moved_bytes, measured }));
             progress.step();
         }
     }
@@ -117,7 +114,7 @@ pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
         head_dim: args.head_dim,
         page_size: args.page_size,
         num_slots: runs.first().map_or(0, |(num_slots, _)| *num_slots),
-        layouts: layouts.into_iter().filter_map(|(layout, ..)| median(&mut runs, layout)).collect(),
+        layouts: args.layouts.iter().filter_map(|&layout| median(&mut runs, layout)).collect(),
         difference: difference(&outputs),
     };
     if let Some(out) = &mut out {
@@ -126,24 +123,29 @@ pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
     report.print()
 }
 
-/// The layout in extents.
-fn contiguous(args: &DecodeRunArgs) -> Contiguous {
-    let layout = Contiguous::default();
-    Contiguous { run_cost: args.run_cost.unwrap_or(layout.run_cost), ..layout }
+/// What is replayed for a layout.
+fn config(args: &DecodeRunArgs, layout: DecodeLayout) -> DecodeConfig {
+    let policy = if layout == DecodeLayout::Paged { Policy::Paged } else { Policy::Contiguous(contiguous(args)) };
+    DecodeConfig {
+        concurrent: args.requests,
+        num_slots: args.slots,
+        page_size: args.page_size,
+        policy,
+        prompts_in_pages: matches!(layout, DecodeLayout::Moved | DecodeLayout::Groups),
+        group_size: (layout == DecodeLayout::Groups).then_some(args.group_size),
+        ..DecodeConfig::default()
+    }
 }
 
-/// A replay that has been going on for a while.
-fn warm<'a>(
-    trace: &'a [TraceRequest],
-    args: &DecodeRunArgs,
-    policy: Policy,
-    prompts_in_pages: bool,
-) -> anyhow::Result<DecodeReplay<'a>> {
-    let DecodeRunArgs { requests: concurrent, slots: num_slots, page_size, .. } = *args;
-    let config = DecodeConfig { concurrent, num_slots, page_size, policy, prompts_in_pages, ..DecodeConfig::default() };
-    let mut replay = DecodeReplay::new(trace, config)?;
-    replay.warm_up(args.warm_up)?;
-    Ok(replay)
+/// The layouts in extents.
+fn contiguous(args: &DecodeRunArgs) -> Contiguous {
+    let layout = Contiguous::default();
+    Contiguous {
+        run_cost: args.run_cost.unwrap_or(layout.run_cost),
+        max_group_fragmentation: args.group_fragmentation.unwrap_or(layout.max_group_fragmentation),
+        max_imbalance: args.imbalance.unwrap_or(layout.max_imbalance),
+        ..layout
+    }
 }
 
 /// The requests of a step as a batch.
@@ -156,7 +158,7 @@ fn fill(batch: &mut Batch, replay: &DecodeReplay<'_>) -> anyhow::Result<()> {
 }
 
 /// Of the rounds of a layout, that with the median time; of an even number, the faster of the two in the middle.
-fn median(runs: &mut Vec<(u32, Run)>, layout: &str) -> Option<Run> {
+fn median(runs: &mut Vec<(u32, Run)>, layout: DecodeLayout) -> Option<Run> {
     let mut rounds: Vec<Run> = runs.extract_if(.., |(_, run)| run.layout == layout).map(|(_, run)| run).collect();
     let total = |run: &Run| run.measured.as_ref().map_or(0.0, |measured| measured.step_us);
     rounds.sort_by(|a, b| total(a).total_cmp(&total(b)));
@@ -170,9 +172,14 @@ fn difference(rounds: &[Outputs<bf16>]) -> Option<f64> {
     others.iter().flat_map(|other| first.differences(other)).reduce(f64::max)
 }
 
+fn by_trigger(counts: TriggerCounts) -> String {
+    let TriggerCounts { headroom_exhausted, fragmentation, imbalance } = counts;
+    format!("{headroom_exhausted}, {fragmentation}, {imbalance}")
+}
+
 impl Report {
     fn print(&self) -> anyhow::Result<()> {
-        let names: Vec<&str> = self.layouts.iter().map(|run| run.layout).collect();
+        let names: Vec<&str> = self.layouts.iter().map(|run| run.layout.name()).collect();
         let mut header = vec!["a step"];
         header.extend(&names);
         let mut table = table::new(&header);
@@ -198,7 +205,14 @@ impl Report {
         row("moved, % of the slots read", &|run| {
             Some(significant(100.0 * run.pool.moved_slots as f64 / run.pool.read_slots.max(1) as f64))
         });
+        row("bytes moved, MB", &|run| Some(significant(run.moved_bytes as f64 * 1e-6 / steps)));
         row("moves in all (given up)", &|run| Some(format!("{} ({})", run.pool.moves, run.pool.cancelled_moves)));
+        row("requests moved in all: scattered, no headroom, fragmented pool", &|run| {
+            let DecodeReport { scattered, no_headroom, fragmented, .. } = run.pool;
+            Some(format!("{scattered}, {no_headroom}, {fragmented}"))
+        });
+        row("groups moved in all: no headroom, fragmented group, imbalance", &|run| Some(by_trigger(run.pool.groups_moved)));
+        row("groups looked at in all: likewise", &|run| Some(by_trigger(run.pool.groups_looked_at)));
         row("most slots used, % of the pool", &|run| {
             Some(significant(100.0 * f64::from(run.pool.peak_used_slots) / f64::from(self.num_slots.max(1))))
         });

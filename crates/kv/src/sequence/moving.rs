@@ -1,5 +1,7 @@
 //! Moving the KV of a request while it goes on growing.
 
+use packinfer_abi::KvRun;
+
 use super::Sequence;
 use crate::moves::push_copy;
 use crate::{Epoch, Extent, Filled, KvError, Move, Policy, Reason, Situation, SlotCopy, SlotPool, Usage};
@@ -126,6 +128,11 @@ impl Sequence {
     pub fn own_tokens(&self, pool: &SlotPool) -> u32 {
         let own = self.own_parts(pool);
         self.parts[self.parts.len() - own..].iter().map(|part| part.filled).sum()
+    }
+
+    /// The slots of its own that a move leaves, with those that are kept for tokens to come, extent by extent.
+    pub(crate) fn own_slots(&self, pool: &SlotPool) -> impl Iterator<Item = KvRun> {
+        self.parts[self.parts.len() - self.own_parts(pool)..].iter().filter_map(|part| pool.run(part.extent).ok())
     }
 
     /// Parts at its end that only it owns.

@@ -4,7 +4,8 @@
 //! touched is read back slot by slot; a slot that has two owners by mistake shows up as somebody else's token.
 
 use packinfer_kv::{
-    Branch, Epoch, Filled, Growth, KvError, KvRun, Move, PrefixTree, Sequence, SequenceMove, SlotCopy, SlotPool, Usage,
+    Branch, Contiguous, Epoch, Filled, GroupMember, Growth, KvError, KvRun, Move, Policy, PrefixTree, Sequence, SequenceMove,
+    SlotCopy, SlotPool, Usage,
 };
 
 /// Pages are small, so that boundaries are hit often.
@@ -15,6 +16,8 @@ const NUM_SLOTS: u32 = 512;
 const MAX_TOKENS: u32 = 96;
 /// Running requests at most: enough that the pool runs out.
 const MAX_REQUESTS: usize = 24;
+/// Requests that are moved as a group, at most.
+const GROUP_SIZE: usize = 3;
 /// Plans in flight at most.
 const MAX_PLANS: usize = 3;
 /// Operations between two walks over the whole pool.
@@ -57,16 +60,17 @@ enum Kind {
     Insert,
     Evict,
     Move,
+    MoveGroup,
     MoveShared,
     Plan,
     RunPlan,
     Misuse,
 }
 
-pub const NUM_KINDS: usize = 12;
+pub const NUM_KINDS: usize = 13;
 
 /// How often each kind occurs: more begins than ends, so that slots run out.
-const KINDS: [Kind; 34] = {
+const KINDS: [Kind; 36] = {
     use Kind::*;
     [
         Start,
@@ -97,6 +101,8 @@ const KINDS: [Kind; 34] = {
         Move,
         Move,
         Move,
+        MoveGroup,
+        MoveGroup,
         MoveShared,
         MoveShared,
         Plan,
@@ -134,6 +140,7 @@ impl Model {
             Kind::Insert => self.insert(request),
             Kind::Evict => self.evict(amount),
             Kind::Move => self.move_begin_or_end(request, amount),
+            Kind::MoveGroup => self.move_group(request, amount),
             Kind::MoveShared => self.move_shared(request, amount),
             Kind::Plan => self.plan(request),
             Kind::RunPlan => self.run_plan(),
@@ -329,6 +336,33 @@ impl Model {
             Err(KvError::TargetTooSmall { .. } | KvError::Shared { .. } | KvError::NotMovable) => {}
             Err(error) => panic!("{error}"),
         }
+        true
+    }
+
+    /// Begins to move neighbours in the list side by side; [`Self::move_begin_or_end`] ends that for each of them.
+    fn move_group(&mut self, first: usize, amount: u32) -> bool {
+        let Some(first) = pick(&self.requests, first) else { return false };
+        // It always pays, so that it is done often.
+        let policy = Policy::Contiguous(Contiguous { move_cost: 0.0, ..Contiguous::default() });
+        let usage = self.pool.usage();
+        let group = first..self.requests.len().min(first + GROUP_SIZE);
+        if self.requests[group.clone()].iter().any(|request| request.moving.is_some()) {
+            return false;
+        }
+        let group = self.requests[group].iter_mut();
+        let mut members: Vec<_> = group.map(|request| GroupMember { kv: &mut request.branch.kv, expected: amount }).collect();
+        let Some(begun) = self.pool.reorganize_group(&policy, &usage, &mut members).unwrap() else { return false };
+        assert_eq!(self.pool.usage().used, usage.used + begun.extent.num_slots);
+        // Member after member, each in slots of its own.
+        let mut free_from = begun.extent.first_slot;
+        for (member, begun) in begun.members {
+            for copy in begun.copies() {
+                assert!(copy.to >= free_from);
+                free_from = copy.to + copy.num_slots;
+            }
+            assert!(self.requests[first + member].moving.replace(begun).is_none());
+        }
+        assert!(free_from <= begun.extent.first_slot + begun.extent.num_slots);
         true
     }
 
