@@ -216,8 +216,7 @@ impl RunWindow {
         self.end = self.window_end + sum;
         self.window_end += warp::shuffle_from(sum, 31);
         self.next_run += warp::LANES;
-        if self.window_end < item.column_end {
-            self.next = run_or_none(params, self.next_run + lane);
-        }
+        let is_last = self.window_end >= item.column_end;
+        self.next = run_or_none(params, if is_last { u32::MAX } else { self.next_run + lane });
     }
 }

@@ -77,15 +77,15 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     lane: u32,
     mut load: impl FnMut(&Task),
 ) {
-    let mut tasks = shared.task_ring();
+    let mut items = shared.item_ring();
     loop {
-        tasks.wait_full();
-        if !shared.has_task(tasks.stage()) {
+        items.wait_full();
+        if !shared.has_task(items.stage()) {
             break;
         }
-        load(&shared.task(params, tasks.stage()));
+        load(&shared.task(params, items.stage()));
         warp::sync();
-        tasks.release(lane);
+        items.release(lane);
     }
 }
 
@@ -97,14 +97,21 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     warp: u32,
     lane: u32,
 ) {
-    let (mut tasks, mut queries, mut near_end) = (shared.task_ring(), shared.query_ring(), shared.near_end());
+    let (mut items, mut tasks) = (shared.item_ring(), shared.task_ring());
+    let (mut queries, mut near_end) = (shared.query_ring(), shared.near_end());
     let (first_row, leads) = (warp * QUERY_WARP_ROWS, warp == 0 && lane == 0);
     let mut next = Some(Queue::of_block(params).first_task(params));
     while let Some(index) = next {
         let lane = opaque(lane);
+        items.wait_empty();
         tasks.wait_empty();
         let stage = tasks.stage();
         let task = Task::load(*params, index, shared.rows(stage));
+        if leads {
+            shared.post_task(stage, Some(&task));
+            prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
+        }
+        items.fill_by(leads);
         let mut view = WarpView::NOTHING;
         for rows in 0..QUERY_WARP_ROWS / LANES {
             let row = first_row + rows * LANES + lane;
@@ -113,10 +120,6 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         }
         if lane == 0 {
             shared.post_view(stage, warp, view);
-        }
-        if leads {
-            shared.post_task(stage, Some(&task));
-            prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         tasks.fill();
         // The ticket of a task after a short one is on its way through memory while Q is gathered.
@@ -146,11 +149,13 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         warpgroup::sync(barrier::QUERY_WARPS, QUERY_WARPS * LANES);
         next = shared.next_task(stage);
     }
+    items.wait_empty();
     tasks.wait_empty();
     if leads {
         shared.post_task(tasks.stage(), None);
         leave(params);
     }
+    items.fill_by(leads);
     tasks.fill();
 }
 

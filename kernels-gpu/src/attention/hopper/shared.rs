@@ -125,6 +125,17 @@ impl<const STAGES: u32> Ring<STAGES> {
         self.advance();
     }
 
+    /// Filling side, of which one thread counts: if this is it, the part is full; on to the next.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_empty`], after it.
+    #[inline(always)]
+    pub unsafe fn fill_by(&mut self, counts: bool) {
+        mbarrier::arrive_if(self.full(), counts);
+        self.advance();
+    }
+
     /// Emptying side: waits until the part is full.
     ///
     /// # Safety
@@ -239,7 +250,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::<1>::BYTES;
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::<K_STAGES>::BYTES;
     const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::<V_STAGES>::BYTES;
-    const NEAR_END_BARRIER: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
+    const ITEM_BARRIERS: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
+    const NEAR_END_BARRIER: u32 = Self::ITEM_BARRIERS + Ring::<TASKS>::BYTES;
     const END: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
     const FITS: () = assert!(Self::END <= HOPPER_SHARED_BYTES);
 
@@ -253,7 +265,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         self.query_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_THREADS);
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
-        self.task_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS + LOADER_WARPS);
+        self.item_ring().init(1, LOADER_WARPS);
+        self.task_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS);
         mbarrier::init(self.base + Self::NEAR_END_BARRIER, 1);
         mbarrier::fence_init();
     }
@@ -273,9 +286,16 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         Ring::at(self.base + Self::V_BARRIERS)
     }
 
+    /// Tasks with their rows, for the consumers.
     #[inline(always)]
     pub fn task_ring(&self) -> Ring<TASKS> {
         Ring::at(self.base + Self::TASK_BARRIERS)
+    }
+
+    /// The same tasks before their rows are worked out, for those who load K and V.
+    #[inline(always)]
+    pub fn item_ring(&self) -> Ring<TASKS> {
+        Ring::at(self.base + Self::ITEM_BARRIERS)
     }
 
     /// That loads of a long task are near its end: the next is to be taken.
