@@ -4,7 +4,7 @@ use packinfer_abi::{AttentionParams, TileKind};
 
 use super::CONSUMER_THREADS;
 use super::barrier;
-use super::shared::{K_STAGES, Ring, Shared, TASKS, V_STAGES};
+use super::shared::{Ring, Shared};
 use crate::attention::task::Stamper;
 use crate::ptx::special::thread_index;
 use crate::ptx::{warp, warpgroup};
@@ -23,10 +23,10 @@ pub type Queries<const DIM_BLOCKS: usize> = [[u32; 2]; DIM_BLOCKS];
 pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     pub params: &'a AttentionParams,
     pub shared: Shared<DIM_BLOCKS, FRAGMENTS>,
-    pub tasks: Ring<TASKS>,
-    pub queries: Ring<1>,
-    pub k: Ring<K_STAGES>,
-    pub v: Ring<V_STAGES>,
+    pub tasks: Ring,
+    pub queries: Ring,
+    pub k: Ring,
+    pub v: Ring,
     /// The warp, counted over both consumers. It is the same for all lanes, and the assembler knows: what is worked out from it takes no register of a lane.
     pub warp: u32,
 }

@@ -162,9 +162,9 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 /// Brings all columns of the task's K, or of its V, step by step, and calls `at_step`, with one thread, with the steps that are left; `tiles` is the
 /// ring's first tile.
 #[inline(always)]
-unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const STAGES: u32>(
+unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     task: &Task,
-    ring: &mut Ring<STAGES>,
+    ring: &mut Ring,
     tiles: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
     maps: u64,
     lane: u32,

@@ -17,11 +17,6 @@ use crate::shared_tile::{BoxTile, PanelTile};
 /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
 pub const TASKS: u32 = 4;
 
-/// Steps whose K is held.
-pub const K_STAGES: u32 = 2;
-/// Steps whose V is held.
-pub const V_STAGES: u32 = 3;
-
 /// The index of a task that there is not.
 const NO_TASK: u32 = u32::MAX;
 
@@ -30,40 +25,45 @@ pub type QueryTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, { WIDE_TILE_
 /// K or V of a step of `8 * FRAGMENTS` columns.
 pub type ColumnTile<const DIM_BLOCKS: usize, const FRAGMENTS: usize> = BoxTile<DIM_BLOCKS, FRAGMENTS>;
 
-/// A ring of `STAGES` parts of shared memory that one side fills and the other empties in turn. Each warp of either side counts for itself.
+/// A ring of parts of shared memory that one side fills and the other empties in turn. Each warp of either side counts for itself.
 #[derive(Clone, Copy)]
-pub struct Ring<const STAGES: u32> {
+pub struct Ring {
     barriers: u32,
-    /// The part whose turn it is; and `STAGES` more in every other round. One number, as registers are scarce.
+    /// Number of parts: a constant wherever this is inlined.
+    stages: u32,
+    /// The part whose turn it is; and `stages` more in every other round. One number, as registers are scarce.
     turn: u32,
 }
 
-impl<const STAGES: u32> Ring<STAGES> {
-    /// Bytes of the barriers.
-    const BYTES: u32 = 2 * STAGES * mbarrier::BYTES;
+impl Ring {
+    /// Bytes of the barriers of so many parts.
+    const fn bytes(stages: u32) -> u32 {
+        2 * stages * mbarrier::BYTES
+    }
 
-    fn at(barriers: u32) -> Self {
-        Self { barriers, turn: 0 }
+    #[inline(always)]
+    fn at(barriers: u32, stages: u32) -> Self {
+        Self { barriers, stages, turn: 0 }
     }
 
     /// Makes the barriers: so many arrivals fill a part, so many empty it.
     unsafe fn init(&self, fills: u32, empties: u32) {
-        for stage in 0..STAGES {
+        for stage in 0..self.stages {
             mbarrier::init(self.barriers + stage * mbarrier::BYTES, fills);
-            mbarrier::init(self.barriers + (STAGES + stage) * mbarrier::BYTES, empties);
+            mbarrier::init(self.barriers + (self.stages + stage) * mbarrier::BYTES, empties);
         }
     }
 
     /// The part whose turn it is.
     #[inline(always)]
     pub fn stage(&self) -> u32 {
-        if self.turn < STAGES { self.turn } else { self.turn - STAGES }
+        if self.turn < self.stages { self.turn } else { self.turn - self.stages }
     }
 
     /// Parity of the phase of its full barrier.
     #[inline(always)]
     fn parity(&self) -> u32 {
-        (self.turn >= STAGES).into()
+        (self.turn >= self.stages).into()
     }
 
     /// The barrier that ends when the part is full.
@@ -74,13 +74,13 @@ impl<const STAGES: u32> Ring<STAGES> {
 
     #[inline(always)]
     fn empty(&self, stage: u32) -> u32 {
-        self.barriers + (STAGES + stage) * mbarrier::BYTES
+        self.barriers + (self.stages + stage) * mbarrier::BYTES
     }
 
     /// On to the next part.
     #[inline(always)]
     pub fn advance(&mut self) {
-        self.turn = if self.turn + 1 == 2 * STAGES { 0 } else { self.turn + 1 };
+        self.turn = if self.turn + 1 == 2 * self.stages { 0 } else { self.turn + 1 };
     }
 
     /// Filling side: waits until the other has done with the part.
@@ -233,9 +233,14 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     /// Columns of a step.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
 
+    /// Steps whose K is held: as many bytes for every head dimension.
+    const K_STAGES: u32 = 2 * 16 / DIM_BLOCKS as u32;
+    /// Steps whose V is held.
+    const V_STAGES: u32 = 3 * 16 / DIM_BLOCKS as u32;
+
     const K: u32 = QueryTile::<DIM_BLOCKS>::BYTES;
-    const V: u32 = Self::K + K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
-    const ROWS: u32 = Self::V + V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
+    const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
+    const ROWS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const EXCHANGE: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
     const SLOTS: u32 = Self::EXCHANGE + Exchange::<DIM_BLOCKS>::BYTES;
     /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, the index of the task
@@ -247,11 +252,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     /// Bytes of a task slot.
     const SLOT_BYTES: u32 = Self::SLOT_NEXT + 16;
     const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
-    const K_BARRIERS: u32 = Self::BARRIERS + Ring::<1>::BYTES;
-    const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::<K_STAGES>::BYTES;
-    const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::<V_STAGES>::BYTES;
-    const ITEM_BARRIERS: u32 = Self::TASK_BARRIERS + Ring::<TASKS>::BYTES;
-    const NEAR_END_BARRIER: u32 = Self::ITEM_BARRIERS + Ring::<TASKS>::BYTES;
+    const K_BARRIERS: u32 = Self::BARRIERS + Ring::bytes(1);
+    const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::bytes(Self::K_STAGES);
+    const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::bytes(Self::V_STAGES);
+    const ITEM_BARRIERS: u32 = Self::TASK_BARRIERS + Ring::bytes(TASKS);
+    const NEAR_END_BARRIER: u32 = Self::ITEM_BARRIERS + Ring::bytes(TASKS);
     const END: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
     const FITS: () = assert!(Self::END <= HOPPER_SHARED_BYTES);
 
@@ -272,30 +277,30 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     }
 
     #[inline(always)]
-    pub fn query_ring(&self) -> Ring<1> {
-        Ring::at(self.base + Self::BARRIERS)
+    pub fn query_ring(&self) -> Ring {
+        Ring::at(self.base + Self::BARRIERS, 1)
     }
 
     #[inline(always)]
-    pub fn k_ring(&self) -> Ring<K_STAGES> {
-        Ring::at(self.base + Self::K_BARRIERS)
+    pub fn k_ring(&self) -> Ring {
+        Ring::at(self.base + Self::K_BARRIERS, Self::K_STAGES)
     }
 
     #[inline(always)]
-    pub fn v_ring(&self) -> Ring<V_STAGES> {
-        Ring::at(self.base + Self::V_BARRIERS)
+    pub fn v_ring(&self) -> Ring {
+        Ring::at(self.base + Self::V_BARRIERS, Self::V_STAGES)
     }
 
     /// Tasks with their rows, for the consumers.
     #[inline(always)]
-    pub fn task_ring(&self) -> Ring<TASKS> {
-        Ring::at(self.base + Self::TASK_BARRIERS)
+    pub fn task_ring(&self) -> Ring {
+        Ring::at(self.base + Self::TASK_BARRIERS, TASKS)
     }
 
     /// The same tasks before their rows are worked out, for those who load K and V.
     #[inline(always)]
-    pub fn item_ring(&self) -> Ring<TASKS> {
-        Ring::at(self.base + Self::ITEM_BARRIERS)
+    pub fn item_ring(&self) -> Ring {
+        Ring::at(self.base + Self::ITEM_BARRIERS, TASKS)
     }
 
     /// That loads of a long task are near its end: the next is to be taken.
