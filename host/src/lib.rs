@@ -74,13 +74,13 @@ mod error;
 mod graph;
 mod kernels;
 mod kv;
-mod kv_maps;
 pub mod measure;
 mod memory;
 mod overlap;
 mod run;
 mod stamps;
 mod stream;
+mod tensor_maps;
 mod upload;
 mod workspace;
 

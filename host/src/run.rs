@@ -7,10 +7,10 @@ use packinfer_batch::KvDType;
 
 use crate::device_plan::{DevicePlan, Layout};
 use crate::kernels::parameter;
-use crate::kv_maps::KvTensors;
 use crate::memory::{DeviceSlice, DeviceSliceMut};
 use crate::stamps::Stamps;
 use crate::stream::Stream;
+use crate::tensor_maps::{KvTensors, QueryTensor};
 use crate::workspace::Workspace;
 use crate::{Element, EngineError, KernelFamily, KvElement};
 
@@ -66,10 +66,12 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
     }
     let parts = workspace.parts(plan, stream)?;
     let (attention_kernel, attention_blocks) = plan.attention_in(family)?;
-    let kv_maps = match family {
-        KernelFamily::Sm90a => workspace.kv_maps(stream, tensors.kv(layout))?,
-        // Other kernels copy K and V without tensor maps.
-        _ => 0,
+    let (q_maps, kv_maps) = match family {
+        KernelFamily::Sm90a => {
+            (workspace.q_maps(stream, tensors.queries(layout))?, workspace.kv_maps(stream, tensors.kv(layout))?)
+        }
+        // Other kernels copy without tensor maps.
+        _ => (0, 0),
     };
     plan.run_on(stream)?;
     let strides = layout.kv_layout.strides(layout.shape);
@@ -88,6 +90,7 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         segments: plan.address(layout.segments),
         runs: plan.address(layout.runs),
         kv_maps,
+        q_maps,
         heads: layout.heads,
         num_partial_rows: layout.num_partial_rows,
         num_items: layout.num_items,
@@ -176,6 +179,10 @@ impl RunOptions<'_> {
 }
 
 impl<E: Element, K: KvElement<E>> Tensors<'_, E, K> {
+    fn queries(&self, layout: &Layout) -> QueryTensor {
+        QueryTensor { shape: layout.shape, heads_per_group: layout.heads.heads_per_group, address: self.q.address }
+    }
+
     fn kv(&self, layout: &Layout) -> KvTensors {
         let slots = |len: usize| len as u64 / layout.kv_layout.strides(layout.shape).slot;
         KvTensors {

@@ -8,20 +8,20 @@ use packinfer_abi::Scheduler;
 use crate::EngineError;
 use crate::context::Shared;
 use crate::device_plan::{DevicePlan, Layout};
-use crate::kv_maps::{KvMaps, KvTensors};
 use crate::memory::DeviceBuffer;
 use crate::stream::Stream;
+use crate::tensor_maps::{KvTensors, QueryTensor, TensorMaps};
 
 /// What the parts of a workspace are aligned to, in bytes.
 const ALIGNMENT: u64 = 256;
 
-/// Device memory for what a run needs besides its plan and tensors: partial results, and for `sm_90a` kernels the tensor maps of each K
+/// Device memory for what a run needs besides its plan and tensors: partial results, and for `sm_90a` kernels the tensor maps of each Q, K
 /// and V that it has met. It grows when a plan needs more, or with the first run of a layer, which waits for the device.
 ///
 /// Runs that use the same workspace come one after the other, so streams that are to run concurrently need one each.
 pub struct Workspace {
     bytes: DeviceBuffer<u8>,
-    kv_maps: KvMaps,
+    maps: TensorMaps,
     /// The stream of the last run.
     used_on: Option<Stream>,
     shared: Arc<Shared>,
@@ -30,7 +30,7 @@ pub struct Workspace {
 impl Workspace {
     pub(crate) fn new(shared: &Arc<Shared>) -> Result<Self, EngineError> {
         let bytes = DeviceBuffer::zeroed(shared, ALIGNMENT as usize, "a workspace")?;
-        Ok(Self { bytes, kv_maps: KvMaps::default(), used_on: None, shared: shared.clone() })
+        Ok(Self { bytes, maps: TensorMaps::default(), used_on: None, shared: shared.clone() })
     }
 
     /// Grows now if the plan needs more, so that running it allocates nothing.
@@ -64,7 +64,12 @@ impl Workspace {
 
     /// Address of the tensor maps of K and V, for a run on the stream that [`Self::parts`] was called with.
     pub(crate) fn kv_maps(&mut self, stream: &Stream, tensors: KvTensors) -> Result<u64, EngineError> {
-        self.kv_maps.get(&self.shared, stream, tensors)
+        self.maps.kv(&self.shared, stream, tensors)
+    }
+
+    /// As [`Self::kv_maps`], of Q.
+    pub(crate) fn q_maps(&mut self, stream: &Stream, tensor: QueryTensor) -> Result<u64, EngineError> {
+        self.maps.queries(&self.shared, stream, tensor)
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

@@ -220,6 +220,9 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> PanelTile<DIM_BLOCKS, ROW
     pub const PANEL_ELEMENTS: u32 = 8 * PANEL_BLOCKS as u32;
     /// Panels of the tile.
     pub const PANELS: u32 = (DIM_BLOCKS / PANEL_BLOCKS) as u32;
+    /// Bytes of a row, in all panels.
+    #[cfg(feature = "sm_90a")]
+    pub const ROW_BYTES: u32 = Self::PANELS * PANEL_ROW_BYTES;
     /// Bytes of a panel.
     pub const PANEL_BYTES: u32 = Self::ROWS * PANEL_ROW_BYTES;
     /// Bytes of the tile.
@@ -249,16 +252,11 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> PanelTile<DIM_BLOCKS, ROW
         SharedTile::at(self.base + panel as u32 * Self::PANEL_BYTES)
     }
 
-    /// The chunk that the lane writes or reads when the warp goes through the rows from `first_row` on, a multiple of 8, in order.
+    /// Address of row `row` of panel `panel`.
+    #[cfg(feature = "sm_90a")]
     #[inline(always)]
-    pub fn chunk_of_lane(self, first_row: u32, lane: u32) -> LaneChunk {
-        let row = SharedTile::<DIM_BLOCKS>::row_of_lane(lane);
-        let byte = SharedTile::<DIM_BLOCKS>::byte_of_lane(lane);
-        LaneChunk {
-            row: self.row(first_row + row) + byte / PANEL_ROW_BYTES * Self::PANEL_BYTES,
-            swizzle: (byte % PANEL_ROW_BYTES) ^ (row * CHUNK_BYTES),
-            row_bytes: PANEL_ROW_BYTES,
-        }
+    pub fn panel_row(self, panel: u32, row: u32) -> u32 {
+        self.row(row) + panel * Self::PANEL_BYTES
     }
 }
 

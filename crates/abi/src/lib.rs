@@ -60,6 +60,8 @@ pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
 pub const ROW_TABLE_BYTES: u32 = 3 * 4 * WIDE_TILE_ROWS;
 /// Boxes of 1, 2, 4 … 128 slots, of which the `sm_90a` kernel puts runs of any length together.
 pub const NUM_KV_BOXES: u32 = 8;
+/// Boxes of 1, 2, 4 … 128 query tokens of a head group, of which the `sm_90a` kernel puts the rows of a tile together.
+pub const NUM_QUERY_BOXES: u32 = 8;
 /// Slots of a box that lie one after the other in each panel, before the next panel follows: what a swizzle of 128 bytes repeats in.
 pub const KV_BOX_GROUP: u32 = 8;
 /// Elements of a box's rows: what a swizzle of 128 bytes spans.
@@ -283,6 +285,9 @@ pub struct AttentionParams {
     /// bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`] slots, heads; a box of
     /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel.
     pub kv_maps: DeviceAddress,
+    /// Tensor maps of Q, [`NUM_QUERY_BOXES`]; `sm_90a` only. Map `i` copies boxes of `2^i` tokens with the heads of one group, 64 elements of each, swizzled by 128 bytes. Its
+    /// dimensions are elements (64), heads, panels of 64 elements, tokens, and one more of length 1. A map whose box would be more than a wide tile is not used.
+    pub q_maps: DeviceAddress,
     /// Heads.
     pub heads: HeadGroups,
     /// Rows of the partial buffers.

@@ -6,7 +6,6 @@ use crate::ptx::math::divide;
 use crate::ptx::memory::{load_global_x4, store_global, store_global_u64};
 use crate::ptx::special::{global_timer, multiprocessor};
 use crate::rows::RowTable;
-use crate::shared_tile::SharedTile;
 
 /// One work item for one head group.
 #[derive(Clone, Copy)]
@@ -109,11 +108,4 @@ unsafe fn load_item(address: u64) -> WorkItem {
     const { assert!(size_of::<WorkItem>() == 32) };
     let words = [load_global_x4(address), load_global_x4(address + 16)];
     core::mem::transmute(words)
-}
-
-/// Address of a lane's chunk of row `index` of Q or O.
-#[inline(always)]
-pub(crate) fn row_chunk<const DIM_BLOCKS: usize>(tensor: DeviceAddress, index: u32, lane: u32) -> DeviceAddress {
-    let row_bytes = SharedTile::<DIM_BLOCKS>::ROW_BYTES;
-    tensor + u64::from(index) * u64::from(row_bytes) + u64::from(SharedTile::<DIM_BLOCKS>::byte_of_lane(lane))
 }

@@ -55,14 +55,14 @@ pub unsafe fn arrive_expecting(barrier: u32, bytes: u32) {
     asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1};", in(reg32) barrier, in(reg32) bytes, options(nostack));
 }
 
-/// Arrives when all `cp.async` copies that this thread started have arrived.
+/// Lets the phase end only after the copy engine has brought `bytes` more bytes; does not arrive.
 ///
 /// # Safety
 ///
-/// `barrier` was initialised and counts this arrival.
+/// `barrier` was initialised, and an arrival of this phase is still to come.
 #[inline(always)]
-pub unsafe fn arrive_after_copies(barrier: u32) {
-    asm!("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{0}];", in(reg32) barrier, options(nostack));
+pub unsafe fn expect(barrier: u32, bytes: u32) {
+    asm!("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [{0}], {1};", in(reg32) barrier, in(reg32) bytes, options(nostack));
 }
 
 /// Waits until the phase of the given parity has ended.

@@ -48,6 +48,24 @@ pub unsafe fn shuffle_up(value: u32, distance: u32) -> u32 {
     result
 }
 
+/// The sum of the values of the lanes up to this one, it included.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn sum_up_to(value: u32, lane: u32) -> u32 {
+    let mut sum = value;
+    for log2 in 0..5 {
+        let below = shuffle_up(sum, 1 << log2);
+        if lane >= 1 << log2 {
+            sum += below;
+        }
+    }
+    sum
+}
+
 /// A value that is the same in all lanes, made opaque: the compiler must not relate it to the thread index, or it would split
 /// the code for thread 0 from that for the others, collectives included.
 ///

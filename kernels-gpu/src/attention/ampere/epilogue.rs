@@ -1,7 +1,8 @@
 //! Where a warp's rows of a wide tile go, through shared memory.
 
+use super::row_chunk;
 use crate::attention::store;
-use crate::attention::task::{Task, row_chunk};
+use crate::attention::task::Task;
 use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::cp_async::CHUNK_BYTES;
 use crate::ptx::memory::{load_shared_x4, store_global_x4, store_shared};

@@ -6,13 +6,14 @@ mod epilogue;
 pub mod narrow;
 pub mod wide;
 
-use packinfer_abi::{ATTENTION_THREADS, AttentionParams, TILE_SHARED_BYTES, TileKind};
+use packinfer_abi::{ATTENTION_THREADS, AttentionParams, DeviceAddress, TILE_SHARED_BYTES, TileKind};
 
 use super::task::{Stamper, Task};
 use crate::element::{Bf16, Element, F16};
 use crate::ptx::special::{block_index, dynamic_shared, thread_index};
 use crate::ptx::warp;
 use crate::rows::RowTable;
+use crate::shared_tile::SharedTile;
 use crate::stored::{AsQueries, E4m3, Stored};
 
 /// Warps of a block.
@@ -70,6 +71,13 @@ unsafe fn attention<
     if thread_index() == 0 {
         Stamper::of(&params).end(block_index());
     }
+}
+
+/// Address of a lane's chunk of row `index` of Q or O.
+#[inline(always)]
+fn row_chunk<const DIM_BLOCKS: usize>(tensor: DeviceAddress, index: u32, lane: u32) -> DeviceAddress {
+    let row_bytes = SharedTile::<DIM_BLOCKS>::ROW_BYTES;
+    tensor + u64::from(index) * u64::from(row_bytes) + u64::from(SharedTile::<DIM_BLOCKS>::byte_of_lane(lane))
 }
 
 kernel! {

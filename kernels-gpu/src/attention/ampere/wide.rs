@@ -8,8 +8,8 @@
 
 use packinfer_abi::{TILE_SHARED_BYTES, wide_tile_rows};
 
-use super::{Block, WARPS, epilogue};
-use crate::attention::task::{Task, row_chunk};
+use super::{Block, WARPS, epilogue, row_chunk};
+use crate::attention::task::Task;
 use crate::columns::ColumnLoader;
 use crate::element::Element;
 use crate::ptx::control::sync_block;

@@ -41,10 +41,8 @@ const CONSUMER_REGISTERS: u32 = 232;
 
 /// Barriers among warpgroups; 0 is the whole block's.
 mod barrier {
-    /// Between the warps that gather Q.
-    pub const QUERY_WARPS: u32 = 1;
     /// The turn of consumer 0 to start products, and after it that of consumer 1.
-    pub const TURN: u32 = 2;
+    pub const TURN: u32 = 1;
     /// Between the warps of both consumers.
     pub const CONSUMERS: u32 = TURN + 2;
 }

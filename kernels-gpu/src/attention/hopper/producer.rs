@@ -1,36 +1,36 @@
-//! The producer: takes tasks, has the copy engine bring their K and V, and gathers their Q. Its warps have parts of their own.
+//! The producer: takes tasks, and has the copy engine bring their Q, K and V. Its warps have parts of their own.
 //!
 //! | warp | does |
 //! | --- | --- |
 //! | 0, 1 | K, V: a box for each piece of a KV run |
-//! | 2, 3 | take tasks, work out their rows, post them; then Q: rows of 16-byte chunks through `cp.async` |
+//! | 2 | Q: a box for each piece of a row segment |
+//! | 3 | takes tasks, posts them, works out their rows |
 
-use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
+use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 
-use super::barrier;
-use super::queries::QueryRows;
+use super::queries;
 use super::shared::{ColumnTile, Ring, Shared};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
 use crate::ptx::control::allow_next_launch;
-use crate::ptx::math::opaque;
 use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
 use crate::ptx::tma::{copy_box, prefetch_map};
 use crate::ptx::warp::{self, LANES};
-use crate::ptx::warpgroup;
 use crate::rows::WarpView;
 
-/// Warps that load K and V of what the others have posted.
-pub const LOADER_WARPS: u32 = 2;
-/// Warps that post tasks and gather their Q.
-pub const QUERY_WARPS: u32 = 2;
-/// Rows of a tile that each of these looks after: those of one consumer.
-const QUERY_WARP_ROWS: u32 = WIDE_TILE_ROWS / QUERY_WARPS;
+/// Warps that have Q, K and V of posted tasks brought.
+pub const LOADER_WARPS: u32 = 3;
 
 /// Steps of a long task, of which the block takes the next only when so many are left to be loaded: early enough to begin with it in time, and late enough that
 /// no block has one in store that another would be free for. Of shorter tasks, the block takes some ahead.
 pub const LONG_TASK_STEPS: u32 = 4;
+
+/// The index of a task that there is not.
+const NO_TASK: u32 = u32::MAX;
+
+/// Rows of a tile that one consumer has.
+const CONSUMER_ROWS: u32 = WIDE_TILE_ROWS / 2;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
@@ -50,6 +50,8 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let v_maps = params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES);
     if thread < 2 * NUM_KV_BOXES {
         prefetch_map(params.kv_maps + u64::from(thread * TENSOR_MAP_BYTES));
+    } else if thread - 2 * NUM_KV_BOXES < NUM_QUERY_BOXES {
+        prefetch_map(params.q_maps + u64::from((thread - 2 * NUM_KV_BOXES) * TENSOR_MAP_BYTES));
     }
     match warp {
         0 => {
@@ -65,7 +67,11 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
             let mut ring = shared.v_ring();
             for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane, |_| ()));
         }
-        _ => post_tasks(params, shared, warp - LOADER_WARPS, lane),
+        2 => {
+            let mut ring = shared.query_ring();
+            for_each_task(params, shared, lane, |task| queries::load(task, &mut ring, shared.queries(), lane));
+        }
+        _ => post_tasks(params, shared, lane),
     }
 }
 
@@ -89,20 +95,17 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     }
 }
 
-/// Takes tasks, posts them and gathers their Q, until none is left; warp `warp` of two, which look after half of the rows each.
+/// Takes tasks, posts them and works out their rows, until none is left.
 #[inline(always)]
 unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     params: &AttentionParams,
     shared: Shared<DIM_BLOCKS, FRAGMENTS>,
-    warp: u32,
     lane: u32,
 ) {
-    let (mut items, mut tasks) = (shared.item_ring(), shared.task_ring());
-    let (mut queries, mut near_end) = (shared.query_ring(), shared.near_end());
-    let (first_row, leads) = (warp * QUERY_WARP_ROWS, warp == 0 && lane == 0);
+    let (mut items, mut tasks, mut near_end) = (shared.item_ring(), shared.task_ring(), shared.near_end());
+    let leads = lane == 0;
     let mut next = Some(Queue::of_block(params).first_task(params));
     while let Some(index) = next {
-        let lane = opaque(lane);
         items.wait_empty();
         tasks.wait_empty();
         let stage = tasks.stage();
@@ -112,42 +115,34 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
             prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         items.fill_by(leads);
-        let mut view = WarpView::NOTHING;
-        for rows in 0..QUERY_WARP_ROWS / LANES {
-            let row = first_row + rows * LANES + lane;
-            task.rows.write(params, &task.item, task.head_group, row);
-            view = view.and(WarpView::of(task.rows.read(row)));
-        }
-        if lane == 0 {
-            shared.post_view(stage, warp, view);
-        }
-        tasks.fill();
-        // The ticket of a task after a short one is on its way through memory while Q is gathered.
+        // The ticket of a task after a short one is on its way through memory meanwhile.
         let mut ticket = 0;
         if leads && !shared.is_long(stage) {
             ticket = Queue::of_block(params).draw(params);
         }
-
-        queries.wait_empty();
-        for rows in 0..QUERY_WARP_ROWS / LANES {
-            let first_row = first_row + rows * LANES;
-            if first_row < task.item.tile.rows() {
-                // Each lane reads the row that it wrote.
-                let rows = QueryRows::read(&task.rows, first_row, lane);
-                rows.copy::<DIM_BLOCKS>(params.q, shared.queries().chunk_of_lane(first_row, lane), lane);
+        for consumer in 0..task.item.tile.rows().div_ceil(CONSUMER_ROWS) {
+            let mut view = WarpView::NOTHING;
+            for rows in 0..CONSUMER_ROWS / LANES {
+                let row = consumer * CONSUMER_ROWS + rows * LANES + lane;
+                task.rows.write(params, &task.item, task.head_group, row);
+                view = view.and(WarpView::of(task.rows.read(row)));
+            }
+            if leads {
+                shared.post_view(stage, consumer, view);
             }
         }
-        queries.fill_by_copies();
+        tasks.fill();
 
+        let mut after = NO_TASK;
         if leads {
             if shared.is_long(stage) {
                 near_end.receive();
                 ticket = Queue::of_block(params).draw(params);
             }
-            shared.tell_next_task(stage, task_of_ticket(params, ticket));
+            after = task_of_ticket(params, ticket).unwrap_or(NO_TASK);
         }
-        warpgroup::sync(barrier::QUERY_WARPS, QUERY_WARPS * LANES);
-        next = shared.next_task(stage);
+        let after = warp::uniform(after);
+        next = if after == NO_TASK { None } else { Some(after) };
     }
     items.wait_empty();
     tasks.wait_empty();

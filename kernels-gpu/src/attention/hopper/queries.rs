@@ -1,42 +1,77 @@
-//! Gathering rows of Q into shared memory, 16 bytes at a time.
+//! Bringing the rows of Q of a tile: the tokens of its segments, each with the heads of the task's head group.
 
-use packinfer_abi::DeviceAddress;
+use packinfer_abi::{RowSegment, TENSOR_MAP_BYTES};
 
-use crate::attention::task::row_chunk;
-use crate::ptx::cp_async::copy_chunk;
+use super::shared::{QueryTile, Ring};
+use crate::attention::task::Task;
+use crate::ptx::memory::load_global;
+use crate::ptx::tma::copy_box;
 use crate::ptx::warp::{self, LANES};
-use crate::rows::{NO_ROW, RowTable};
-use crate::shared_tile::{LaneChunk, SharedTile};
 
-/// Where 32 rows of a tile lie in Q: a row a lane, so that copies need not wait for the row table one after the other.
-pub(crate) struct QueryRows {
-    index: u32,
+/// Has the copy engine bring the task's Q to `tile`. Rows past the tile's last keep what was there: nothing that is worked out from them is stored.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp; the ring is that of `tile`.
+#[inline(always)]
+pub unsafe fn load<const DIM_BLOCKS: usize>(task: &Task, ring: &mut Ring, tile: QueryTile<DIM_BLOCKS>, lane: u32) {
+    let heads_per_group = task.params.heads.heads_per_group;
+    ring.wait_empty();
+    let mut tokens_before = 0;
+    let mut window = 0;
+    while window < task.item.num_segments {
+        let (first_token, num_tokens) = segment(task, window + lane);
+        let end = warp::sum_up_to(num_tokens, lane);
+        let all = warp::shuffle_from(end, LANES - 1);
+        if lane == 0 {
+            ring.expect_more(all * heads_per_group * QueryTile::<DIM_BLOCKS>::ROW_BYTES);
+        }
+        // No box before the barrier knows of its bytes.
+        warp::sync();
+        let boxes = TokenBoxes { tile, task, barrier: ring.full() };
+        boxes.copy(first_token, tokens_before + end - num_tokens, num_tokens);
+        tokens_before += all;
+        window += LANES;
+    }
+    ring.fill_by(lane == 0);
 }
 
-impl QueryRows {
-    /// The rows from `first_row` on.
-    ///
-    /// # Safety
-    ///
-    /// The table has these rows, and they were written before a barrier.
-    #[inline(always)]
-    pub unsafe fn read(rows: &RowTable, first_row: u32, lane: u32) -> Self {
-        Self { index: rows.index(first_row + lane) }
+/// First token and number of tokens of the tile's segment `index`; no tokens if there is no such segment.
+#[inline(always)]
+unsafe fn segment(task: &Task, index: u32) -> (u32, u32) {
+    if index >= task.item.num_segments {
+        return (0, 0);
     }
+    let segment = task.params.segments + u64::from(task.item.segment_begin + index) * size_of::<RowSegment>() as u64;
+    (
+        load_global(segment + core::mem::offset_of!(RowSegment, first_token) as u64),
+        load_global(segment + core::mem::offset_of!(RowSegment, num_tokens) as u64),
+    )
+}
 
-    /// Starts copies of the rows of `q`, zeros for rows that do not exist.
-    ///
-    /// # Safety
-    ///
-    /// Reached by all lanes of the warp; nobody reads or writes the destination until the copies are waited for.
+/// How boxes of tokens get to a tile.
+struct TokenBoxes<'a, const DIM_BLOCKS: usize> {
+    tile: QueryTile<DIM_BLOCKS>,
+    task: &'a Task,
+    barrier: u32,
+}
+
+impl<const DIM_BLOCKS: usize> TokenBoxes<'_, DIM_BLOCKS> {
+    /// Starts copies of `count` tokens from `token` on, which are the tile's from `tile_token` on: for each panel, boxes of powers of two.
     #[inline(always)]
-    pub unsafe fn copy<const DIM_BLOCKS: usize>(&self, q: DeviceAddress, destination: LaneChunk, lane: u32) {
-        let lane_row = SharedTile::<DIM_BLOCKS>::row_of_lane(lane);
-        for i in 0..LANES / SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE {
-            let rows = i * SharedTile::<DIM_BLOCKS>::ROWS_AT_ONCE;
-            let index = warp::shuffle_from(self.index, rows + lane_row);
-            let exists = index != NO_ROW;
-            copy_chunk(destination.rows_on(rows), row_chunk::<DIM_BLOCKS>(q, if exists { index } else { 0 }, lane), exists);
+    unsafe fn copy(&self, mut token: u32, mut tile_token: u32, mut count: u32) {
+        let heads_per_group = self.task.params.heads.heads_per_group;
+        let first_head = self.task.head_group * heads_per_group;
+        while count > 0 {
+            let log2 = 31 - count.leading_zeros();
+            let map = self.task.params.q_maps + u64::from(log2 * TENSOR_MAP_BYTES);
+            for panel in 0..QueryTile::<DIM_BLOCKS>::PANELS {
+                let row = self.tile.panel_row(panel, tile_token * heads_per_group);
+                copy_box(row, map, [0, first_head, panel, token, 0], self.barrier);
+            }
+            token += 1 << log2;
+            tile_token += 1 << log2;
+            count -= 1 << log2;
         }
     }
 }

@@ -5,20 +5,17 @@ use core::ops::Range;
 use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, TileKind, WIDE_TILE_ROWS, WorkItem};
 
 use super::exchange::Exchange;
-use super::producer::{LOADER_WARPS, LONG_TASK_STEPS, QUERY_WARPS};
+use super::producer::{LOADER_WARPS, LONG_TASK_STEPS};
 use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
-use crate::ptx::memory::{load_shared, load_shared_x4, store_shared, store_shared_x4};
+use crate::ptx::memory::{load_shared, load_shared_x4, store_shared_x4};
 use crate::ptx::warp::LANES as WARP_LANES;
 use crate::rows::{RowTable, WarpView};
 use crate::shared_tile::{BoxTile, PanelTile};
 
 /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
 pub const TASKS: u32 = 4;
-
-/// The index of a task that there is not.
-const NO_TASK: u32 = u32::MAX;
 
 /// Q of a task.
 pub type QueryTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, { WIDE_TILE_ROWS as usize / 8 }>;
@@ -103,15 +100,14 @@ impl Ring {
         mbarrier::arrive_expecting(self.full(), bytes);
     }
 
-    /// Filling side, every lane: the part is full once the thread's copies have arrived; on to the next.
+    /// Filling side, one thread: the part is not full before the copy engine has brought `bytes` more bytes.
     ///
     /// # Safety
     ///
-    /// As [`Self::wait_empty`], after it.
+    /// As [`Self::expect`], before the part is filled.
     #[inline(always)]
-    pub unsafe fn fill_by_copies(&mut self) {
-        mbarrier::arrive_after_copies(self.full());
-        self.advance();
+    pub unsafe fn expect_more(&self, bytes: u32) {
+        mbarrier::expect(self.full(), bytes);
     }
 
     /// Filling side, every lane: the part is full; on to the next.
@@ -243,14 +239,12 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const ROWS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const EXCHANGE: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
     const SLOTS: u32 = Self::EXCHANGE + Exchange::<DIM_BLOCKS>::BYTES;
-    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, the index of the task
-    /// after it.
+    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see.
     const SLOT_ITEM: u32 = 0;
     const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
     const SLOT_VIEWS: u32 = Self::SLOT_TASK + 16;
-    const SLOT_NEXT: u32 = Self::SLOT_VIEWS + 2 * 16;
     /// Bytes of a task slot.
-    const SLOT_BYTES: u32 = Self::SLOT_NEXT + 16;
+    const SLOT_BYTES: u32 = Self::SLOT_VIEWS + 2 * 16;
     const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::bytes(1);
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::bytes(Self::K_STAGES);
@@ -267,11 +261,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     }
 
     pub unsafe fn init_barriers(&self) {
-        self.query_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_THREADS);
+        self.query_ring().init(1, CONSUMER_THREADS);
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
         self.item_ring().init(1, LOADER_WARPS);
-        self.task_ring().init(QUERY_WARPS * WARP_LANES, CONSUMER_WARPS);
+        self.task_ring().init(WARP_LANES, CONSUMER_WARPS);
         mbarrier::init(self.base + Self::NEAR_END_BARRIER, 1);
         mbarrier::fence_init();
     }
@@ -445,28 +439,5 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     #[inline(always)]
     pub unsafe fn view(&self, stage: u32, consumer: u32) -> WarpView {
         WarpView::from_words(load_shared_x4(self.slot(stage) + Self::SLOT_VIEWS + 16 * consumer))
-    }
-
-    /// Keeps the index of the task after that of a slot, if there is one.
-    ///
-    /// # Safety
-    ///
-    /// Reached by one thread, before a barrier between the warps that gather Q.
-    #[inline(always)]
-    pub unsafe fn tell_next_task(&self, stage: u32, index: Option<u32>) {
-        store_shared(self.slot(stage) + Self::SLOT_NEXT, index.unwrap_or(NO_TASK));
-    }
-
-    /// What [`Self::tell_next_task`] kept.
-    ///
-    /// # Safety
-    ///
-    /// Reached after that barrier.
-    #[inline(always)]
-    pub unsafe fn next_task(&self, stage: u32) -> Option<u32> {
-        match load_shared(self.slot(stage) + Self::SLOT_NEXT) {
-            NO_TASK => None,
-            index => Some(index),
-        }
     }
 }
