@@ -7,7 +7,7 @@ use std::mem::transmute;
 use std::sync::Arc;
 
 use cust::sys::{self, CUresult};
-use packinfer_abi::{KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES};
+use packinfer_abi::{KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 use packinfer_batch::{AttentionShape, DType, KvLayout};
 
 use crate::EngineError;
@@ -175,6 +175,7 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
 fn encode_queries(tensor: &QueryTensor) -> Result<[TensorMap; NUM_QUERY_BOXES as usize], EngineError> {
     /// More tokens than a batch has.
     const MOST_TOKENS: u64 = 1 << 31;
+    let tokens_of_a_tile = WIDE_TILE_ROWS / tensor.heads_per_group.clamp(1, WIDE_TILE_ROWS);
     let shape = tensor.shape;
     let row_bytes = u64::from(shape.head_dim()) * shape.dtype().size_in_bytes();
     let token_bytes = u64::from(shape.num_qo_heads()) * row_bytes;
@@ -186,7 +187,7 @@ fn encode_queries(tensor: &QueryTensor) -> Result<[TensorMap; NUM_QUERY_BOXES as
             address: tensor.address,
             dims: [u64::from(KV_BOX_ELEMENTS), u64::from(shape.num_qo_heads()), u64::from(panels), MOST_TOKENS, 1],
             strides: [row_bytes, panel_bytes(shape), token_bytes, token_bytes],
-            box_dims: [KV_BOX_ELEMENTS, tensor.heads_per_group, 1, 1 << log2, 1],
+            box_dims: [KV_BOX_ELEMENTS, tensor.heads_per_group, 1, tokens_of_a_tile.min(1 << log2), 1],
         }
         .encode()?;
     }
