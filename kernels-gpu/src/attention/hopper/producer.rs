@@ -3,8 +3,8 @@
 //! | warp | does |
 //! | --- | --- |
 //! | 0, 1 | K, V: a box for each piece of a KV run |
-//! | 2 | Q: a box for each piece of a row segment |
-//! | 3 | takes tasks, posts them, works out their rows |
+//! | 2 | Q: a box for each piece of a row segment; works out the rows of consumer 1 |
+//! | 3 | takes tasks, posts them, works out the rows of consumer 0 |
 
 use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 
@@ -21,6 +21,9 @@ use crate::rows::WarpView;
 
 /// Warps that have Q, K and V of posted tasks brought.
 pub const LOADER_WARPS: u32 = 3;
+
+/// Warps that work out rows of tasks.
+pub const POSTING_WARPS: u32 = 2;
 
 /// Steps of a long task, of which the block takes the next only when so many are left to be loaded: early enough to begin with it in time, and late enough that
 /// no block has one in store that another would be free for. Of shorter tasks, the block takes some ahead.
@@ -67,10 +70,7 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
             let mut ring = shared.v_ring();
             for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane, |_| ()));
         }
-        2 => {
-            let mut ring = shared.query_ring();
-            for_each_task(params, shared, lane, |task| queries::load(task, &mut ring, shared.queries(), lane));
-        }
+        2 => load_queries(params, shared, lane),
         _ => post_tasks(params, shared, lane),
     }
 }
@@ -95,7 +95,7 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     }
 }
 
-/// Takes tasks, posts them and works out their rows, until none is left.
+/// Takes tasks, posts them and works out the rows of consumer 0, until none is left.
 #[inline(always)]
 unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     params: &AttentionParams,
@@ -120,17 +120,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         if leads && !shared.is_long(stage) {
             ticket = Queue::of_block(params).draw(params);
         }
-        for consumer in 0..task.item.tile.rows().div_ceil(CONSUMER_ROWS) {
-            let mut view = WarpView::NOTHING;
-            for rows in 0..CONSUMER_ROWS / LANES {
-                let row = consumer * CONSUMER_ROWS + rows * LANES + lane;
-                task.rows.write(params, &task.item, task.head_group, row);
-                view = view.and(WarpView::of(task.rows.read(row)));
-            }
-            if leads {
-                shared.post_view(stage, consumer, view);
-            }
-        }
+        write_rows(params, shared, &task, stage, 0, lane);
         tasks.fill();
 
         let mut after = NO_TASK;
@@ -152,6 +142,47 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     }
     items.fill_by(leads);
     tasks.fill();
+}
+
+/// Has Q of all tasks brought, and works out the rows of consumer 1.
+#[inline(always)]
+unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    params: &AttentionParams,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    lane: u32,
+) {
+    let (mut queries, mut tasks) = (shared.query_ring(), shared.task_ring());
+    for_each_task(params, shared, lane, |task| {
+        tasks.wait_empty();
+        if task.item.tile.rows() > CONSUMER_ROWS {
+            write_rows(params, shared, task, tasks.stage(), 1, lane);
+        }
+        tasks.fill();
+        queries::load(task, &mut queries, shared.queries(), lane);
+    });
+    tasks.wait_empty();
+    tasks.fill();
+}
+
+/// Works out the rows of a consumer, and what they see.
+#[inline(always)]
+unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    params: &AttentionParams,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    task: &Task,
+    stage: u32,
+    consumer: u32,
+    lane: u32,
+) {
+    let mut view = WarpView::NOTHING;
+    for rows in 0..CONSUMER_ROWS / LANES {
+        let row = consumer * CONSUMER_ROWS + rows * LANES + lane;
+        task.rows.write(params, &task.item, task.head_group, row);
+        view = view.and(WarpView::of(task.rows.read(row)));
+    }
+    if lane == 0 {
+        shared.post_view(stage, consumer, view);
+    }
 }
 
 /// Brings all columns of the task's K, or of its V, step by step, and calls `at_step`, with one thread, with the steps that are left; `tiles` is the

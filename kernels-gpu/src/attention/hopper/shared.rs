@@ -5,7 +5,7 @@ use core::ops::Range;
 use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, TileKind, WIDE_TILE_ROWS, WorkItem};
 
 use super::exchange::Exchange;
-use super::producer::{LOADER_WARPS, LONG_TASK_STEPS};
+use super::producer::{LOADER_WARPS, LONG_TASK_STEPS, POSTING_WARPS};
 use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
@@ -265,7 +265,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
         self.item_ring().init(1, LOADER_WARPS);
-        self.task_ring().init(WARP_LANES, CONSUMER_WARPS);
+        self.task_ring().init(POSTING_WARPS * WARP_LANES, CONSUMER_WARPS);
         mbarrier::init(self.base + Self::NEAR_END_BARRIER, 1);
         mbarrier::fence_init();
     }
