@@ -15,16 +15,16 @@ use crate::ptx::warp::{self, LANES};
 /// Reached by all lanes of the warp; the ring is that of `tile`.
 #[inline(always)]
 pub unsafe fn load<const DIM_BLOCKS: usize>(task: &Task, ring: &mut Ring, tile: QueryTile<DIM_BLOCKS>, lane: u32) {
-    let heads_per_group = task.params.heads.heads_per_group;
+    let token_bytes = task.params.heads.heads_per_group * QueryTile::<DIM_BLOCKS>::ROW_BYTES;
+    let (mut first_token, mut num_tokens) = segment(task, lane);
+    // Nobody waits for the description of what is to come, only for what comes.
     ring.wait_empty();
-    let mut tokens_before = 0;
-    let mut window = 0;
-    while window < task.item.num_segments {
-        let (first_token, num_tokens) = segment(task, window + lane);
+    let (mut tokens_before, mut window) = (0, 0);
+    loop {
         let end = warp::sum_up_to(num_tokens, lane);
         let all = warp::shuffle_from(end, LANES - 1);
         if lane == 0 {
-            ring.expect_more(all * heads_per_group * QueryTile::<DIM_BLOCKS>::ROW_BYTES);
+            ring.expect_more(all * token_bytes);
         }
         // No box before the barrier knows of its bytes.
         warp::sync();
@@ -32,6 +32,10 @@ pub unsafe fn load<const DIM_BLOCKS: usize>(task: &Task, ring: &mut Ring, tile: 
         boxes.copy(first_token, tokens_before + end - num_tokens, num_tokens);
         tokens_before += all;
         window += LANES;
+        if window >= task.item.num_segments {
+            break;
+        }
+        (first_token, num_tokens) = segment(task, window + lane);
     }
     ring.fill_by(lane == 0);
 }
