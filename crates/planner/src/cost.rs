@@ -81,6 +81,48 @@ pub struct ItemWork {
     pub flops: f64,
 }
 
+/// What the parts of a work item take a thread block that has its share of the device, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct WorkTimes {
+    /// Whatever it does.
+    pub item_ns: f64,
+    /// Bytes from memory and to it, at the block's share of it.
+    pub memory_ns: f64,
+    /// Bytes from the cache, at the block's share of it.
+    pub cache_ns: f64,
+    /// Its steps and products.
+    pub block_ns: f64,
+}
+
+impl WorkTimes {
+    /// What the item takes if all blocks need their share of the memory.
+    pub fn full(self) -> f64 {
+        self.with_memory_for(1.0)
+    }
+
+    /// The same in whole nanoseconds.
+    pub fn full_ns(self) -> Ns {
+        self.full() as Ns
+    }
+
+    /// What the item takes if only a part of the blocks' shares of the memory is needed, so that each has more of it.
+    pub fn with_memory_for(self, part: f64) -> f64 {
+        self.item_ns + (self.memory_ns * part + self.cache_ns).max(self.block_ns)
+    }
+}
+
+/// The part of all blocks' shares of the memory that is needed where a part of the blocks does narrow items, and the others do wide ones that
+/// need a part of their shares.
+pub(crate) fn memory_needed(narrow_blocks: f64, wide_need: f64) -> f64 {
+    narrow_blocks + (1.0 - narrow_blocks) * wide_need
+}
+
+/// The part of their shares of the memory that items need which follow each other: zero if there are none.
+pub(crate) fn memory_need(items: impl Iterator<Item = WorkTimes>) -> f64 {
+    let (memory_ns, full_ns) = items.fold((0.0, 0.0), |sum, item| (sum.0 + item.memory_ns, sum.1 + item.full()));
+    if full_ns > 0.0 { memory_ns / full_ns } else { 0.0 }
+}
+
 /// How a [`TileKind`] is written.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "TileKind", rename_all = "lowercase")]
@@ -195,12 +237,15 @@ impl CostModel {
         }
     }
 
-    /// What that takes.
-    pub fn work_ns(&self, work: &ItemWork) -> f64 {
+    /// What the parts of that take.
+    pub fn times(&self, work: &ItemWork) -> WorkTimes {
         let tile = self.tile(work.tile);
-        let traffic_ns = work.memory_bytes * self.byte_ns + work.cached_bytes * self.cached_byte_ns;
-        let block_ns = tile.setup_ns + f64::from(work.steps) * tile.step_ns + work.flops * tile.flop_ns;
-        self.item_ns + traffic_ns.max(block_ns)
+        WorkTimes {
+            item_ns: self.item_ns,
+            memory_ns: work.memory_bytes * self.byte_ns,
+            cache_ns: work.cached_bytes * self.cached_byte_ns,
+            block_ns: tile.setup_ns + f64::from(work.steps) * tile.step_ns + work.flops * tile.flop_ns,
+        }
     }
 
     /// What query tokens take that are put into tiles by themselves, all see every column, and are merged with what they see elsewhere.
@@ -226,7 +271,7 @@ impl CostModel {
 
     /// What an item takes: see [`Self::work`].
     pub fn item(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> Ns {
-        self.work_ns(&self.work(kind, segments, columns, fresh, partial)) as Ns
+        self.times(&self.work(kind, segments, columns, fresh, partial)).full_ns()
     }
 
     /// What an item of a plan has to do.
@@ -234,9 +279,9 @@ impl CostModel {
         self.work(item.tile, segments, item.column_begin..item.column_end, fresh, item.partial_row != DIRECT)
     }
 
-    /// What an item of a plan takes.
-    pub fn work_item(&self, item: &WorkItem, segments: &[RowSegment], fresh: f32) -> Ns {
-        self.work_ns(&self.work_of(item, segments, fresh)) as Ns
+    /// What the parts of an item of a plan take.
+    pub fn times_of(&self, item: &WorkItem, segments: &[RowSegment], fresh: f32) -> WorkTimes {
+        self.times(&self.work_of(item, segments, fresh))
     }
 }
 

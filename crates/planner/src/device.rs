@@ -218,6 +218,32 @@ impl DeviceModel {
         const MOST_LANES: u32 = 1 << 16;
         self.num_sms.saturating_mul(self.blocks_per_sm).clamp(1, MOST_LANES)
     }
+
+    /// The lanes that a head group has, if there are so many groups.
+    pub(crate) fn lanes_of_groups(&self, num_groups: u32) -> LanesOfGroups {
+        let (device_lanes, groups) = (self.lanes(), num_groups.max(1));
+        let copies = if device_lanes.is_multiple_of(groups) { 1 } else { 2 };
+        LanesOfGroups { lanes: (device_lanes * copies / groups).max(1), copies, device_lanes }
+    }
+}
+
+/// The lanes of one head group. All head groups of an item cost the same, so what these do stands for what all lanes do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LanesOfGroups {
+    /// At least one.
+    pub lanes: u32,
+    /// Head groups that share them: two share the lanes of two where one has not a whole number of them.
+    pub copies: u32,
+    /// All lanes of the device.
+    pub device_lanes: u32,
+}
+
+impl LanesOfGroups {
+    /// So many of the lanes, of all groups together.
+    pub fn of_device(self, lanes: u32) -> u32 {
+        let scaled = u64::from(lanes) * u64::from(self.device_lanes) / u64::from(self.lanes);
+        scaled.min(u64::from(self.device_lanes)) as u32
+    }
 }
 
 impl Default for DeviceModel {

@@ -1,9 +1,11 @@
 //! What a plan will do, in numbers.
 
+use std::ops::Range;
+
 use packinfer_abi::{KvRun, RowSegment, TileKind};
 use serde::Serialize;
 
-use crate::cost::{CostModel, ItemWork, Ns, issued_pairs, merge_ns, merged_bytes, num_rows, partial_row_bytes};
+use crate::cost::{CostModel, ItemWork, WorkTimes, issued_pairs, merge_ns, merged_bytes, num_rows, partial_row_bytes};
 use crate::lanes::Lanes;
 use crate::tile::last_column_end;
 use crate::{DeviceModel, Plan};
@@ -62,7 +64,7 @@ pub struct Explanation {
 impl Plan {
     /// What `model` expects each work item to take for one head group, in µs, in the order of the items.
     pub fn item_times(&self, model: &DeviceModel) -> impl Iterator<Item = f64> {
-        self.item_ns(model).map(|time| time as f64 * 1e-3)
+        self.times_of(0..self.items.len(), model).map(|times| times.full_ns() as f64 * 1e-3)
     }
 
     /// What each work item has to do for one head group with the kernels of `model`, in the order of the items.
@@ -71,9 +73,11 @@ impl Plan {
         self.items.iter().zip(&self.fresh).map(move |(item, &fresh)| cost.work_of(item, self.segments_of(item), fresh))
     }
 
-    pub(crate) fn item_ns(&self, model: &DeviceModel) -> impl Iterator<Item = Ns> {
+    /// What the parts of some work items take for one head group with the kernels of `model`, in the order of the items.
+    pub(crate) fn times_of(&self, items: Range<usize>, model: &DeviceModel) -> impl Iterator<Item = WorkTimes> {
         let cost = CostModel::new(model, self.shape, self.heads);
-        self.items.iter().zip(&self.fresh).map(move |(item, &fresh)| cost.work_item(item, self.segments_of(item), fresh))
+        let how = self.items[items.clone()].iter().zip(&self.fresh[items]);
+        how.map(move |(item, &fresh)| cost.times_of(item, self.segments_of(item), fresh))
     }
 
     /// Bytes that merging reads and writes, if there is anything to merge.
@@ -84,12 +88,7 @@ impl Plan {
 
     /// Nanoseconds that `model` expects of the attention call, merging included. Leaves the loads of the device's blocks in `lanes`.
     pub(crate) fn predicted_ns(&self, model: &DeviceModel, lanes: &mut Lanes) -> f64 {
-        lanes.reset(model.lanes());
-        for item_ns in self.item_ns(model) {
-            for _ in 0..self.heads.num_groups {
-                lanes.add(item_ns);
-            }
-        }
+        self.give_out(model, lanes, |_, _| {});
         let launch_ns = if self.items.is_empty() { 0.0 } else { model.launch_ns };
         let (num_tokens, num_rows) = (self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
         launch_ns + lanes.max() as f64 + merge_ns(model, self.shape, self.heads, num_tokens, num_rows)
@@ -113,9 +112,8 @@ impl Plan {
         let (mut tiles, mut items) = ([0; 2], [0; 2]);
         let (mut packed_tiles, mut shared_tiles, mut split_tiles) = (0, 0, 0);
         let (mut columns, mut q_rows, mut needed, mut issued) = (0, 0, 0, 0);
-        let (mut fresh_columns, mut work) = (0.0, 0.0);
-        let how = self.fresh.iter().zip(&self.shared);
-        for ((item, item_ns), (&fresh, &shared)) in self.items.iter().zip(self.item_ns(model)).zip(how) {
+        let mut fresh_columns = 0.0;
+        for ((item, &fresh), &shared) in self.items.iter().zip(&self.fresh).zip(&self.shared) {
             let segments = self.segments_of(item);
             let range = item.column_begin..item.column_end;
             items[item.tile as usize] += 1;
@@ -131,9 +129,7 @@ impl Plan {
                 split_tiles += u32::from(segments.iter().any(|segment| last_column_end(segment) > item.column_end));
                 needed += segments.iter().map(visible_pairs).sum::<u64>() * u64::from(heads.heads_per_group);
             }
-            work += item_ns as f64 * groups as f64;
         }
-        let mean_load = work / f64::from(model.lanes());
         Explanation {
             query_tokens: self.num_query_tokens,
             head_groups: heads.num_groups,
@@ -148,7 +144,7 @@ impl Plan {
             merge_tokens: self.merge_tokens.len() as u32,
             partial_rows: self.num_partial_rows,
             predicted_us: predicted_ns * 1e-3,
-            balance: if lanes.max() == 0 { 1.0 } else { mean_load / lanes.max() as f64 },
+            balance: if lanes.max() == 0 { 1.0 } else { lanes.mean() / lanes.max() as f64 },
             kv_bytes: columns * groups * 2 * u64::from(shape.head_dim()) * shape.kv_element_bytes(),
             kv_memory_bytes: (fresh_columns * shape.kv_bytes_per_slot() as f64) as u64,
             distinct_kv_bytes: distinct_slots(&self.runs) * shape.kv_bytes_per_slot(),

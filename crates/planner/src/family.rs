@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum KernelFamily {
-    /// For Ampere and later: small blocks, several at a time on a multiprocessor, that overlap each other's loads and products. Best where memory
-    /// is the limit.
+    /// For Ampere and later: small blocks, several at a time on a multiprocessor, that overlap each other's loads and products.
     #[serde(rename = "sm_80")]
     Sm80,
-    /// For Hopper alone: one persistent block a multiprocessor, with the products of whole warpgroups. Best where products are the limit.
+    /// For Hopper alone: one persistent block a multiprocessor, with the products of whole warpgroups. Much faster where products are the limit,
+    /// and as fast where memory is.
     #[serde(rename = "sm_90a")]
     Sm90a,
 }

@@ -14,7 +14,8 @@
 //!    where that is faster.
 //! 3. Tiles that would keep a multiprocessor busy after all others are done are split along their columns. The partial results of
 //!    a query token, of all tiles that it is in, are merged.
-//! 4. Items that read the same KV stand together, the longest first, so that the device balances itself.
+//! 4. Items that read the same KV stand together, the longest first, so that the device balances itself. For persistent blocks, items that
+//!    memory limits stand behind those that products limit, and some blocks begin with them.
 //!
 //! A planner may know a device by several models, one for each family of kernels that it can run: it then plans each batch for the family
 //! that suits it.
@@ -52,6 +53,7 @@ mod pack;
 mod plan;
 mod planner;
 mod prefix;
+mod queues;
 mod schedule;
 mod share;
 mod split;

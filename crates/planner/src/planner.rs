@@ -5,10 +5,12 @@ use std::cmp::{Ordering, Reverse};
 use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind};
 use packinfer_batch::Batch;
 
-use crate::cost::{CostModel, Ns};
+use crate::cost::{CostModel, Ns, WorkTimes};
+use crate::device::LanesOfGroups;
 use crate::items::{Item, Merger, make_items};
 use crate::lanes::Lanes;
 use crate::pack::Packer;
+use crate::queues::Queues;
 use crate::share::Sharing;
 use crate::split::Splitter;
 use crate::tile::{self, Tile};
@@ -49,8 +51,9 @@ pub struct Planner {
     /// What the longest item of each pack takes.
     longest: Vec<Ns>,
     order: Vec<Place>,
-    /// What each item takes.
-    takes: Vec<Ns>,
+    /// What the parts of each item take.
+    times: Vec<WorkTimes>,
+    queues: Queues,
 }
 
 /// What an item's place in the plan is decided by, in this order: what the longest of its pack takes, its pack, what it takes itself
@@ -71,8 +74,8 @@ impl Planner {
     }
 
     /// A planner for a device that has several families of kernels, with models of each; a default model if there are none. It plans a batch
-    /// by the model of each family that suits its head dimension, for the family that needs the least time for its bytes and products, the
-    /// first of those that need about the same.
+    /// by the model of each family that suits its head dimension, for the family that needs the least time for its bytes and products: the
+    /// last of those that need about the same, as families that fewer devices can run come later.
     pub fn choosing(mut models: Vec<DeviceModel>) -> Self {
         if models.is_empty() {
             models.push(DeviceModel::default());
@@ -90,7 +93,8 @@ impl Planner {
             lanes: Lanes::default(),
             longest: Vec::new(),
             order: Vec::new(),
-            takes: Vec::new(),
+            times: Vec::new(),
+            queues: Queues::default(),
         }
     }
 
@@ -142,8 +146,7 @@ impl Planner {
     }
 
     /// The model that a batch is planned for, of whose KV tokens so many need not be read: of those that suit its head dimension best, the
-    /// one that needs the least time for its bytes and products. Of those that need about the same it is the first for decodes, and the last
-    /// for prompts, whose Q and O are most of the bytes.
+    /// one that needs the least time for its bytes and products; the last of those that need about the same.
     fn choose(&self, batch: &Batch, repeated_tokens: u64) -> Result<DeviceModel, PlanError> {
         /// What measurements differ by, as part of them.
         const SPREAD: f64 = 0.03;
@@ -156,13 +159,9 @@ impl Planner {
         let suiting = || self.models.iter().filter(suits).copied();
         let least_ns = |model: &DeviceModel| model.least_ns(batch, repeated_tokens);
         let least = suiting().map(|model| least_ns(&model)).fold(f64::INFINITY, f64::min);
-        let mut best =
-            suiting().filter(|model| least_ns(model).partial_cmp(&(least + least.abs() * SPREAD)) != Some(Ordering::Greater));
-        let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();
-        let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
-        let is_prefill = qo_bytes > kv_tokens.saturating_sub(repeated_tokens) * shape.kv_bytes_per_slot();
-        let chosen = if is_prefill { best.next_back() } else { best.next() };
-        chosen.ok_or(PlanError::NotSupported {
+        let is_best =
+            |model: &DeviceModel| least_ns(model).partial_cmp(&(least + least.abs() * SPREAD)) != Some(Ordering::Greater);
+        suiting().rfind(is_best).ok_or(PlanError::NotSupported {
             family: self.models[0].kernel_family,
             head_dim: shape.head_dim(),
             kv_dtype: shape.kv_dtype(),
@@ -242,12 +241,13 @@ impl Planner {
         if self.packing == Packing::PerRequest {
             self.order.extend((0..self.items.len() as u32).map(|index| (Reverse(0), 0, Reverse(0), index)));
         } else {
-            self.takes.clear();
+            self.times.clear();
             self.longest.clear();
             self.longest.resize(self.tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
             for (&Item { item, pack, fresh, shared }, index) in self.items.iter().zip(0..) {
-                let takes = cost.work_item(&item, plan.segments_of(&item), fresh);
-                self.takes.push(takes);
+                let times = cost.times_of(&item, plan.segments_of(&item), fresh);
+                self.times.push(times);
+                let takes = times.full_ns();
                 let longest = &mut self.longest[pack as usize];
                 *longest = takes.max(*longest);
                 // Nobody else reads the columns.
@@ -260,7 +260,7 @@ impl Planner {
             }
             self.order.sort_unstable();
             if plan.model.kernel_family == KernelFamily::Sm90a {
-                plan.back_lanes = self.put_narrow_items_behind(plan.model.lanes());
+                plan.back_lanes = self.make_queues(plan.model.lanes_of_groups(plan.heads.num_groups));
             }
         }
         let is_front = |place: &&Place| plan.back_lanes == 0 || self.items[place.3 as usize].item.tile == TileKind::Wide;
@@ -271,24 +271,14 @@ impl Planner {
         plan.shared.extend(in_order().map(|item| item.shared));
     }
 
-    /// Puts narrow items, which memory limits, behind wide ones, which products limit, each kind in its order, if there is much of both; and returns how many
-    /// of `lanes` should begin with them, so that both kinds are done at about the same time.
-    fn put_narrow_items_behind(&mut self, lanes: u32) -> u32 {
-        /// Below this part of the time of all items, one kind hardly matters.
-        const WORTHWHILE: f64 = 0.05;
-        /// How long a narrow item takes beside wide ones, which leave it more of the memory than its share, as part of what it takes among narrow ones.
-        const BESIDE_WIDE: f64 = 0.5;
-        let Self { items, order, takes, .. } = self;
-        let is_wide = |place: &Place| items[place.3 as usize].item.tile == TileKind::Wide;
-        let takes = |is_of_kind: &dyn Fn(&Place) -> bool| -> f64 {
-            order.iter().filter(|place| is_of_kind(place)).map(|place| takes[place.3 as usize] as f64).sum()
-        };
-        let (wide, narrow) = (takes(&is_wide), takes(&|place| !is_wide(place)));
-        if lanes < 2 || narrow.min(wide) < WORTHWHILE * (narrow + wide) {
-            return 0;
-        }
-        order.sort_by_key(|place| !is_wide(place));
-        let narrow = narrow * BESIDE_WIDE;
-        ((f64::from(lanes) * narrow / (narrow + wide)).round() as u32).clamp(1, lanes - 1)
+    /// Puts narrow items, which memory limits, behind wide ones, which products limit, each kind in its order, if there is much of both; and
+    /// returns how many of the device's lanes should begin with them.
+    fn make_queues(&mut self, device: LanesOfGroups) -> u32 {
+        let Self { items, order, times, queues, .. } = self;
+        let tile = |place: &Place| items[place.3 as usize].item.tile;
+        queues.fill(order.iter().map(|place| (tile(place), times[place.3 as usize])));
+        let Some(back_lanes) = queues.back_lanes(device) else { return 0 };
+        order.sort_unstable_by_key(|place| (tile(place) == TileKind::Narrow, *place));
+        back_lanes
     }
 }

@@ -1,11 +1,13 @@
 //! Who does what when: the tasks of an attention call on the multiprocessors, as predicted or as they were.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::iter::repeat_n;
+use std::ops::Range;
 
 use packinfer_abi::TaskStamp;
 use serde::Serialize;
 
+use crate::cost::{Ns, memory_need, memory_needed};
+use crate::lanes::Lanes;
 use crate::{DeviceModel, Plan};
 
 /// More multiprocessors than any device has.
@@ -64,25 +66,17 @@ pub enum StampError {
 }
 
 impl Schedule {
-    /// What `model` expects: the lane that is free first takes the next task of its queue, or of the other one if that is empty.
+    /// What `model` expects: the lane that is free first takes the next task of its queue, or of the other one if that is empty. Narrow items
+    /// have more of the memory than their lanes' share as long as all other lanes have wide ones, which need less.
     pub fn predicted(plan: &Plan, model: &DeviceModel) -> Self {
         let num_lanes = model.lanes();
         let num_sms = model.num_sms.clamp(1, num_lanes);
-        let mut free: BinaryHeap<_> = (0..num_lanes).map(|lane| Reverse((0u64, lane))).collect();
-        let groups = plan.heads().num_groups as usize;
-        let taken: Vec<u64> = plan.item_ns(model).flat_map(|item_ns| std::iter::repeat_n(item_ns, groups)).collect();
-        let mut tasks = vec![TaskTime { sm: 0, lane: 0, begin_ns: 0, end_ns: 0, taken_ns: 0 }; taken.len()];
-        let front = plan.num_front_items() as usize * groups;
-        let mut queues = [0..front, front..taken.len()];
-        let first_back_lane = num_lanes - plan.back_lanes().min(num_lanes);
-        while let Some(mut first) = free.peek_mut() {
-            let Reverse((begin_ns, lane)) = *first;
-            let own = usize::from(lane >= first_back_lane);
-            let Some(index) = queues[own].next().or_else(|| queues[1 - own].next()) else { break };
-            let end_ns = begin_ns.saturating_add(taken[index]);
-            first.0.0 = end_ns;
-            tasks[index] = TaskTime { sm: lane % num_sms, lane: lane / num_sms, begin_ns, end_ns, taken_ns: taken[index] };
-        }
+        let num_tasks = plan.items().len() * plan.heads().num_groups as usize;
+        let mut tasks = vec![TaskTime { sm: 0, lane: 0, begin_ns: 0, end_ns: 0, taken_ns: 0 }; num_tasks];
+        plan.give_out(model, &mut Lanes::default(), |index, Given { lane, begin_ns, taken_ns }| {
+            let end_ns = begin_ns.saturating_add(taken_ns);
+            tasks[index] = TaskTime { sm: lane % num_sms, lane: lane / num_sms, begin_ns, end_ns, taken_ns };
+        });
         Self { num_sms, lanes_per_sm: num_lanes.div_ceil(num_sms), tasks }
     }
 
@@ -196,6 +190,43 @@ impl Schedule {
     }
 }
 
+/// A task that a lane was given.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Given {
+    lane: u32,
+    begin_ns: Ns,
+    taken_ns: Ns,
+}
+
+impl Plan {
+    /// Gives all tasks to the lanes of a device, as [`Schedule::predicted`] says, and tells of each. Leaves the loads of the device's blocks in `lanes`.
+    pub(crate) fn give_out(&self, model: &DeviceModel, lanes: &mut Lanes, mut tell: impl FnMut(usize, Given)) {
+        let num_lanes = model.lanes();
+        let back_lanes = self.back_lanes.min(num_lanes);
+        let front_items = self.num_front_items as usize;
+        let front_need = memory_need(self.times_of(0..front_items, model));
+        let memory_needed = memory_needed(f64::from(back_lanes) / f64::from(num_lanes), front_need);
+        let groups = self.heads.num_groups as usize;
+        let tasks = |items: Range<usize>| {
+            let first_task = items.start * groups;
+            (first_task..).zip(self.times_of(items, model).flat_map(move |times| repeat_n(times, groups)))
+        };
+        let mut queues = [tasks(0..front_items), tasks(front_items..self.items.len())];
+        let mut front_is_empty = back_lanes == 0;
+        lanes.reset(num_lanes);
+        while let Some((begin_ns, lane)) = lanes.first() {
+            let own = usize::from(lane >= num_lanes - back_lanes);
+            let Some((index, times)) = queues[own].next().or_else(|| queues[1 - own].next()) else { break };
+            let is_front = index < front_items * groups;
+            front_is_empty |= own == 0 && !is_front;
+            let is_beside_wide = !is_front && !front_is_empty;
+            let taken_ns = if is_beside_wide { times.with_memory_for(memory_needed) as Ns } else { times.full_ns() };
+            tell(index, Given { lane, begin_ns, taken_ns });
+            lanes.add(taken_ns);
+        }
+    }
+}
+
 /// What a multiprocessor does in a call.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct SmLoad {
@@ -292,6 +323,12 @@ mod tests {
         let at_begin = |tasks: &[TaskTime]| tasks.iter().filter(|task| task.begin_ns == 0).count() as u32;
         let (front, back) = schedule.tasks.split_at(front.len() * 8);
         assert_eq!((at_begin(front), at_begin(back)), (132 - plan.back_lanes(), plan.back_lanes()));
+        // Beside wide items, narrow ones have more of the memory.
+        let full_ns = plan.item_times(&model).last().expect("there are items") * 1e3;
+        let taken_ns = |task: Option<&TaskTime>| task.map_or(0.0, |task| task.taken_ns as f64);
+        let first_full_ns = plan.item_times(&model).nth(front.len() / 8).expect("there are narrow items") * 1e3;
+        assert!(taken_ns(back.first()) < 0.8 * first_full_ns);
+        assert_eq!(taken_ns(back.last()), full_ns.round());
         // Whoever has done with the one kind helps with the other.
         assert!(schedule.summary().utilization > 0.9, "{:?}", schedule.summary());
         let decodes = self::plan(100);

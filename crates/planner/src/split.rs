@@ -11,6 +11,7 @@ use packinfer_abi::COLUMN_STEP;
 use packinfer_batch::Batch;
 
 use crate::cost::{self, CostModel, Ns, num_rows};
+use crate::device::LanesOfGroups;
 use crate::lanes::Lanes;
 use crate::tile::{Tile, siblings};
 use crate::{DeviceModel, Plan};
@@ -62,11 +63,8 @@ impl Splitter {
     /// The parts of tiles, those of one tile one after the other.
     pub fn split(&mut self, tiles: &[Tile], plan: &Plan, cost: &CostModel) -> &[Part] {
         let model = &plan.model;
-        // All head groups of an item cost the same, so a lane here stands for one lane of each; or two head groups share the lanes of two,
-        // where one has not a whole number of them.
-        let groups = plan.heads.num_groups.max(1);
-        self.copies = if model.lanes().is_multiple_of(groups) { 1 } else { 2 };
-        let num_lanes = (model.lanes() * self.copies / groups).max(1);
+        let LanesOfGroups { lanes: num_lanes, copies, .. } = model.lanes_of_groups(plan.heads.num_groups);
+        self.copies = copies;
         self.order.clear();
         self.order.extend(tiles.iter().zip(0..).map(|(tile, index)| {
             let segments = tile.segments(&plan.segments);

@@ -5,7 +5,7 @@ use std::cell::Cell;
 
 use packinfer_abi::KvRun;
 use packinfer_batch::{AttentionShape, Batch, DType, Mask};
-use packinfer_planner::{DeviceModel, Headroom, Packing, Planner};
+use packinfer_planner::{DeviceModel, Headroom, KernelFamily, Packing, Planner};
 
 /// The system's allocator, which counts what is asked of it.
 struct Counting;
@@ -57,21 +57,29 @@ fn batch(requests: u32) -> Batch {
 
 #[test]
 fn warm_planner_allocates_nothing() {
-    let (large, small) = (batch(128), batch(64));
-    for packing in [Packing::Packed, Packing::Unshared, Packing::PerRequest] {
-        let mut planner = Planner::new(DeviceModel::H100).with_packing(packing);
-        let cold = ALLOCATIONS.get();
-        let mut plan = planner.plan(&large).expect("a batch that can be planned");
-        assert!(ALLOCATIONS.get() > cold, "the allocator does not count");
-        planner.plan_into(&small, &mut plan).expect("a batch that can be planned");
-        let warm = ALLOCATIONS.get();
-        for batch in [&large, &small] {
-            planner.plan_into(batch, &mut plan).expect("a batch that can be planned");
-        }
-        assert_eq!(ALLOCATIONS.get() - warm, 0, "{packing:?}");
-        assert_eq!(plan.merge_tokens().is_empty(), packing == Packing::PerRequest);
-        assert_eq!(plan.explain(plan.model()).shared_tiles > 0, packing == Packing::Packed);
+    let packings = [Packing::Packed, Packing::Unshared, Packing::PerRequest];
+    for model in DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132) {
+        packings.iter().for_each(|&packing| check(model, packing));
     }
+}
+
+/// Plans batches with a cold and with a warm planner.
+fn check(model: DeviceModel, packing: Packing) {
+    let (large, small) = (batch(128), batch(64));
+    let mut planner = Planner::new(model).with_packing(packing);
+    let cold = ALLOCATIONS.get();
+    let mut plan = planner.plan(&large).expect("a batch that can be planned");
+    assert!(ALLOCATIONS.get() > cold, "the allocator does not count");
+    planner.plan_into(&small, &mut plan).expect("a batch that can be planned");
+    let warm = ALLOCATIONS.get();
+    for batch in [&large, &small] {
+        planner.plan_into(batch, &mut plan).expect("a batch that can be planned");
+    }
+    assert_eq!(ALLOCATIONS.get() - warm, 0, "{packing:?}, {}", model.kernel_family);
+    let chooses_queues = model.kernel_family == KernelFamily::Sm90a && packing == Packing::Packed;
+    assert!(plan.back_lanes() > 0 || !chooses_queues, "the batch needs no queues");
+    assert_eq!(plan.merge_tokens().is_empty(), packing == Packing::PerRequest);
+    assert_eq!(plan.explain(plan.model()).shared_tiles > 0, packing == Packing::Packed);
 }
 
 #[test]

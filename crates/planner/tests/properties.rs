@@ -238,21 +238,31 @@ fn equal_work_needs_no_split() {
     assert_eq!(plan.num_partial_rows(), 0);
 }
 
-/// Of two families, a planner takes the one whose limit is the lower. Memory has the same for both: then it goes by what the bytes are.
+/// Of two families, a planner takes the one that needs less time; and the later one if both need about the same.
 #[test]
-fn products_decide_the_kernels() {
-    let mut planner = Planner::choosing(DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132));
-    let mut kernels = |query_len, kv_len| {
-        let mut batch = Batch::new(shape(8, 4), Mask::Causal);
-        for request in 0..4 {
-            batch.push_contiguous(query_len, kv_len, request * kv_len).expect("a good request");
-        }
-        planner.plan(&batch).expect("a batch that can be planned").model().kernel_family
+fn the_faster_kernels_are_chosen() {
+    let [sm_80, sm_90a] = h100_models();
+    let slow_products = DeviceModel { flops_per_s: sm_80.flops_per_s / 4.0, ..sm_90a };
+    let slow_memory = DeviceModel { bytes_per_s: sm_80.bytes_per_s / 2.0, ..sm_90a };
+    let kernels = |hopper, query_len, kv_len| {
+        let batch = contiguous(shape(8, 4), Mask::Causal, (0..4).map(|_| (query_len, kv_len)));
+        let plan = Planner::choosing(vec![sm_80, hopper]).plan(&batch).expect("a batch that can be planned");
+        plan.model().kernel_family
     };
-    assert_eq!(kernels(1, 8192), KernelFamily::Sm80);
-    assert_eq!(kernels(8192, 8192), KernelFamily::Sm90a);
-    assert_eq!(kernels(64, 64), KernelFamily::Sm90a);
-    assert_eq!(kernels(4, 2048), KernelFamily::Sm80);
+    for (query_len, kv_len) in [(1, 8192), (8192, 8192), (64, 64), (4, 2048)] {
+        assert_eq!(kernels(sm_90a, query_len, kv_len), KernelFamily::Sm90a, "{query_len} of {kv_len}");
+    }
+    assert_eq!(kernels(slow_products, 1, 8192), KernelFamily::Sm90a);
+    assert_eq!(kernels(slow_products, 8192, 8192), KernelFamily::Sm80);
+    assert_eq!(kernels(slow_memory, 1, 8192), KernelFamily::Sm80);
+    assert_eq!(kernels(slow_memory, 8192, 8192), KernelFamily::Sm90a);
+}
+
+/// Those of an H100 with a head dimension of 128, for sm_80 and for sm_90a.
+fn h100_models() -> [DeviceModel; 2] {
+    let models = DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132);
+    let of_family = |family| models.iter().find(|model| model.kernel_family == family && model.head_dim == 128).copied();
+    KernelFamily::ALL.map(|family| of_family(family).expect("an H100 runs both"))
 }
 
 /// Kernels that do not have a head dimension are not chosen, and not having any others is an error.
