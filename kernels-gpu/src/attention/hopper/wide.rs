@@ -11,9 +11,9 @@
 
 use packinfer_abi::TileKind;
 
-use super::consumer::{Consumer, Queries};
+use super::consumer::{Consumer, Queries, WARP_ROWS};
 use super::shared::ColumnTile;
-use super::{CONSUMER_THREADS, barrier, epilogue};
+use super::{CONSUMER_THREADS, barrier, epilogue, merge};
 use crate::element::Element;
 use crate::ptx::mma::Fragment;
 use crate::ptx::wgmma::{self, Accumulator, Descriptor, hold_words};
@@ -133,6 +133,10 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         epilogue::store::<E, DIM_BLOCKS>(&task, self.lane(), self.first_row(), softmax, output);
         self.note_end(task.index);
         warp::sync();
+        if !task.is_direct() {
+            let row = self.first_row() + self.lane() % WARP_ROWS;
+            merge::finish_rows::<E, DIM_BLOCKS, 4, 2>(&task, self.lane(), row, self.lane() < WARP_ROWS);
+        }
         self.tasks.release_stage(slot, self.lane());
     }
 
