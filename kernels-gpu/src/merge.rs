@@ -1,4 +1,4 @@
-//! Merges the partial results of query tokens whose columns were split among work items.
+//! Merges the partial results of query tokens whose columns were split among work items of the `sm_80` kernel; the `sm_90a` kernel does so itself, with [`Merged`].
 //!
 //! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ wᵢ.
 //! Four warps take every fourth partial each, several at a time, so that enough loads are in flight to hide their latency, and are merged the same way. A sink is one more partial, whose O is zero.

@@ -3,7 +3,7 @@
 //! Every row that is merged has a counter. A warp that has stored a partial of the row adds one; if all others had arrived, it merges them, in the order
 //! of the plan's sources, so that the result does not depend on who is last.
 
-use packinfer_abi::MergeToken;
+use packinfer_abi::{AttentionParams, DeviceAddress, MergeToken};
 
 use crate::attention::task::Task;
 use crate::element::{ELEMENT_BYTES, Element};
@@ -35,6 +35,31 @@ struct MergedRow {
 }
 
 impl MergedRow {
+    /// What row `row` of a tile is a partial of, and the address of its counter.
+    #[inline(always)]
+    unsafe fn find(task: &Task, row: u32) -> (Self, DeviceAddress) {
+        let AttentionParams { heads, merge_of_partial, merge_tokens, arrivals, .. } = &task.params;
+        let partial = task.item.partial_row + row;
+        let partial_token = divide(partial, heads.heads_per_group);
+        let head = partial - partial_token * heads.heads_per_group;
+        let merge = load_global(merge_of_partial + 4 * u64::from(partial_token));
+        let token = merge_tokens + u64::from(merge) * size_of::<MergeToken>() as u64;
+        let found = Self {
+            index: task.rows.index(row),
+            head,
+            source_begin: load_global(token + core::mem::offset_of!(MergeToken, source_begin) as u64),
+            num_sources: load_global(token + core::mem::offset_of!(MergeToken, num_sources) as u64),
+        };
+        let counter = u64::from(merge) * u64::from(heads.num_qo_heads) + u64::from(found.qo_head(task));
+        (found, arrivals + 4 * counter)
+    }
+
+    /// Its query head.
+    #[inline(always)]
+    fn qo_head(&self, task: &Task) -> u32 {
+        task.head_group * task.params.heads.heads_per_group + self.head
+    }
+
     /// The row of lane `lane`.
     #[inline(always)]
     unsafe fn of_lane(self, lane: u32) -> Self {
@@ -93,38 +118,25 @@ fn element<const DIM_BLOCKS: usize>(row: u64, lane: u32) -> u64 {
     row * u64::from(dim) + u64::from(lane * LANE_ELEMENTS % dim)
 }
 
-/// Notes that the warp's rows of a partial are stored, and merges those that no other partial is missing of: `ROWS_AT_ONCE` rows at a time, and of each
-/// `SOURCES_AHEAD` partials. A lane that `counts` stands for row `row` of the tile, if there is such a row.
+/// Notes that rows of a partial are stored, and merges those whose other partials are stored already: `ROWS_AT_ONCE` rows at a time, of each of which
+/// `PARTIALS_AHEAD` partials are loaded at once. A lane that `counts` stands for row `row` of the tile, if there is such a row.
 ///
 /// # Safety
 ///
 /// Reached by all lanes of the warp, after a barrier that all threads have reached that stored parts of these rows. The task's item is not direct.
 #[inline(always)]
-pub unsafe fn finish_rows<E: Element, const DIM_BLOCKS: usize, const ROWS_AT_ONCE: usize, const SOURCES_AHEAD: usize>(
+pub unsafe fn finish_rows<E: Element, const DIM_BLOCKS: usize, const ROWS_AT_ONCE: usize, const PARTIALS_AHEAD: usize>(
     task: &Task,
     lane: u32,
     row: u32,
     counts: bool,
 ) {
-    let params = &task.params;
-    let index = task.rows.index(row);
-    let counts = counts && index != NO_ROW;
-    let partial = task.item.partial_row + if counts { row } else { 0 };
-    let partial_token = divide(partial, params.heads.heads_per_group);
-    let head = partial - partial_token * params.heads.heads_per_group;
-    let merge = load_global(params.merge_of_partial + 4 * u64::from(partial_token));
-    let merge_token = params.merge_tokens + u64::from(merge) * size_of::<MergeToken>() as u64;
-    let row = MergedRow {
-        index,
-        head,
-        source_begin: load_global(merge_token + core::mem::offset_of!(MergeToken, source_begin) as u64),
-        num_sources: load_global(merge_token + core::mem::offset_of!(MergeToken, num_sources) as u64),
-    };
-    let head = task.head_group * params.heads.heads_per_group + head;
-    let arrivals = params.arrivals + 4 * (u64::from(merge) * u64::from(params.heads.num_qo_heads) + u64::from(head));
-
+    let counts = counts && task.rows.index(row) != NO_ROW;
+    // Lanes that stand for no row look at the first, which there always is.
+    let (row, arrivals) = MergedRow::find(task, if counts { row } else { 0 });
     fence_device();
-    let is_last = counts && fetch_add_global_if(arrivals, 1, counts) + 1 == row.num_sources;
+    let before = fetch_add_global_if(arrivals, 1, counts);
+    let is_last = counts & (before + 1 == row.num_sources);
     let mut complete = warp::lanes_where(is_last);
     if complete == 0 {
         return;
@@ -143,18 +155,18 @@ pub unsafe fn finish_rows<E: Element, const DIM_BLOCKS: usize, const ROWS_AT_ONC
             complete &= complete.wrapping_sub(1);
             *row = row.of_lane(of_lane);
         }
-        merge_rows::<E, DIM_BLOCKS, ROWS_AT_ONCE, SOURCES_AHEAD>(task, lane, &rows);
+        merge_rows::<E, DIM_BLOCKS, ROWS_AT_ONCE, PARTIALS_AHEAD>(task, lane, &rows);
     }
 }
 
 /// Merges some rows, all of whose partials can be read, and stores them.
 #[inline(always)]
-unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize, const ROWS: usize, const SOURCES_AHEAD: usize>(
+unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize, const ROWS: usize, const PARTIALS_AHEAD: usize>(
     task: &Task,
     lane: u32,
     rows: &[MergedRow; ROWS],
 ) {
-    const { assert!(LANES % SOURCES_AHEAD as u32 == 0) };
+    const { assert!(LANES % PARTIALS_AHEAD as u32 == 0) };
     let mut merged = [Merged::<PAIRS>::NOTHING; ROWS];
     let most = warp::max(rows.iter().fold(0, |most, row| core::cmp::max(most, row.num_sources)));
     let mut first = 0;
@@ -167,8 +179,8 @@ unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize, const ROWS: usize, con
         let num_here = core::cmp::min(most - first, LANES);
         let mut next = 0;
         while next < num_here {
-            let mut partials = [[Partial::NOTHING; ROWS]; SOURCES_AHEAD];
-            for ahead in 0..SOURCES_AHEAD {
+            let mut partials = [[Partial::NOTHING; ROWS]; PARTIALS_AHEAD];
+            for ahead in 0..PARTIALS_AHEAD {
                 let index = next + ahead as u32;
                 for row in 0..ROWS {
                     let source = warp::shuffle_from(sources[row], index);
@@ -180,12 +192,12 @@ unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize, const ROWS: usize, con
                     merged[row].add_partial(partials[row].lse, &partials[row].output);
                 }
             }
-            next += SOURCES_AHEAD as u32;
+            next += PARTIALS_AHEAD as u32;
         }
         first += LANES;
     }
     for (row, merged) in rows.iter().zip(&mut merged) {
-        merged.add_sink(task.params.sinks, task.head_group * task.params.heads.heads_per_group + row.head);
+        merged.add_sink(task.params.sinks, row.qo_head(task));
         row.store::<E, DIM_BLOCKS>(task, lane, merged);
     }
 }

@@ -19,6 +19,10 @@ use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_ro
 const SCORE_FRAGMENTS: usize = 2;
 /// Rows that each warp sees to the merging of.
 const ROWS_OF_WARP: u32 = NARROW_TILE_ROWS / CONSUMER_WARPS;
+/// Rows that a warp merges at once: most narrow tiles have no more for it.
+const MERGED_ROWS_AT_ONCE: usize = 1;
+/// Partials of each that are loaded at once.
+const PARTIALS_AHEAD: usize = 8;
 /// Columns that a warp takes of a step.
 const WARP_COLUMNS: u32 = 8 * SCORE_FRAGMENTS as u32;
 
@@ -107,7 +111,7 @@ unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     if !task.is_direct() {
         consumer.meet(); // all have stored their parts of the rows
         let row = warp + CONSUMER_WARPS * (lane % ROWS_OF_WARP);
-        merge::finish_rows::<E, DIM_BLOCKS, 1, 8>(&task, lane, row, lane < ROWS_OF_WARP);
+        merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(&task, lane, row, lane < ROWS_OF_WARP);
     }
 }
 
