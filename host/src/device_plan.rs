@@ -21,8 +21,7 @@ const ALIGNMENT: usize = 128;
 /// Its memory is used again by [`crate::Engine::upload_into`]. Dropping it waits for the device, so keep one from step to step.
 pub struct DevicePlan {
     pub(crate) layout: Layout,
-    attention: Kernel,
-    pub(crate) merge: Kernel,
+    kernels: PlanKernels,
     arrays: Upload,
     pub(crate) shared: Arc<Shared>,
 }
@@ -31,11 +30,11 @@ impl DevicePlan {
     pub(crate) fn upload(shared: &Arc<Shared>, plan: &Plan, stream: &Stream) -> Result<Self, EngineError> {
         shared.enter()?;
         let layout = Layout::new(plan)?;
-        let (attention, merge) = kernels(shared, &layout)?;
+        let kernels = PlanKernels::of_plan(shared, &layout)?;
         stream.check_not_captured("uploading a plan")?;
         let mut arrays = Upload::new("a plan", layout.num_bytes, stream)?;
         arrays.replace(&layout.arrays(plan), stream)?;
-        Ok(Self { layout, attention, merge, arrays, shared: shared.clone() })
+        Ok(Self { layout, kernels, arrays, shared: shared.clone() })
     }
 
     /// Replaces the plan.
@@ -43,11 +42,11 @@ impl DevicePlan {
         self.shared.enter()?;
         stream.check_not_captured("uploading a plan")?;
         let layout = Layout::new(plan)?;
-        let (attention, merge) = kernels(&self.shared, &layout)?;
+        let kernels = PlanKernels::of_plan(&self.shared, &layout)?;
         // What runs nothing, lest an error leave half a plan.
         self.layout = Layout { attention_tasks: 0, ..layout };
         self.arrays.replace(&layout.arrays(plan), stream)?;
-        (self.layout, self.attention, self.merge) = (layout, attention, merge);
+        (self.layout, self.kernels) = (layout, kernels);
         Ok(())
     }
 
@@ -87,15 +86,15 @@ impl DevicePlan {
         other.copied().ok_or(EngineError::NoSoftCap { family: own })
     }
 
-    /// The attention kernel of a family, and its thread blocks: one for each task, or one for each multiprocessor, which take tasks in turn.
-    pub(crate) fn attention_in(&self, family: KernelFamily) -> Result<(Kernel, u32), EngineError> {
-        let kernel = match family == self.kernel_family() {
-            true => self.attention,
-            false => self.shared.kernels.get(KernelSource::attention(family, self.layout.shape))?,
-        };
+    /// The kernels of a family.
+    pub(crate) fn kernels_in(&self, family: KernelFamily) -> Result<PlanKernels, EngineError> {
+        if family == self.kernel_family() { Ok(self.kernels) } else { PlanKernels::new(&self.shared, &self.layout, family) }
+    }
+
+    /// Thread blocks of a family's attention kernel: one for each task, or one for each multiprocessor, which take tasks in turn.
+    pub(crate) fn attention_blocks(&self, family: KernelFamily) -> u32 {
         let tasks = self.layout.attention_tasks;
-        let blocks = if family == KernelFamily::Sm90a { tasks.min(self.shared.info.multiprocessors) } else { tasks };
-        Ok((kernel, blocks))
+        if family == KernelFamily::Sm90a { tasks.min(self.shared.info.multiprocessors) } else { tasks }
     }
 
     /// Heads, head dimension, element type.
@@ -143,13 +142,14 @@ pub(crate) struct Layout {
     pub front_tasks: u32,
     /// Lanes that begin with the tasks behind these.
     back_lanes: u32,
-    /// Thread blocks of the merge kernel.
-    pub merge_blocks: u32,
+    /// Rows of O that are merged: thread blocks of the merge kernel, or counters of those that merge in the attention kernel.
+    pub merged_rows: u32,
     pub items: usize,
     pub segments: usize,
     pub runs: usize,
     pub merge_tokens: usize,
     pub merge_sources: usize,
+    pub merge_of_partial: usize,
     /// Bytes of all arrays.
     num_bytes: usize,
 }
@@ -176,12 +176,13 @@ impl Layout {
             attention_tasks: num_blocks("the attention kernel", plan.items().len(), heads.num_groups)?,
             front_tasks: num_blocks("the attention kernel", plan.num_front_items() as usize, heads.num_groups)?,
             back_lanes: plan.back_lanes(),
-            merge_blocks: num_blocks("the merge kernel", plan.merge_tokens().len(), heads.num_qo_heads)?,
+            merged_rows: num_blocks("the merge kernel", plan.merge_tokens().len(), heads.num_qo_heads)?,
             items: place(bytes_of(plan.items())),
             segments: place(bytes_of(plan.segments())),
             runs: place(bytes_of(plan.runs())),
             merge_tokens: place(bytes_of(plan.merge_tokens())),
             merge_sources: place(bytes_of(plan.merge_sources())),
+            merge_of_partial: place(bytes_of(plan.merge_of_partial())),
             num_bytes,
         })
     }
@@ -193,13 +194,14 @@ impl Layout {
     }
 
     /// The plan's arrays, where they lie.
-    fn arrays<'a>(&self, plan: &'a Plan) -> [(usize, &'a [u8]); 5] {
+    fn arrays<'a>(&self, plan: &'a Plan) -> [(usize, &'a [u8]); 6] {
         [
             (self.items, bytes_of(plan.items())),
             (self.segments, bytes_of(plan.segments())),
             (self.runs, bytes_of(plan.runs())),
             (self.merge_tokens, bytes_of(plan.merge_tokens())),
             (self.merge_sources, bytes_of(plan.merge_sources())),
+            (self.merge_of_partial, bytes_of(plan.merge_of_partial())),
         ]
     }
 }
@@ -211,13 +213,32 @@ fn num_blocks(kernel: &'static str, tasks: usize, heads: u32) -> Result<u32, Eng
     fits.ok_or(EngineError::TooManyBlocks { kernel, blocks, most: MAX_BLOCKS })
 }
 
-fn kernels(shared: &Shared, layout: &Layout) -> Result<(Kernel, Kernel), EngineError> {
-    let Layout { family, shape, .. } = *layout;
-    if !shared.families.contains(&family) {
-        return Err(EngineError::KernelFamily { device: shared.info.name.clone(), family });
+/// What runs a plan.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PlanKernels {
+    pub attention: Kernel,
+    /// What merges partials, if the attention kernel does not.
+    pub merge: Option<Kernel>,
+}
+
+impl PlanKernels {
+    /// Those that the plan was made for.
+    fn of_plan(shared: &Shared, layout: &Layout) -> Result<Self, EngineError> {
+        let family = layout.family;
+        if !shared.families.contains(&family) {
+            return Err(EngineError::KernelFamily { device: shared.info.name.clone(), family });
+        }
+        Self::new(shared, layout, family)
     }
-    let merge = KernelSource::merge(shape, shared.can_overlap);
-    Ok((shared.kernels.get(KernelSource::attention(family, shape))?, shared.kernels.get(merge)?))
+
+    fn new(shared: &Shared, layout: &Layout, family: KernelFamily) -> Result<Self, EngineError> {
+        let attention = shared.kernels.get(KernelSource::attention(family, layout.shape))?;
+        let merge = match family {
+            KernelFamily::Sm90a => None,
+            _ => Some(shared.kernels.get(KernelSource::merge(layout.shape, shared.can_overlap))?),
+        };
+        Ok(Self { attention, merge })
+    }
 }
 
 /// A type that consists of `u32`s.

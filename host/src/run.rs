@@ -65,7 +65,7 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         return Ok(());
     }
     let parts = workspace.parts(plan, stream)?;
-    let (attention_kernel, attention_blocks) = plan.attention_in(family)?;
+    let (kernels, attention_blocks) = (plan.kernels_in(family)?, plan.attention_blocks(family));
     let (q_maps, kv_maps) = match family {
         KernelFamily::Sm90a => {
             (workspace.q_maps(stream, tensors.queries(layout))?, workspace.kv_maps(stream, tensors.kv(layout))?)
@@ -89,6 +89,10 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         items: plan.address(layout.items),
         segments: plan.address(layout.segments),
         runs: plan.address(layout.runs),
+        merge_tokens: plan.address(layout.merge_tokens),
+        merge_sources: plan.address(layout.merge_sources),
+        merge_of_partial: plan.address(layout.merge_of_partial),
+        arrivals: parts.arrivals,
         kv_maps,
         q_maps,
         heads: layout.heads,
@@ -110,23 +114,21 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
     // SAFETY: the kernel has this one parameter. The plan is on the device when the stream gets there, its indices are within
     // tensors of the checked lengths, and within the workspace, which no other run uses at that time. Freeing any of this
     // memory waits for the device.
-    unsafe { attention_kernel.launch(attention_blocks, &mut [parameter(&attention)], stream) }?;
-    if layout.merge_blocks == 0 {
-        return Ok(());
-    }
+    unsafe { kernels.attention.launch(attention_blocks, &mut [parameter(&attention)], stream) }?;
+    let Some(merge_kernel) = kernels.merge.filter(|_| layout.merged_rows > 0) else { return Ok(()) };
     let merge = MergeParams {
         partial_o: parts.partial_o,
         partial_lse: parts.partial_lse,
         o: tensors.o.address,
         lse,
-        tokens: plan.address(layout.merge_tokens),
-        sources: plan.address(layout.merge_sources),
+        tokens: attention.merge_tokens,
+        sources: attention.merge_sources,
         sinks,
         heads: layout.heads,
         num_partial_rows: layout.num_partial_rows,
     };
     // SAFETY: as above.
-    unsafe { plan.merge.launch(layout.merge_blocks, &mut [parameter(&merge)], stream) }
+    unsafe { merge_kernel.launch(layout.merged_rows, &mut [parameter(&merge)], stream) }
 }
 
 /// Options as the kernels take them.

@@ -1,4 +1,4 @@
-//! Memory of the device for partial results.
+//! Memory of the device for partial results and counters.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,12 +15,14 @@ use crate::tensor_maps::{KvTensors, QueryTensor, TensorMaps};
 /// What the parts of a workspace are aligned to, in bytes.
 const ALIGNMENT: u64 = 256;
 
-/// Device memory for what a run needs besides its plan and tensors: partial results, and for `sm_90a` kernels the tensor maps of each Q, K
+/// Device memory for what a run needs besides its plan and tensors: partial results, counters, and for `sm_90a` kernels the tensor maps of each Q, K
 /// and V that it has met. It grows when a plan needs more, or with the first run of a layer, which waits for the device.
 ///
 /// Runs that use the same workspace come one after the other, so streams that are to run concurrently need one each.
 pub struct Workspace {
-    bytes: DeviceBuffer<u8>,
+    partials: DeviceBuffer<u8>,
+    /// Apart from the partials, as they are zero between runs, whatever plans have run before.
+    counters: DeviceBuffer<u8>,
     maps: TensorMaps,
     /// The stream of the last run.
     used_on: Option<Stream>,
@@ -29,8 +31,9 @@ pub struct Workspace {
 
 impl Workspace {
     pub(crate) fn new(shared: &Arc<Shared>) -> Result<Self, EngineError> {
-        let bytes = DeviceBuffer::zeroed(shared, ALIGNMENT as usize, "a workspace")?;
-        Ok(Self { bytes, maps: TensorMaps::default(), used_on: None, shared: shared.clone() })
+        let [partials, counters] = [(); 2].map(|()| DeviceBuffer::zeroed(shared, ALIGNMENT as usize, "a workspace"));
+        let (partials, counters) = (partials?, counters?);
+        Ok(Self { partials, counters, maps: TensorMaps::default(), used_on: None, shared: shared.clone() })
     }
 
     /// Grows now if the plan needs more, so that running it allocates nothing.
@@ -39,17 +42,20 @@ impl Workspace {
     ///
     /// Not enough device memory.
     pub fn reserve(&mut self, plan: &DevicePlan) -> Result<(), EngineError> {
-        let needed = Parts::new(&plan.layout).num_bytes;
-        if needed > self.bytes.len() as u64 {
-            self.bytes = DeviceBuffer::zeroed(&self.shared, needed as usize, "partial results")?;
+        let Needed { partial_bytes, counter_bytes, .. } = Needed::by(&plan.layout);
+        if partial_bytes > self.partials.len() as u64 {
+            self.partials = DeviceBuffer::zeroed(&self.shared, partial_bytes as usize, "partial results")?;
+        }
+        if counter_bytes > self.counters.len() as u64 {
+            self.counters = DeviceBuffer::zeroed(&self.shared, counter_bytes as usize, "counters")?;
         }
         Ok(())
     }
 
     /// The parts for a run of the plan, after earlier runs.
     pub(crate) fn parts(&mut self, plan: &DevicePlan, stream: &Stream) -> Result<Parts, EngineError> {
-        let Parts { scheduler, partial_o, partial_lse, num_bytes } = Parts::new(&plan.layout);
-        if num_bytes > self.bytes.len() as u64 {
+        let Needed { lse_offset, partial_bytes, counter_bytes } = Needed::by(&plan.layout);
+        if partial_bytes > self.partials.len() as u64 || counter_bytes > self.counters.len() as u64 {
             stream.check_not_captured("growing a workspace")?;
             self.reserve(plan)?;
         }
@@ -58,8 +64,13 @@ impl Workspace {
             self.used_on = None;
         }
         self.used_on.get_or_insert_with(|| stream.clone());
-        let base = self.bytes.address();
-        Ok(Parts { scheduler: base + scheduler, partial_o: base + partial_o, partial_lse: base + partial_lse, num_bytes })
+        let (partials, counters) = (self.partials.address(), self.counters.address());
+        Ok(Parts {
+            partial_o: partials,
+            partial_lse: partials + lse_offset,
+            scheduler: counters,
+            arrivals: counters + ARRIVALS_OFFSET,
+        })
     }
 
     /// Address of the tensor maps of K and V, for a run on the stream that [`Self::parts`] was called with.
@@ -79,26 +90,38 @@ impl Workspace {
 
 impl fmt::Debug for Workspace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Workspace").field("bytes", &self.bytes).field("used_on", &self.used_on).finish()
+        let Self { partials, counters, used_on, .. } = self;
+        f.debug_struct("Workspace").field("partials", partials).field("counters", counters).field("used_on", used_on).finish()
     }
 }
 
-/// Where the parts of a workspace lie.
+/// Addresses of the parts of a workspace.
 pub(crate) struct Parts {
-    /// A [`Scheduler`], which is zero between runs.
-    pub scheduler: u64,
     pub partial_o: u64,
     pub partial_lse: u64,
-    /// Bytes of all parts.
-    num_bytes: u64,
+    /// A [`Scheduler`], which is zero between runs.
+    pub scheduler: u64,
+    /// A counter for each row that is merged; zero between runs.
+    pub arrivals: u64,
 }
 
-impl Parts {
-    fn new(layout: &Layout) -> Self {
+/// Where the arrivals lie among the counters, in bytes: behind the scheduler.
+const ARRIVALS_OFFSET: u64 = (size_of::<Scheduler>() as u64).next_multiple_of(ALIGNMENT);
+
+/// What a plan needs of a workspace.
+struct Needed {
+    /// Where the log-sum-exp of the partials lies, behind their O, in bytes.
+    lse_offset: u64,
+    partial_bytes: u64,
+    counter_bytes: u64,
+}
+
+impl Needed {
+    fn by(layout: &Layout) -> Self {
         let partials = u64::from(layout.heads.num_groups) * u64::from(layout.num_partial_rows);
         let lse_bytes = partials * size_of::<f32>() as u64;
-        let partial_o = (size_of::<Scheduler>() as u64).next_multiple_of(ALIGNMENT);
-        let partial_lse = (partial_o + lse_bytes * u64::from(layout.shape.head_dim())).next_multiple_of(ALIGNMENT);
-        Self { scheduler: 0, partial_o, partial_lse, num_bytes: partial_lse + lse_bytes }
+        let lse_offset = (lse_bytes * u64::from(layout.shape.head_dim())).next_multiple_of(ALIGNMENT);
+        let arrival_bytes = u64::from(layout.merged_rows) * size_of::<u32>() as u64;
+        Self { lse_offset, partial_bytes: lse_offset + lse_bytes, counter_bytes: ARRIVALS_OFFSET + arrival_bytes }
     }
 }

@@ -1,11 +1,15 @@
-//! Merges the partial results of query tokens whose columns were split among work items.
+//! Merges the partial results of query tokens whose columns were split among work items of the `sm_80` kernel; the `sm_90a` kernel does so itself, with [`Merged`].
 //!
 //! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ wᵢ.
 //! Four warps take every fourth partial each, several at a time, so that enough loads are in flight to hide their latency, and are merged the same way. A sink is one more partial, whose O is zero.
 //!
 //! On `sm_90a` the kernel may be launched so that it begins before the attention kernel ends: it waits before it reads partials.
 
-use packinfer_abi::{MERGE_SHARED_BYTES, MERGE_THREADS, MergeParams, MergeToken};
+use core::f32::consts::LOG2_E;
+
+#[cfg(doc)]
+use packinfer_abi::AttentionParams;
+use packinfer_abi::{DeviceAddress, MERGE_SHARED_BYTES, MERGE_THREADS, MergeParams, MergeToken};
 
 use crate::element::{Bf16, ELEMENT_BYTES, Element, F16};
 use crate::ptx::control::sync_block;
@@ -22,25 +26,63 @@ const WARPS: u32 = MERGE_THREADS / LANES;
 /// What a lane holds that no source is left for.
 const NO_SOURCE: u32 = 0;
 
-/// A weighted sum of partials: `sum / total` is their merged O, `max + log2(total)` their log-sum-exp to base 2.
+/// A weighted sum of partials: `sum / total` is their merged O, `max + log2(total)` their log-sum-exp to base 2. A lane has `PAIRS` pairs of its elements.
 #[derive(Clone, Copy)]
-struct Merged<const PAIRS: usize> {
+pub(crate) struct Merged<const PAIRS: usize> {
     max: f32,
     total: f32,
     sum: [[f32; 2]; PAIRS],
 }
 
 impl<const PAIRS: usize> Merged<PAIRS> {
-    const NOTHING: Self = Self { max: f32::NEG_INFINITY, total: 0.0, sum: [[0.0; 2]; PAIRS] };
+    /// The sum of no partials.
+    pub const NOTHING: Self = Self { max: f32::NEG_INFINITY, total: 0.0, sum: [[0.0; 2]; PAIRS] };
 
-    /// Takes in a partial: `output` with weight `total · 2^max`.
+    /// Takes in a partial of the given log-sum-exp, natural logarithm.
+    #[inline(always)]
+    pub fn add_partial(&mut self, lse: f32, output: &[[f32; 2]; PAIRS]) {
+        self.add(lse * LOG2_E, 1.0, output);
+    }
+
+    /// Takes in the sink of head `head`, if the launch has sinks.
+    ///
+    /// # Safety
+    ///
+    /// `sinks` are an [`AttentionParams::sinks`], and there is such a head.
+    #[inline(always)]
+    pub unsafe fn add_sink(&mut self, sinks: DeviceAddress, head: u32) {
+        if sinks != 0 {
+            let sink = f32::from_bits(load_global(sinks + 4 * u64::from(head)));
+            self.add_partial(sink, &[[0.0; 2]; PAIRS]);
+        }
+    }
+
+    /// The merged O; zeros where no partial has seen anything.
+    #[inline(always)]
+    pub fn output(&self) -> [[f32; 2]; PAIRS] {
+        let inverse = if self.total == 0.0 { 0.0 } else { math::reciprocal(self.total) };
+        let mut output = self.sum;
+        for [a, b] in &mut output {
+            *a *= inverse;
+            *b *= inverse;
+        }
+        output
+    }
+
+    /// The merged log-sum-exp, natural logarithm.
+    #[inline(always)]
+    pub fn lse(&self) -> f32 {
+        let max = if self.max == f32::NEG_INFINITY { 0.0 } else { self.max };
+        (max + math::log2(self.total)) * LN_2
+    }
+
+    /// Takes in what others have merged: `output` with weight `total · 2^max`.
     #[inline(always)]
     fn add(&mut self, max: f32, total: f32, output: &[[f32; 2]; PAIRS]) {
-        if max == f32::NEG_INFINITY {
-            return;
-        }
         let new_max = math::max(self.max, max);
-        let (old, new) = (math::exp2(self.max - new_max), math::exp2(max - new_max));
+        // Where nothing has been seen yet the maximum is −∞, and −∞ − −∞ must not be computed.
+        let origin = if new_max == f32::NEG_INFINITY { 0.0 } else { new_max };
+        let (old, new) = (math::exp2(self.max - origin), math::exp2(max - origin));
         for (sum, output) in self.sum.iter_mut().zip(output) {
             sum[0] = sum[0] * old + output[0] * new;
             sum[1] = sum[1] * old + output[1] * new;
@@ -83,13 +125,13 @@ unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize, const LOADS_AHEA
     while first < num_sources {
         let num_here = core::cmp::min((num_sources - first).div_ceil(WARPS), LANES);
         for next in (0..num_here).step_by(LOADS_AHEAD) {
-            let mut lse_log2 = [f32::NEG_INFINITY; LOADS_AHEAD];
+            let mut lse = [f32::NEG_INFINITY; LOADS_AHEAD];
             let mut output = [[[0f32; 2]; PAIRS]; LOADS_AHEAD];
             for ahead in 0..LOADS_AHEAD {
                 let source = warp::shuffle_from(of_lane, next + ahead as u32);
                 if next + (ahead as u32) < num_here {
                     let row = first_row + u64::from(source);
-                    lse_log2[ahead] = f32::from_bits(load_written(params.partial_lse + 4 * row)) / LN_2;
+                    lse[ahead] = f32::from_bits(load_written(params.partial_lse + 4 * row));
                     for (pair, output) in output[ahead].iter_mut().enumerate() {
                         let element = element_of_lane(lane, pair);
                         if element < DIM {
@@ -100,7 +142,7 @@ unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize, const LOADS_AHEA
                 }
             }
             for ahead in 0..LOADS_AHEAD {
-                merged.add(lse_log2[ahead], 1.0, &output[ahead]);
+                merged.add_partial(lse[ahead], &output[ahead]);
             }
         }
         first += LANES * WARPS;
@@ -115,22 +157,17 @@ unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize, const LOADS_AHEA
             let other = shared::<PAIRS>(warp, lane);
             merged.add(other.max, other.total, &other.sum);
         }
-        if params.sinks != 0 {
-            let sink = f32::from_bits(load_global(params.sinks + 4 * u64::from(head)));
-            merged.add(sink / LN_2, 1.0, &[[0.0; 2]; PAIRS]);
-        }
-        let inverse = if merged.total == 0.0 { 0.0 } else { math::reciprocal(merged.total) };
+        merged.add_sink(params.sinks, head);
         let row = u64::from(token) * u64::from(heads.num_qo_heads) + u64::from(head);
-        for (pair, sum) in merged.sum.iter().enumerate() {
+        for (pair, [a, b]) in merged.output().into_iter().enumerate() {
             let element = element_of_lane(lane, pair);
             if element < DIM {
                 let address = params.o + (row * u64::from(DIM) + u64::from(element)) * u64::from(ELEMENT_BYTES);
-                store_global(address, E::pack(sum[0] * inverse, sum[1] * inverse));
+                store_global(address, E::pack(a, b));
             }
         }
         if lane == 0 && params.lse != 0 {
-            let max = if merged.max == f32::NEG_INFINITY { 0.0 } else { merged.max };
-            store_global_f32(params.lse + 4 * row, (max + math::log2(merged.total)) * LN_2);
+            store_global_f32(params.lse + 4 * row, merged.lse());
         }
     }
 }

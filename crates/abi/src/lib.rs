@@ -257,7 +257,7 @@ pub struct TaskStamp {
 
 /// Parameters of the attention kernel.
 ///
-/// The `sm_80` kernel is launched with a block for each task; the `sm_90a` kernel with as many blocks as the device holds at a time.
+/// The `sm_80` kernel is launched with a block for each task; the `sm_90a` kernel with as many blocks as the device holds at a time, and merges the partials too.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionParams {
@@ -281,6 +281,15 @@ pub struct AttentionParams {
     pub segments: DeviceAddress,
     /// [`KvRun`]s.
     pub runs: DeviceAddress,
+    /// [`MergeToken`]s; `sm_90a` only, as what follows.
+    pub merge_tokens: DeviceAddress,
+    /// Merge sources, `u32`.
+    pub merge_sources: DeviceAddress,
+    /// For each query token of the partial buffers, which is `heads_per_group` of their rows, the index of its [`MergeToken`]; `u32`.
+    pub merge_of_partial: DeviceAddress,
+    /// How many partials of each row that is merged have been stored, `[merge tokens, num_qo_heads]` `u32`. Zero between launches; each launch that may
+    /// run beside another has its own.
+    pub arrivals: DeviceAddress,
     /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots of one head, swizzled by 128
     /// bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`] slots, heads; a box of
     /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel.
@@ -322,7 +331,7 @@ pub struct AttentionParams {
     pub kv_head_bytes: u32,
 }
 
-/// Parameters of the merge kernel. Thread block `b` merges [`MergeToken`] `b / num_qo_heads` for query head `b % num_qo_heads`.
+/// Parameters of the merge kernel, which merges what the `sm_80` kernel leaves in parts. Thread block `b` merges [`MergeToken`] `b / num_qo_heads` for query head `b % num_qo_heads`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct MergeParams {

@@ -45,7 +45,7 @@ pub struct DeviceModel {
     pub narrow: TileTimes,
     /// Nanoseconds from the launch of the attention kernel to its first work item, and from its last to the end.
     pub launch_ns: f64,
-    /// Nanoseconds that merging takes besides its traffic: one more launch, which waits for the attention kernel.
+    /// Nanoseconds that merging takes besides its traffic: with `sm_80`, one more launch, which waits for the attention kernel.
     pub merge_ns: f64,
 }
 

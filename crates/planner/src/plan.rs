@@ -27,6 +27,7 @@ pub struct Plan {
     pub(crate) back_lanes: u32,
     pub(crate) merge_tokens: Vec<MergeToken>,
     pub(crate) merge_sources: Vec<u32>,
+    pub(crate) merge_of_partial: Vec<u32>,
     pub(crate) num_partial_rows: u32,
     pub(crate) num_query_tokens: u32,
     pub(crate) num_slots: u32,
@@ -50,6 +51,7 @@ impl Plan {
             back_lanes: 0,
             merge_tokens: Vec::new(),
             merge_sources: Vec::new(),
+            merge_of_partial: Vec::new(),
             num_partial_rows: 0,
             num_query_tokens: 0,
             num_slots: 0,
@@ -60,15 +62,16 @@ impl Plan {
 
     /// Empties the plan, for a batch.
     pub(crate) fn reset(&mut self, batch: &Batch, heads: HeadGroups) {
-        let Self { shape, heads: of_heads, items, segments, runs, fresh, shared, merge_tokens, merge_sources, .. } = self;
+        let Self { shape, heads: of_heads, items, segments, runs, fresh, shared, .. } = self;
         (*shape, *of_heads) = (batch.shape(), heads);
         items.clear();
         segments.clear();
         runs.clear();
         fresh.clear();
         shared.clear();
-        merge_tokens.clear();
-        merge_sources.clear();
+        self.merge_tokens.clear();
+        self.merge_sources.clear();
+        self.merge_of_partial.clear();
         (self.num_front_items, self.back_lanes) = (0, 0);
         self.num_partial_rows = 0;
         self.num_query_tokens = batch.num_query_tokens();
@@ -152,6 +155,11 @@ impl Plan {
     /// Partial rows that [`Self::merge_tokens`] refer to.
     pub fn merge_sources(&self) -> &[u32] {
         &self.merge_sources
+    }
+
+    /// For each query token of the partial buffers, which is `heads_per_group` of their rows, the index of its merge in [`Self::merge_tokens`].
+    pub fn merge_of_partial(&self) -> &[u32] {
+        &self.merge_of_partial
     }
 
     /// Rows of the partial buffers, for each head group.

@@ -4,6 +4,7 @@ mod case;
 mod graph;
 mod kv;
 mod layouts;
+mod merge;
 mod mover;
 mod options;
 

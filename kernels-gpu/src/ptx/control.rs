@@ -26,15 +26,6 @@ pub unsafe fn wait_for_launch_before() {
     asm!("griddepcontrol.wait;", options(nostack));
 }
 
-/// Lets the launch after this one in the stream begin, once all blocks have called this or ended, if it was launched so that it may. PTX ISA, Parallel
-/// Synchronization and Communication Instructions: `griddepcontrol.launch_dependents`.
-#[cfg(feature = "sm_90a")]
-#[inline(always)]
-pub fn allow_next_launch() {
-    // SAFETY: the launch after this one waits before it touches what this one does.
-    unsafe { asm!("griddepcontrol.launch_dependents;", options(nostack)) };
-}
-
 /// Aborts the kernel with an error. PTX ISA, Miscellaneous Instructions: `trap`.
 #[inline(always)]
 pub fn trap() -> ! {

@@ -71,5 +71,6 @@ pub fn opaque(mut x: u32) -> u32 {
 /// `b` is not zero.
 #[inline(always)]
 pub unsafe fn divide(a: u32, b: u32) -> u32 {
-    a.checked_div(b).unwrap_unchecked()
+    core::hint::assert_unchecked(b != 0);
+    a / b
 }

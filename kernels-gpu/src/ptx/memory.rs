@@ -92,6 +92,35 @@ pub unsafe fn load_written_x2(address: u64) -> [u32; 2] {
     [a, b]
 }
 
+/// Loads a word that another block may have written, where `condition` holds, else `otherwise`: from where all blocks meet, not from this multiprocessor's cache.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and, where `condition` holds, readable; nobody writes it now.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn load_of_device_if(address: u64, condition: bool, otherwise: u32) -> u32 {
+    let mut value = otherwise;
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {2}, 0; @p ld.relaxed.gpu.global.u32 {0}, [{1}]; }}",
+        inout(reg32) value, in(reg64) address, in(reg32) condition as u32, options(readonly, nostack));
+    value
+}
+
+/// As [`load_of_device_if`], of four words; zeros where `condition` does not hold.
+///
+/// # Safety
+///
+/// As [`load_of_device_if`]; `address` is aligned to 16 bytes.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn load_of_device_x4_if(address: u64, condition: bool) -> [u32; 4] {
+    let [mut a, mut b, mut c, mut d] = [0u32; 4];
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {5}, 0; @p ld.relaxed.gpu.global.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}]; }}",
+        inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d, in(reg64) address, in(reg32) condition as u32,
+        options(readonly, nostack));
+    [a, b, c, d]
+}
+
 /// Stores one word.
 ///
 /// # Safety
@@ -100,6 +129,17 @@ pub unsafe fn load_written_x2(address: u64) -> [u32; 2] {
 #[inline(always)]
 pub unsafe fn store_global(address: u64, value: u32) {
     asm!("st.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack));
+}
+
+/// Stores two words.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and writable.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn store_global_x2(address: u64, [a, b]: [u32; 2]) {
+    asm!("st.global.v2.u32 [{0}], {{{1}, {2}}};", in(reg64) address, in(reg32) a, in(reg32) b, options(nostack));
 }
 
 /// Stores two words to global memory as one number.
@@ -254,6 +294,30 @@ pub unsafe fn fetch_add_global(address: u64, value: u32) -> u32 {
     let before: u32;
     asm!("atom.acq_rel.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) before, in(reg64) address, in(reg32) value, options(nostack));
     before
+}
+
+/// Adds to a word that other blocks change too, where `condition` holds, and returns what it was, else zero. It orders no other memory accesses: see
+/// [`fence_device`]. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and writable.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn fetch_add_global_if(address: u64, value: u32, condition: bool) -> u32 {
+    let mut before = 0u32;
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {3}, 0; @p atom.relaxed.gpu.global.add.u32 {0}, [{1}], {2}; }}",
+        inout(reg32) before, in(reg64) address, in(reg32) value, in(reg32) condition as u32, options(nostack));
+    before
+}
+
+/// Orders this thread's memory accesses before it, and those that it knows of through a barrier, before those behind it, for all threads of the device. PTX ISA,
+/// Parallel Synchronization and Communication Instructions: `fence`.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub fn fence_device() {
+    // SAFETY: orders memory accesses.
+    unsafe { asm!("fence.acq_rel.gpu;", options(nostack)) };
 }
 
 /// Brings a line of global memory to the second-level cache.

@@ -114,6 +114,20 @@ pub unsafe fn any(condition: bool) -> bool {
     result != 0
 }
 
+/// The lanes that a condition holds for, a bit each. PTX ISA, Parallel Synchronization and Communication Instructions: `vote.sync`.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn lanes_where(condition: bool) -> u32 {
+    let lanes: u32;
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {1}, 0; vote.sync.ballot.b32 {0}, p, 0xffffffff; }}",
+        out(reg32) lanes, in(reg32) condition as u32, options(nomem, nostack));
+    lanes
+}
+
 /// The greatest value of the four lanes that hold one row of an accumulator fragment.
 ///
 /// # Safety

@@ -67,12 +67,22 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
     }
     assert_tiling(&mut partial_rows, plan.num_partial_rows());
 
-    for merge in plan.merge_tokens() {
+    assert_eq!(plan.merge_of_partial().len() as u32 * heads.heads_per_group, plan.num_partial_rows());
+    assert_eq!(plan.merge_of_partial().len(), plan.merge_sources().len());
+    for (merge, index) in plan.merge_tokens().iter().zip(0..) {
         let token = &mut tokens[merge.token as usize];
         let mut sources = plan.merge_sources()[merge.source_begin as usize..][..merge.num_sources as usize].to_vec();
         sources.sort_unstable();
         token.partials.sort_unstable();
         assert!(!sources.is_empty());
+        for source in &sources {
+            assert_eq!(source % heads.heads_per_group, 0, "source {source} is no query token's first row");
+            assert_eq!(
+                plan.merge_of_partial()[(source / heads.heads_per_group) as usize],
+                index,
+                "merge of partial row {source}"
+            );
+        }
         assert_eq!(token.partials, sources, "merge of token {}", merge.token);
         token.partials.clear();
         token.writers += 1;

@@ -11,7 +11,7 @@ use crate::ptx::{warp, warpgroup};
 use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
 
 /// Rows of a warp.
-const WARP_ROWS: u32 = 16;
+pub const WARP_ROWS: u32 = 16;
 
 /// Warps of a consumer, and of the producer before them.
 const WARPS: u32 = warpgroup::THREADS / warp::LANES;

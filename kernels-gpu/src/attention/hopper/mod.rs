@@ -12,6 +12,7 @@
 mod consumer;
 mod epilogue;
 mod exchange;
+mod merge;
 mod narrow;
 mod producer;
 mod queries;

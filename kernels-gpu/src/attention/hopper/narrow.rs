@@ -8,6 +8,7 @@ use packinfer_abi::NARROW_TILE_ROWS;
 use super::consumer::{Consumer, Queries};
 use super::exchange::ROWS_AT_ONCE;
 use super::shared::ColumnTile;
+use super::{CONSUMER_WARPS, merge};
 use crate::element::Element;
 use crate::ptx::mma::Fragment;
 use crate::ptx::warp;
@@ -16,6 +17,12 @@ use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_ro
 
 /// Fragments of 8 columns that a warp takes of a step.
 const SCORE_FRAGMENTS: usize = 2;
+/// Rows that each warp sees to the merging of.
+const ROWS_OF_WARP: u32 = NARROW_TILE_ROWS / CONSUMER_WARPS;
+/// Rows that a warp merges at once: most narrow tiles have no more for it.
+const MERGED_ROWS_AT_ONCE: usize = 1;
+/// Partials of each that are loaded at once.
+const PARTIALS_AHEAD: usize = 8;
 /// Columns that a warp takes of a step.
 const WARP_COLUMNS: u32 = 8 * SCORE_FRAGMENTS as u32;
 
@@ -26,7 +33,7 @@ const WARP_COLUMNS: u32 = 8 * SCORE_FRAGMENTS as u32;
 /// Reached by all threads of the consumers.
 #[inline(always)]
 pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>) {
-    const { assert!(Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP == super::CONSUMER_WARPS * WARP_COLUMNS) };
+    const { assert!(Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP == CONSUMER_WARPS * WARP_COLUMNS) };
     let (slot, lane) = (consumer.tasks.stage(), consumer.lane());
     consumer.note_begin();
     let range = consumer.shared.columns(slot);
@@ -101,6 +108,11 @@ unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     }
     consumer.note_end(task.index);
     warp::sync();
+    if !task.is_direct() {
+        consumer.meet(); // all have stored their parts of the rows
+        let row = warp + CONSUMER_WARPS * (lane % ROWS_OF_WARP);
+        merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(&task, lane, row, lane < ROWS_OF_WARP);
+    }
 }
 
 /// Scores of the warp's columns, which are the rows of K from `first_row` on.

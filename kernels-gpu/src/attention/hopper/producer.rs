@@ -12,7 +12,6 @@ use super::queries;
 use super::shared::{ColumnTile, Ring, Shared};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
-use crate::ptx::control::allow_next_launch;
 use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
 use crate::ptx::tma::{copy_box, prefetch_map};
@@ -310,12 +309,10 @@ impl Queue {
     }
 }
 
-/// Says that this block takes no more tasks. When all blocks have said so, the merge kernel's may take the places of those that end; and the last to say so makes the
-/// scheduler ready for the next launch.
+/// Says that this block takes no more tasks. The last to say so makes the scheduler ready for the next launch.
 #[inline(always)]
 unsafe fn leave(params: &AttentionParams) {
     let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
-    allow_next_launch();
     if fetch_add_global(finished, 1) == num_blocks() - 1 {
         let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
         store_global(taken, 0);

@@ -11,15 +11,20 @@
 
 use packinfer_abi::TileKind;
 
-use super::consumer::{Consumer, Queries};
+use super::consumer::{Consumer, Queries, WARP_ROWS};
 use super::shared::ColumnTile;
-use super::{CONSUMER_THREADS, barrier, epilogue};
+use super::{CONSUMER_THREADS, barrier, epilogue, merge};
 use crate::element::Element;
 use crate::ptx::mma::Fragment;
 use crate::ptx::wgmma::{self, Accumulator, Descriptor, hold_words};
 use crate::ptx::{warp, warpgroup};
 use crate::shared_tile::PANEL_BLOCKS;
 use crate::softmax::{OnlineSoftmax, mask, scale_rows};
+
+/// Rows that a warp merges at once: it may have 16 of them.
+const MERGED_ROWS_AT_ONCE: usize = 4;
+/// Partials of each that are loaded at once.
+const PARTIALS_AHEAD: usize = 4;
 
 /// Exponentials of a step in the element type, two words a fragment of scores: one for each row that the lane holds a part of. Those of two
 /// neighbouring fragments are an operand A.
@@ -133,6 +138,15 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         epilogue::store::<E, DIM_BLOCKS>(&task, self.lane(), self.first_row(), softmax, output);
         self.note_end(task.index);
         warp::sync();
+        if !task.is_direct() {
+            let row = self.first_row() + self.lane() % WARP_ROWS;
+            merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(
+                &task,
+                self.lane(),
+                row,
+                self.lane() < WARP_ROWS,
+            );
+        }
         self.tasks.release_stage(slot, self.lane());
     }
 

@@ -1,0 +1,86 @@
+//! Rows that are merged from partials, by a kernel of their own or by whoever stores the last of them.
+
+use half::{bf16, f16};
+use packinfer::{Batch, DeviceModel, Engine, Mask, Plan, Planner};
+use packinfer_abi::{DIRECT, KvRun, TileKind};
+
+use crate::case::{Case, Element, Results, contiguous, engine, shape};
+use crate::{DECODE, MIXED};
+
+/// Query heads of a KV head that are one head group: those of a token may lie in one warp, or in several.
+const HEADS_PER_GROUP: [u32; 4] = [1, 4, 7, 16];
+
+/// Requests that share prefixes of two levels, and others that are long.
+fn batch<E: Element>(heads_per_group: u32, head_dim: u32) -> Batch {
+    let mut batch = Batch::new(shape::<E>(heads_per_group, head_dim), Mask::Causal);
+    for request in 0..48 {
+        let levels = [(0, 1024), (2048 * (1 + request % 3), 512), (20_000 + 64 * request, 3 + request % 40)];
+        let runs = levels.map(|(first_slot, num_slots)| KvRun { first_slot, num_slots });
+        let kv_len = runs.iter().map(|run| run.num_slots).sum();
+        batch.push_runs(1 + request % 3, kv_len, runs).expect("good runs");
+    }
+    for (query_len, kv_len) in [(90, 1500), (1, 12_000), (33, 2000), (1, 777)] {
+        batch.push_contiguous(query_len, kv_len, batch.num_slots()).expect("good lengths");
+    }
+    batch
+}
+
+/// Planners for each family of kernels that the engine uses, which split whatever can be split: memory is slow, and merging costs nothing.
+fn splitting_planners(engine: &Engine) -> Vec<Planner> {
+    let models = engine.device().models().into_iter().filter(|model| engine.kernel_families().contains(&model.kernel_family));
+    models.map(|model| Planner::new(DeviceModel { bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..model })).collect()
+}
+
+/// Whether items of both kinds of tiles leave partials.
+fn splits_both_kinds(plan: &Plan) -> bool {
+    let splits = |kind| plan.items().iter().any(|item| item.partial_row != DIRECT && item.tile == kind);
+    splits(TileKind::Wide) && splits(TileKind::Narrow)
+}
+
+fn with_sinks<E: Element>(batch: Batch) -> Case<E> {
+    let num_heads = batch.shape().num_qo_heads();
+    let sinks = (0..num_heads).map(|head| (3 * head % 17) as f32 - 8.0).collect();
+    let mut case = Case::new(batch);
+    case.sinks = Some(sinks);
+    case
+}
+
+/// Runs plans of cases one after the other in one workspace.
+fn run_in_turn<E: Element>(engine: &Engine, plans: &[(&Case<E>, &Plan)]) -> Vec<Results<E>> {
+    let stream = engine.stream().expect("a stream");
+    let mut workspace = engine.workspace().expect("there is room");
+    let run = |&(case, plan): &(&Case<E>, &Plan)| {
+        let plan = engine.upload(plan, &stream).expect("the plan fits");
+        let mut device = case.on_device(engine);
+        device.run(engine, &plan, &mut workspace, &stream).expect("the run is right");
+        device.results()
+    };
+    plans.iter().map(run).collect()
+}
+
+/// Many rows are merged, with the same bits each time, and plans may follow each other in a workspace.
+fn check_merging<E: Element + PartialEq>(head_dim: u32) {
+    let Some(engine) = engine() else { return };
+    for mut planner in splitting_planners(engine) {
+        for heads_per_group in HEADS_PER_GROUP {
+            let cases = [
+                with_sinks::<E>(batch::<E>(heads_per_group, head_dim)),
+                Case::new(contiguous(shape::<E>(heads_per_group, head_dim), Mask::Causal, &[&MIXED[..], &DECODE].concat())),
+            ];
+            let [many, other] = cases.each_ref().map(|case| (case, planner.plan(&case.batch).expect("a good batch")));
+            assert!(splits_both_kinds(&many.1), "{heads_per_group} query heads a group");
+            let [many, other] = [(many.0, &many.1), (other.0, &other.1)];
+            let results = run_in_turn(engine, &[many, many, other, many, other]);
+            many.0.check(&results[0]);
+            other.0.check(&results[2]);
+            assert!(results[1] == results[0] && results[3] == results[0], "{heads_per_group} query heads a group");
+            assert!(results[4] == results[2], "{heads_per_group} query heads a group");
+        }
+    }
+}
+
+#[test]
+fn rows_of_all_kinds_of_tiles_are_merged() {
+    check_merging::<bf16>(128);
+    check_merging::<f16>(64);
+}
