@@ -1,6 +1,7 @@
 //! The engine on an NVIDIA GPU as a backend.
 
 use std::cell::RefCell;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -16,6 +17,10 @@ use crate::units::gigabytes;
 
 /// The least number of runs of a measurement, and the usual one.
 const LEAST_RUNS: u32 = 30;
+
+/// How long the device rests before runs are timed: at its power limit it slows down, and one batch is not to heat it for the next. Other libraries' benchmarks have pauses of
+/// that length while they make their tensors.
+const REST: Duration = Duration::from_millis(300);
 
 /// A GPU.
 pub struct Cuda {
@@ -102,8 +107,10 @@ impl Cuda {
                 let (arguments, options) = tensors.arguments();
                 self.engine.run(&device_plan, &mut workspace, stream, arguments, options)
             };
+            thread::sleep(REST);
             times.push(measure::time_cold(&self.engine, &self.stream, runs(repeat), &mut run)?);
             if replays.is_none() {
+                thread::sleep(REST);
                 replays = Some(measure::time_cold_replays(&self.engine, &self.stream, runs(repeat), &mut run)?);
             }
         }

@@ -77,7 +77,7 @@ pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     }
 
     store::<E, DIM_BLOCKS, FRAGMENTS>(consumer, slot, &rows, &softmax, &mut output);
-    consumer.tasks.release(lane);
+    consumer.tasks.release_by_lanes();
 }
 
 /// Merges what the warps found, and stores it.

@@ -63,11 +63,11 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
                     near_end.send();
                 }
             };
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane, tell));
+            for_each_task(params, shared, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane, tell));
         }
         1 => {
             let mut ring = shared.v_ring();
-            for_each_task(params, shared, lane, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane, |_| ()));
+            for_each_task(params, shared, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane, |_| ()));
         }
         2 => load_queries(params, shared, lane),
         _ => post_tasks(params, shared, lane),
@@ -79,7 +79,6 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     params: &AttentionParams,
     shared: Shared<DIM_BLOCKS, FRAGMENTS>,
-    lane: u32,
     mut load: impl FnMut(&Task),
 ) {
     let mut items = shared.item_ring();
@@ -89,8 +88,7 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
             break;
         }
         load(&shared.task(params, items.stage()));
-        warp::sync();
-        items.release(lane);
+        items.release_by_lanes();
     }
 }
 
@@ -151,7 +149,7 @@ unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     lane: u32,
 ) {
     let (mut queries, mut tasks) = (shared.query_ring(), shared.task_ring());
-    for_each_task(params, shared, lane, |task| {
+    for_each_task(params, shared, |task| {
         tasks.wait_empty();
         if task.item.tile.rows() > CONSUMER_ROWS {
             write_rows(params, shared, task, tasks.stage(), 1, lane);

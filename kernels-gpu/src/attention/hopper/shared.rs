@@ -173,8 +173,18 @@ impl Ring {
     /// As [`Self::wait_full`], after it.
     #[inline(always)]
     pub unsafe fn release_by_lanes(&mut self) {
-        mbarrier::arrive(self.empty(self.stage()));
+        self.release_stage_by_lanes(self.stage());
         self.advance();
+    }
+
+    /// As [`Self::release_by_lanes`], of a part that this side has already gone on from.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::release_by_lanes`].
+    #[inline(always)]
+    pub unsafe fn release_stage_by_lanes(&self, stage: u32) {
+        mbarrier::arrive(self.empty(stage));
     }
 
     /// As [`Self::release`], of a part that this side has already gone on from.
@@ -264,8 +274,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         self.query_ring().init(1, CONSUMER_THREADS);
         self.k_ring().init(1, CONSUMER_WARPS);
         self.v_ring().init(1, CONSUMER_WARPS);
-        self.item_ring().init(1, LOADER_WARPS);
-        self.task_ring().init(POSTING_WARPS * WARP_LANES, CONSUMER_WARPS);
+        self.item_ring().init(1, LOADER_WARPS * WARP_LANES);
+        self.task_ring().init(POSTING_WARPS * WARP_LANES, CONSUMER_THREADS);
         mbarrier::init(self.base + Self::NEAR_END_BARRIER, 1);
         mbarrier::fence_init();
     }

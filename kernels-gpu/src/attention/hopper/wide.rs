@@ -147,7 +147,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
                 self.lane() < WARP_ROWS,
             );
         }
-        self.tasks.release_stage(slot, self.lane());
+        self.tasks.release_stage_by_lanes(slot);
     }
 
     /// Lets `steps` steps go by unused. Nothing that has come before may be left to do: the other consumer may need it out of the way.
