@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 use std::ptr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cust::sys;
 use packinfer_abi::{MMA_RATE_FLOPS_PER_ITERATION, MMA_RATE_THREADS, WGMMA_RATE_FLOPS_PER_ITERATION, WGMMA_RATE_THREADS};
@@ -29,7 +29,10 @@ const WGMMA_BLOCKS_PER_MULTIPROCESSOR: u32 = 1;
 /// Runs of a measurement of the device. The first are to wake it up: the median is not of them.
 const REPEATS: usize = 15;
 
-/// Times `repeats` runs, each from a cold L2 cache. `run` gives its work to the stream that it is handed.
+/// How long runs are repeated before they are timed: a device that has rested needs a while until its clocks are up. Triton's `do_bench` is usually given as long.
+const WARM_UP: Duration = Duration::from_millis(30);
+
+/// Times `repeats` runs, each from a cold L2 cache, after others for 30 ms. `run` gives its work to the stream that it is handed.
 ///
 /// # Errors
 ///
@@ -38,9 +41,13 @@ pub fn time_cold(
     engine: &Engine,
     stream: &Stream,
     repeats: usize,
-    run: impl FnMut(&Stream) -> Result<(), EngineError>,
+    mut run: impl FnMut(&Stream) -> Result<(), EngineError>,
 ) -> Result<Vec<Duration>, EngineError> {
     let cold: DeviceBuffer<u8> = engine.zeros(COLD_BYTES)?;
+    let begin = Instant::now();
+    while begin.elapsed() < WARM_UP {
+        time(engine, stream, 1, |stream| write(&cold, stream), &mut run)?;
+    }
     time(engine, stream, repeats, |stream| write(&cold, stream), run)
 }
 
