@@ -26,7 +26,7 @@ pub const POSTING_WARPS: u32 = 2;
 
 /// Steps of a long task, of which the block takes the next only when so many are left to be loaded: early enough to begin with it in time, and late enough that
 /// no block has one in store that another would be free for. Of shorter tasks, the block takes some ahead.
-pub const LONG_TASK_STEPS: u32 = 4;
+pub const LONG_TASK_STEPS: u32 = 2;
 
 /// The index of a task that there is not.
 const NO_TASK: u32 = u32::MAX;
