@@ -51,8 +51,8 @@ pub const ATTENTION_BLOCKS_PER_SM: u32 = 2;
 pub const ATTENTION_SHARED_BYTES: u32 = TILE_SHARED_BYTES + ROW_TABLE_BYTES;
 /// Threads of a block of the `sm_90a` attention kernel: a producer warpgroup and two consumer warpgroups.
 pub const HOPPER_THREADS: u32 = 384;
-/// Dynamic shared memory of the `sm_90a` attention kernel: tiles of Q, K and V (160 KiB for a head dimension of 128), an exchange of
-/// 36.5 KiB, four row tables, barriers. One block an `sm_90` multiprocessor, which has 227 KiB.
+/// Dynamic shared memory of the `sm_90a` attention kernel: tiles of Q, K and V (192 KiB), an exchange for narrow tiles (17.5 KiB for a head dimension of 128), four row
+/// tables, barriers. One block an `sm_90` multiprocessor, which has 227 KiB.
 pub const HOPPER_SHARED_BYTES: u32 = 220 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds tiles.
 pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
