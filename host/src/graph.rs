@@ -47,7 +47,7 @@ unsafe impl Send for Graph {}
 impl Engine {
     /// Captures what `work` gives to the stream, instead of doing it.
     ///
-    /// Run the same once before: what the first run of a plan, workspace, K and V on a stream does besides (a workspace that grows, tensor maps
+    /// Run the same once before: what the first run of a plan, workspace, Q, K and V on a stream does besides (a workspace that grows, tensor maps
     /// that are made, waiting for the stream of the upload) cannot be captured. Other threads that wait for the device meanwhile, as those do that
     /// allocate its memory, wait for the capture too.
     ///

@@ -16,7 +16,8 @@ use crate::tensor_maps::{KvTensors, QueryTensor, TensorMaps};
 const ALIGNMENT: u64 = 256;
 
 /// Device memory for what a run needs besides its plan and tensors: partial results, counters, and for `sm_90a` kernels the tensor maps of each Q, K
-/// and V that it has met. It grows when a plan needs more, or with the first run of a layer, which waits for the device.
+/// and V that it has met. It grows when a plan needs more, or with the first run of a layer, which waits for the
+/// device. Maps of a tensor at a new address are a small copy: it pays to have Q at the same addresses in every step.
 ///
 /// Runs that use the same workspace come one after the other, so streams that are to run concurrently need one each.
 pub struct Workspace {
