@@ -84,7 +84,7 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let mut items = shared.item_ring();
     loop {
         items.wait_full();
-        if !shared.has_task(items.stage()) {
+        if shared.tile_kind(items.stage()).is_none() {
             break;
         }
         load(&shared.task(params, items.stage()));

@@ -239,17 +239,20 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     /// Columns of a step.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
 
-    /// Steps whose K is held: as many bytes for every head dimension.
-    const K_STAGES: u32 = 2 * 16 / DIM_BLOCKS as u32;
+    /// Steps that are as many bytes as one of head dimension 128, for which shared memory has room for five.
+    const STEPS_OF_D128: u32 = 16 / DIM_BLOCKS as u32;
+    /// Steps whose K is held.
+    const K_STAGES: u32 = 2 * Self::STEPS_OF_D128;
     /// Steps whose V is held.
-    const V_STAGES: u32 = 3 * 16 / DIM_BLOCKS as u32;
+    const V_STAGES: u32 = 3 * Self::STEPS_OF_D128;
 
     const K: u32 = QueryTile::<DIM_BLOCKS>::BYTES;
     const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const ROWS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const EXCHANGE: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
     const SLOTS: u32 = Self::EXCHANGE + Exchange::<DIM_BLOCKS>::BYTES;
-    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see.
+    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see. The words are one more than the tile's kind, or zero if no
+    /// task is left; the head group; the KV head; the task's index.
     const SLOT_ITEM: u32 = 0;
     const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
     const SLOT_VIEWS: u32 = Self::SLOT_TASK + 16;
@@ -270,6 +273,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         Self { base }
     }
 
+    /// Makes the barriers.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread, before a barrier of the whole block.
     pub unsafe fn init_barriers(&self) {
         self.query_ring().init(1, CONSUMER_THREADS);
         self.k_ring().init(1, CONSUMER_WARPS);
@@ -301,7 +309,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         Ring::at(self.base + Self::TASK_BARRIERS, TASKS)
     }
 
-    /// The same tasks before their rows are worked out, for those who load K and V.
+    /// The same tasks before their rows are worked out, for those who have Q, K and V brought.
     #[inline(always)]
     pub fn item_ring(&self) -> Ring {
         Ring::at(self.base + Self::ITEM_BARRIERS, TASKS)
@@ -361,21 +369,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         }
     }
 
-    /// Whether there is a task left.
+    /// The kind of the task's tile, if there is a task left. All lanes read the same address, so the assembler knows that they get the same.
     ///
     /// # Safety
     ///
     /// Reached by the emptying side, between waiting for the slot and releasing it.
-    #[inline(always)]
-    pub unsafe fn has_task(&self, stage: u32) -> bool {
-        load_shared(self.slot(stage) + Self::SLOT_TASK) != 0
-    }
-
-    /// The kind of the task's tile, if there is a task left; the same for all lanes of the warp.
-    ///
-    /// # Safety
-    ///
-    /// As [`Self::has_task`], by all lanes of a warp.
     #[inline(always)]
     pub unsafe fn tile_kind(&self, stage: u32) -> Option<TileKind> {
         match load_shared(self.slot(stage) + Self::SLOT_TASK) {
@@ -389,7 +387,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     ///
     /// # Safety
     ///
-    /// As [`Self::has_task`]; there is one.
+    /// As [`Self::tile_kind`]; there is one.
     #[inline(always)]
     pub unsafe fn task(&self, params: &AttentionParams, stage: u32) -> Task {
         let slot = self.slot(stage);
