@@ -188,12 +188,6 @@ impl WarpView {
         Self { any_begin, any_end, all_begin, all_end }
     }
 
-    /// The columns that every row sees: the first, and one past the last.
-    #[inline(always)]
-    pub fn all(&self) -> (u32, u32) {
-        (self.all_begin, self.all_end)
-    }
-
     /// Of the steps of `columns` columns from column `begin` on, those that any row sees a column of: the first, and one past the last. The
     /// first step where no row sees any.
     #[inline(always)]

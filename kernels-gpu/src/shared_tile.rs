@@ -2,6 +2,8 @@
 
 use crate::element::ELEMENT_BYTES;
 use crate::ptx::cp_async::CHUNK_BYTES;
+#[cfg(feature = "sm_90a")]
+use crate::ptx::mma::store_matrices;
 use crate::ptx::mma::{OperandA, OperandB, load_matrices, load_matrices_transposed};
 use crate::ptx::warp;
 
@@ -156,6 +158,17 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
     #[inline(always)]
     pub unsafe fn operand_a(lane_row: LaneRow, row: usize, block: usize) -> OperandA {
         load_matrices(lane_row.chunk(block) + row as u32 * Self::ROW_BYTES)
+    }
+
+    /// Stores 16 rows, the tile's first, of two neighbouring blocks of 8 elements: what [`Self::operand_a`] loads.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::operand_a`].
+    #[cfg(feature = "sm_90a")]
+    #[inline(always)]
+    pub unsafe fn store_operand_a(lane_row: LaneRow, block: usize, words: OperandA) {
+        store_matrices(lane_row.chunk(block), words);
     }
 
     /// Two operands B, of 8 columns each: the tile's rows from `row` on are the columns, 16 of their elements, from `8 * block` on, are summed over.

@@ -6,7 +6,7 @@
 use packinfer_abi::AttentionParams;
 
 use crate::element::Element;
-use crate::ptx::math;
+use crate::ptx::math::{self, bits};
 use crate::ptx::mma::{Fragment, OperandA};
 use crate::ptx::warp;
 use crate::rows::Row;
@@ -79,6 +79,18 @@ pub struct RowSum {
 }
 
 impl RowSum {
+    /// Of a row that saw nothing.
+    pub const NOTHING: Self = Self { inverse: 0.0, lse_log2: f32::NEG_INFINITY };
+
+    /// Of the sum of exponentials, and of what was subtracted from the scaled scores before: any number where the sum is zero.
+    #[inline(always)]
+    pub fn new(sum: f32, origin: f32) -> Self {
+        if sum == 0.0 {
+            return Self::NOTHING;
+        }
+        Self { inverse: math::reciprocal(sum), lse_log2: origin + math::log2(sum) }
+    }
+
     /// The same with a sink of the given logarithm to base 2, −∞ for none: one more exponential in the sum.
     #[inline(always)]
     pub fn with_sink(self, sink_log2: f32) -> Self {
@@ -125,7 +137,8 @@ pub fn soft_cap<const FRAGMENTS: usize>(logits: Logits, scores: &mut [Fragment; 
 
 /// Sets the scores of columns that a row does not see to −∞.
 ///
-/// Element `e` of fragment `j` is column `first_column + 8 j + 2 (lane % 4) + e % 2`.
+/// Element `e` of fragment `j` is column `first_column + 8 j + 2 (lane % 4) + e % 2`. A bit for each of a row's columns is worked out at once: the assembler
+/// turns seven bits at a time into predicates.
 #[inline(always)]
 pub fn mask<const FRAGMENTS: usize>(
     scores: &mut [Fragment; FRAGMENTS],
@@ -133,16 +146,26 @@ pub fn mask<const FRAGMENTS: usize>(
     first_column: u32,
     lane: u32,
 ) {
+    const { assert!(2 * FRAGMENTS <= u32::BITS as usize) };
     let column = first_column + lane % 4 * 2;
-    for (j, fragment) in scores.iter_mut().enumerate() {
-        for (e, score) in fragment.iter_mut().enumerate() {
-            let column = column + j as u32 * 8 + e as u32 % 2;
-            let row = &rows[e / 2];
-            if column < row.begin || column >= row.end {
-                *score = f32::NEG_INFINITY;
+    for (half, row) in rows.iter().enumerate() {
+        let begin = columns_of_lane_before(row.begin, column);
+        let seen = bits(begin, columns_of_lane_before(row.end, column).saturating_sub(begin));
+        for (j, fragment) in scores.iter_mut().enumerate() {
+            for e in 0..2 {
+                if seen & 1 << (2 * j + e) == 0 {
+                    fragment[2 * half + e] = f32::NEG_INFINITY;
+                }
             }
         }
     }
+}
+
+/// How many of a lane's columns, two of every eight from `first` on, come before column `end`.
+#[inline(always)]
+fn columns_of_lane_before(end: u32, first: u32) -> u32 {
+    let columns = end.saturating_sub(first);
+    columns / 8 * 2 + core::cmp::min(columns % 8, 2)
 }
 
 impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
@@ -204,33 +227,20 @@ impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
         (factors, sums)
     }
 
-    /// Has all exponentials computed here. The assembler would put them off until after the next wait for products in flight, which they
-    /// are there to overlap; it cannot where a branch depends on them, and a sum of exponentials is never negative.
-    ///
-    /// # Safety
-    ///
-    /// Reached by all lanes of the warp.
-    #[cfg(feature = "sm_90a")]
-    #[inline(always)]
-    pub unsafe fn settle(&self) {
-        let negative = self.sum.as_flattened().iter().fold(false, |negative, &sum| negative | (sum < 0.0));
-        if warp::any(negative) {
-            crate::ptx::control::trap();
-        }
-    }
-
-    /// The factors of a row, when all columns were taken in.
+    /// The factors of the rows, when all columns were taken in.
     ///
     /// # Safety
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn finish(&self, block: usize, half: usize) -> RowSum {
-        let sum = warp::quad_sum(self.sum[block][half]);
-        if sum == 0.0 {
-            return RowSum { inverse: 0.0, lse_log2: f32::NEG_INFINITY };
+    pub unsafe fn finish(&self) -> [[RowSum; ROWS_PER_LANE]; ROW_BLOCKS] {
+        let mut sums = [[RowSum::NOTHING; ROWS_PER_LANE]; ROW_BLOCKS];
+        for block in 0..ROW_BLOCKS {
+            for half in 0..ROWS_PER_LANE {
+                sums[block][half] = RowSum::new(warp::quad_sum(self.sum[block][half]), self.max[block][half] * self.scale_log2);
+            }
         }
-        RowSum { inverse: math::reciprocal(sum), lse_log2: math::fma(self.max[block][half], self.scale_log2, math::log2(sum)) }
+        sums
     }
 }
 

@@ -8,11 +8,14 @@ mod merge;
 mod mover;
 mod options;
 
+use std::num::NonZero;
+
 use half::{bf16, f16};
 use packinfer::{
     AttentionShape, Batch, Calibration, DType, DeviceModel, DeviceSlice, DeviceSliceMut, Engine, EngineError, Mask, Packing,
     RunOptions, Tensors,
 };
+use packinfer_cpu::random_elements;
 use packinfer_planner::Schedule;
 
 use case::{Case, Element, contiguous, engine, paged, shape};
@@ -201,6 +204,37 @@ fn a_given_softmax_scale() {
     let mut case = Case::<f16>::new(contiguous(shape::<f16>(4, 64), Mask::Causal, &MIXED));
     case.scale = Some(0.31);
     case.check(&case.run(engine, Packing::Packed));
+}
+
+/// Keys that are longer the later they come, so that scores rise far above those before, again and again: up to 2^100 times as much weight.
+fn check_rising_scores<E: Element>(head_dim: u32) {
+    let Some(engine) = engine() else { return };
+    for lengths in [&PREFILL[..], &MIXED, &DECODE] {
+        for mask in [Mask::Causal, Mask::Window(NonZero::new(150).expect("not zero"))] {
+            let mut case = Case::<E>::new(contiguous(shape::<E>(4, head_dim), mask, lengths));
+            let len = case.batch.kv_elements() as usize;
+            let (mut k, v) = (random_elements::<E>(len, 2), random_elements::<E>(len, 3));
+            for (i, k) in k.iter_mut().enumerate() {
+                *k = E::from_f32(Into::<f32>::into(*k) * (0.1 + 12.0 * i as f32 / len as f32));
+            }
+            case.set_kv(&k, &v);
+            for packing in [Packing::Packed, Packing::PerRequest] {
+                case.check(&case.run(engine, packing));
+            }
+        }
+    }
+}
+
+#[test]
+fn rising_scores_bf16() {
+    check_rising_scores::<bf16>(128);
+    check_rising_scores::<bf16>(64);
+}
+
+#[test]
+fn rising_scores_f16() {
+    check_rising_scores::<f16>(128);
+    check_rising_scores::<f16>(64);
 }
 
 #[test]

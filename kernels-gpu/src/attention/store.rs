@@ -5,20 +5,20 @@ use crate::ptx::math::divide;
 use crate::ptx::memory::{load_global, store_global_f32, store_global_f32x2};
 use crate::ptx::mma::Fragment;
 use crate::rows::Row;
-use crate::softmax::{LN_2, OnlineSoftmax, ROWS_PER_LANE, row_of_lane, scale_rows};
+use crate::softmax::{LN_2, ROWS_PER_LANE, RowFactors, RowSum, row_of_lane};
 
 /// Stores the log-sum-exp of a row: of the tile's row `row`, which is row `index` of the output.
 ///
 /// # Safety
 ///
-/// The row exists.
+/// The row exists, and the task [stores it](Task::stores_lse).
 #[inline(always)]
 pub unsafe fn lse(task: &Task, row: u32, index: u32, lse_log2: f32) {
     let lse = lse_log2 * LN_2;
-    if !task.is_direct() {
-        store_global_f32(task.params.partial_lse + 4 * task.partial_index(row), lse);
-    } else if task.params.lse != 0 {
+    if task.is_direct() {
         store_global_f32(task.params.lse + 4 * u64::from(index), lse);
+    } else {
+        store_global_f32(task.params.partial_lse + 4 * task.partial_index(row), lse);
     }
 }
 
@@ -36,37 +36,37 @@ pub unsafe fn sink_log2(task: &Task, index: u32) -> f32 {
     f32::from_bits(load_global(sinks + 4 * u64::from(head))) / LN_2
 }
 
-/// Divides the rows of a warp, the tile's from `first_row` on, by their sums, and stores their log-sum-exp.
+/// What the rows of a warp, the tile's from `first_row` on, are to be multiplied with; stores their log-sum-exp.
 ///
 /// # Safety
 ///
 /// Reached by all lanes of the warp; `rows` are the rows that this lane holds parts of.
 #[inline(always)]
-pub unsafe fn finish<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+pub unsafe fn finish<const ROW_BLOCKS: usize>(
     task: &Task,
     lane: u32,
     first_row: u32,
     rows: &[[Row; ROWS_PER_LANE]; ROW_BLOCKS],
-    softmax: &OnlineSoftmax<ROW_BLOCKS>,
-    output: &mut [[Fragment; DIM_BLOCKS]; ROW_BLOCKS],
-) {
-    let mut factors = [[0f32; ROWS_PER_LANE]; ROW_BLOCKS];
-    for block in 0..ROW_BLOCKS {
-        for half in 0..ROWS_PER_LANE {
-            let mut sum = softmax.finish(block, half);
-            let row = rows[block][half];
+    mut sums: [[RowSum; ROWS_PER_LANE]; ROW_BLOCKS],
+) -> RowFactors<ROW_BLOCKS> {
+    if task.has_sinks() {
+        for (sum, row) in sums.as_flattened_mut().iter_mut().zip(rows.as_flattened()) {
             if row.exists() {
-                if task.has_sinks() {
-                    sum = sum.with_sink(sink_log2(task, row.index));
-                }
-                if lane % 4 == 0 {
-                    lse(task, first_row + row_of_lane(block, half, lane), row.index, sum.lse_log2);
-                }
+                *sum = sum.with_sink(sink_log2(task, row.index));
             }
-            factors[block][half] = sum.inverse;
         }
     }
-    scale_rows(output, &factors);
+    if task.stores_lse() && lane % 4 == 0 {
+        for block in 0..ROW_BLOCKS {
+            for half in 0..ROWS_PER_LANE {
+                let row = rows[block][half];
+                if row.exists() {
+                    lse(task, first_row + row_of_lane(block, half, lane), row.index, sums[block][half].lse_log2);
+                }
+            }
+        }
+    }
+    sums.map(|sums| sums.map(|sum| sum.inverse))
 }
 
 /// Stores the warp's rows of a partial O: each quad of lanes writes 32 bytes at a time. `element` says which the first of a lane's elements in a

@@ -2,7 +2,7 @@
 
 use packinfer_abi::{AttentionParams, DIRECT, DeviceAddress, TaskStamp, WorkItem};
 
-use crate::ptx::math::divide;
+use crate::ptx::math::{divide, opaque_address};
 use crate::ptx::memory::{load_global_x4, store_global, store_global_u64};
 use crate::ptx::special::{global_timer, multiprocessor};
 use crate::rows::RowTable;
@@ -44,10 +44,16 @@ impl Task {
         self.item.partial_row == DIRECT
     }
 
+    /// Whether somebody wants the log-sum-exp of its rows: the caller, or whoever merges them.
+    #[inline(always)]
+    pub fn stores_lse(&self) -> bool {
+        !self.is_direct() || opaque_address(self.params.lse) != 0
+    }
+
     /// Whether the rows get their sinks here: those of partials get them when they are merged.
     #[inline(always)]
     pub fn has_sinks(&self) -> bool {
-        self.is_direct() && self.params.sinks != 0
+        self.is_direct() && opaque_address(self.params.sinks) != 0
     }
 
     /// Index of a tile row in the partial buffers.
@@ -57,17 +63,18 @@ impl Task {
     }
 }
 
-/// Notes when tasks begin and end, if the launch asks for it.
+/// Notes when tasks begin and end.
 #[derive(Clone, Copy)]
 pub(crate) struct Stamper {
     stamps: DeviceAddress,
 }
 
 impl Stamper {
-    /// Of a launch.
+    /// Of a launch, if it asks for it.
     #[inline(always)]
-    pub fn of(params: &AttentionParams) -> Self {
-        Self { stamps: params.stamps }
+    pub fn of(params: &AttentionParams) -> Option<Self> {
+        let stamps = opaque_address(params.stamps);
+        (stamps != 0).then_some(Self { stamps })
     }
 
     /// Notes that a task begins.
@@ -77,11 +84,9 @@ impl Stamper {
     /// There is such a task.
     #[inline(always)]
     pub unsafe fn begin(self, task: u32) {
-        if self.stamps != 0 {
-            let stamp = self.stamp(task);
-            store_global_u64(stamp + core::mem::offset_of!(TaskStamp, begin_ns) as u64, global_timer());
-            store_global(stamp + core::mem::offset_of!(TaskStamp, sm) as u64, multiprocessor());
-        }
+        let stamp = self.stamp(task);
+        store_global_u64(stamp + core::mem::offset_of!(TaskStamp, begin_ns) as u64, global_timer());
+        store_global(stamp + core::mem::offset_of!(TaskStamp, sm) as u64, multiprocessor());
     }
 
     /// Notes that a task has ended.
@@ -91,9 +96,7 @@ impl Stamper {
     /// There is such a task.
     #[inline(always)]
     pub unsafe fn end(self, task: u32) {
-        if self.stamps != 0 {
-            store_global_u64(self.stamp(task) + core::mem::offset_of!(TaskStamp, end_ns) as u64, global_timer());
-        }
+        store_global_u64(self.stamp(task) + core::mem::offset_of!(TaskStamp, end_ns) as u64, global_timer());
     }
 
     #[inline(always)]

@@ -112,7 +112,7 @@ impl<const WARPS: usize, const BLOCKS: usize> WarpResults<WARPS, BLOCKS> {
             } else {
                 store_global_f32x2(task.params.partial_o + (task.partial_index(row) * dim + element) * 4, a, b);
             }
-            if first_column + column == 0 {
+            if task.stores_lse() && first_column + column == 0 {
                 store::lse(task, row, found.index, origin + math::log2(total));
             }
         }

@@ -26,6 +26,16 @@ pub unsafe fn wait_for_launch_before() {
     asm!("griddepcontrol.wait;", options(nostack));
 }
 
+/// Keeps the assembler from moving arithmetic across this place, where it stands between instructions that nothing else orders: it does not look beyond a branch.
+/// That branch is taken where `number` is not below `bound`, which never is, without the assembler knowing.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub fn fence_arithmetic(number: u32, bound: u32) {
+    if super::math::opaque(number) >= bound {
+        trap();
+    }
+}
+
 /// Aborts the kernel with an error. PTX ISA, Miscellaneous Instructions: `trap`.
 #[inline(always)]
 pub fn trap() -> ! {

@@ -44,6 +44,16 @@ pub fn max(a: f32, b: f32) -> f32 {
     y
 }
 
+/// The smaller of two numbers; the other one where one is NaN. PTX ISA, Floating Point Instructions: `min`.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub fn min(a: f32, b: f32) -> f32 {
+    let y: f32;
+    // SAFETY: register arithmetic.
+    unsafe { asm!("min.f32 {0}, {1}, {2};", out(reg32) y, in(reg32) a, in(reg32) b, options(pure, nomem, nostack)) };
+    y
+}
+
 /// a · b + c, rounded once. PTX ISA, Floating Point Instructions: `fma`.
 #[inline(always)]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
@@ -55,6 +65,15 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     y
 }
 
+/// A word of `width` ones from bit `first` on; both may be 32 or more. PTX ISA, Integer Arithmetic Instructions: `bmsk`.
+#[inline(always)]
+pub fn bits(first: u32, width: u32) -> u32 {
+    let word: u32;
+    // SAFETY: register arithmetic.
+    unsafe { asm!("bmsk.clamp.b32 {0}, {1}, {2};", out(reg32) word, in(reg32) first, in(reg32) width, options(pure, nomem, nostack)) };
+    word
+}
+
 /// The same number, but unknown to the compiler: what depends on it is worked out where it is used, rather than kept in registers across a loop
 /// that needs those for its accumulators.
 #[inline(always)]
@@ -62,6 +81,14 @@ pub fn opaque(mut x: u32) -> u32 {
     // SAFETY: a move.
     unsafe { asm!("mov.b32 {0}, {0};", inout(reg32) x, options(nomem, nostack)) };
     x
+}
+
+/// As [`opaque`], of an address: such as that of a tensor that a launch may have or not, which is asked for again rather than remembered.
+#[inline(always)]
+pub fn opaque_address(mut address: u64) -> u64 {
+    // SAFETY: a move.
+    unsafe { asm!("mov.b64 {0}, {0};", inout(reg64) address, options(nomem, nostack)) };
+    address
 }
 
 /// a / b for b > 0, without the check whose failure would need a panic.

@@ -81,3 +81,16 @@ pub unsafe fn wait(barrier: u32, parity: u32) {
         }
     }
 }
+
+/// Whether the phase of the given parity has ended.
+///
+/// # Safety
+///
+/// `barrier` was initialised.
+#[inline(always)]
+pub unsafe fn has_ended(barrier: u32, parity: u32) -> bool {
+    let done: u32;
+    asm!("{{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [{1}], {2}; selp.u32 {0}, 1, 0, p; }}",
+        out(reg32) done, in(reg32) barrier, in(reg32) parity, options(nostack));
+    done != 0
+}

@@ -38,6 +38,18 @@ pub unsafe fn load_matrices_transposed(row: u32) -> [u32; 4] {
     [a, b, c, d]
 }
 
+/// Stores four 8 × 8 matrices of 16-bit elements; lane `l` gives the address of row `l % 8` of matrix `l / 8`. PTX ISA, `stmatrix`.
+///
+/// # Safety
+///
+/// As [`load_matrices`].
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn store_matrices(row: u32, [a, b, c, d]: [u32; 4]) {
+    asm!("stmatrix.sync.aligned.m8n8.x4.shared.b16 [{4}], {{{0}, {1}, {2}, {3}}};",
+        in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, in(reg32) row, options(nostack));
+}
+
 macro_rules! mma {
     ($(#[doc = $doc:literal])* $name:ident, $ty:literal) => {
         $(#[doc = $doc])*

@@ -13,13 +13,19 @@ use crate::element::{Bf16, F16};
 
 /// Where an operand lies in shared memory: rows of 128 bytes, swizzled by 128 bytes (PTX ISA, Matrix Descriptor Format).
 #[derive(Clone, Copy)]
-pub struct Descriptor(u64);
+pub struct Descriptor {
+    /// Address and leading offset. An address is all that differs between the operands of a product, and it never carries over into what stands above it.
+    low: u32,
+    /// Stride and swizzle.
+    high: u32,
+}
 
 impl Descriptor {
-    const SWIZZLE_128B: u64 = 1 << 62;
+    const SWIZZLE_128B: u32 = 1 << 30;
+
+    #[inline(always)]
     const fn new(address: u32, leading_bytes: u32, stride_bytes: u32) -> Self {
-        let (leading, stride) = (leading_bytes as u64 >> 4, stride_bytes as u64 >> 4);
-        Self(Self::SWIZZLE_128B | stride << 32 | leading << 16 | (address as u64 & 0x3_FFFF) >> 4)
+        Self { low: leading_bytes >> 4 << 16 | (address & 0x3_FFFF) >> 4, high: Self::SWIZZLE_128B | stride_bytes >> 4 }
     }
 
     /// Rows are rows of A or columns of B, eight of them every `eight_rows_bytes`; a row's 64 elements are summed over. The leading offset
@@ -35,10 +41,15 @@ impl Descriptor {
         Self::new(address, half_bytes, eight_rows_bytes)
     }
 
-    /// The operand `bytes` on, a multiple of 16.
+    /// The operand `bytes` on, a multiple of 16, in shared memory.
     #[inline(always)]
     pub fn skip(self, bytes: u32) -> Self {
-        Self(self.0 + (bytes >> 4) as u64)
+        Self { low: self.low + (bytes >> 4), ..self }
+    }
+
+    #[inline(always)]
+    fn bits(self) -> u64 {
+        u64::from(self.high) << 32 | u64::from(self.low)
     }
 }
 
@@ -108,12 +119,12 @@ pub trait Accumulator<E> {
     /// As [`Self::add_product_shared`]; the registers of A do not change until waited for.
     unsafe fn add_product_along(&mut self, a: OperandA, b: Descriptor, accumulate: bool);
 
-    /// Starts `self += a · b`: A in registers, B across the sum in shared memory, 16 rows summed over.
+    /// Starts `self += a · b`, or `self = a · b` where not `accumulate`: A in registers, B across the sum in shared memory, 16 rows summed over.
     ///
     /// # Safety
     ///
-    /// As [`Self::add_product_shared`]; the registers of A do not change until waited for.
-    unsafe fn add_product(&mut self, a: OperandA, b: Descriptor);
+    /// As [`Self::add_product_along`].
+    unsafe fn add_product_across(&mut self, a: OperandA, b: Descriptor, accumulate: bool);
 }
 
 macro_rules! registers {
@@ -152,7 +163,7 @@ macro_rules! accumulator {
                 asm!(concat!("{{ .reg .pred p; setp.ne.b32 p, {", $a2, "}, 0; wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $ty, ".", $ty,
                         " {{", registers!($registers), "}}, {", $a0, "}, {", $a1, "}, p, 1, 1, 0, 0; }}"),
                     $(inout(reg32) self[$block][0], inout(reg32) self[$block][1], inout(reg32) self[$block][2], inout(reg32) self[$block][3],)*
-                    in(reg64) a.0, in(reg64) b.0, in(reg32) accumulate as u32, options(nomem, nostack));
+                    in(reg64) a.bits(), in(reg64) b.bits(), in(reg32) accumulate as u32, options(nomem, nostack));
             }
 
             #[inline(always)]
@@ -161,16 +172,18 @@ macro_rules! accumulator {
                         $ty, " {{", registers!($registers), "}}, {{{", $a0, "}, {", $a1, "}, {", $a2, "}, {", $a3, "}}}, {", $a4,
                         "}, p, 1, 1, 0; }}"),
                     $(inout(reg32) self[$block][0], inout(reg32) self[$block][1], inout(reg32) self[$block][2], inout(reg32) self[$block][3],)*
-                    in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg64) b.0, in(reg32) accumulate as u32,
+                    in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg64) b.bits(), in(reg32) accumulate as u32,
                     options(nomem, nostack));
             }
 
             #[inline(always)]
-            unsafe fn add_product(&mut self, a: OperandA, b: Descriptor) {
-                asm!(concat!("wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $ty, ".", $ty, " {{", registers!($registers), "}}, ",
-                        "{{{", $a0, "}, {", $a1, "}, {", $a2, "}, {", $a3, "}}}, {", $a4, "}, 1, 1, 1, 1;"),
+            unsafe fn add_product_across(&mut self, a: OperandA, b: Descriptor, accumulate: bool) {
+                asm!(concat!("{{ .reg .pred p; setp.ne.b32 p, {", $a5, "}, 0; wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $ty, ".",
+                        $ty, " {{", registers!($registers), "}}, {{{", $a0, "}, {", $a1, "}, {", $a2, "}, {", $a3, "}}}, {", $a4,
+                        "}, p, 1, 1, 1; }}"),
                     $(inout(reg32) self[$block][0], inout(reg32) self[$block][1], inout(reg32) self[$block][2], inout(reg32) self[$block][3],)*
-                    in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg64) b.0, options(nomem, nostack));
+                    in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg64) b.bits(), in(reg32) accumulate as u32,
+                    options(nomem, nostack));
             }
         }
     };

@@ -36,7 +36,7 @@ pub unsafe fn rows<E: Element, KV: Stored<E>, const DIM_BLOCKS: usize, const ROW
     for fragments in &mut *output {
         KV::put_in_order(fragments);
     }
-    store::finish(task, lane, first_row, &lane_rows, softmax, output);
+    scale_rows(output, &store::finish(task, lane, first_row, &lane_rows, softmax.finish()));
     if task.is_direct() {
         direct::<E, KV, DIM_BLOCKS, ROW_BLOCKS>(task, lane, first_row, staging, output);
     } else {

@@ -61,15 +61,15 @@ unsafe fn attention<
 ) {
     const { assert!(KV_BLOCKS * KV::PRODUCTS == DIM_BLOCKS) };
     let block = Block::this(params);
-    if block.thread == 0 {
-        Stamper::of(&params).begin(block.task.index);
+    if let Some(stamper) = Stamper::of(&params).filter(|_| block.thread == 0) {
+        stamper.begin(block.task.index);
     }
     match block.task.item.tile {
         TileKind::Wide => wide::run::<E, KV, DIM_BLOCKS, KV_BLOCKS, ROW_BLOCKS, WIDE_FRAGMENTS>(&block),
         TileKind::Narrow => narrow::run::<E, KV, DIM_BLOCKS, KV_BLOCKS, NARROW_FRAGMENTS>(&block),
     }
-    if thread_index() == 0 {
-        Stamper::of(&params).end(block_index());
+    if let Some(stamper) = Stamper::of(&params).filter(|_| thread_index() == 0) {
+        stamper.end(block_index());
     }
 }
 

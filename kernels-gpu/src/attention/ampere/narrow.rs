@@ -133,7 +133,7 @@ pub(crate) unsafe fn run<
     }
     wait_group::<0>();
 
-    let sums = [softmax.finish(0, 0), softmax.finish(0, 1)];
+    let [sums] = softmax.finish();
     scale_rows(&mut output, &[sums.map(|sum| sum.inverse * scales.value)]);
     KV::put_in_order(&mut output[0]);
     // Each warp writes what it found where its ring was, once its lanes have done with that.

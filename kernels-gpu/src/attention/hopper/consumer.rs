@@ -6,6 +6,7 @@ use super::CONSUMER_THREADS;
 use super::barrier;
 use super::shared::{Ring, Shared};
 use crate::attention::task::Stamper;
+use crate::ptx::math::opaque;
 use crate::ptx::special::thread_index;
 use crate::ptx::{warp, warpgroup};
 use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
@@ -67,13 +68,13 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
     /// The consumer that the warp is of: 0 or 1.
     #[inline(always)]
     pub fn index(&self) -> u32 {
-        self.warp / WARPS
+        opaque(self.warp) / WARPS
     }
 
     /// First row of the warp in a wide tile.
     #[inline(always)]
     pub fn first_row(&self) -> u32 {
-        self.warp * WARP_ROWS
+        opaque(self.warp) * WARP_ROWS
     }
 
     /// The kind of the next tile, if one is left.
@@ -87,15 +88,15 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
         self.shared.tile_kind(self.tasks.stage())
     }
 
-    /// Notes that the next tile is begun, which is left.
+    /// Notes that a task is begun.
     ///
     /// # Safety
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn note_begin(&self) {
-        if self.notes() {
-            Stamper::of(self.params).begin(self.shared.task_index(self.tasks.stage()));
+    pub unsafe fn note_begin(&self, task: u32) {
+        if let Some(stamper) = self.stamper() {
+            stamper.begin(task);
         }
     }
 
@@ -106,15 +107,15 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
     /// As [`Self::note_begin`].
     #[inline(always)]
     pub unsafe fn note_end(&self, task: u32) {
-        if self.notes() {
-            Stamper::of(self.params).end(task);
+        if let Some(stamper) = self.stamper() {
+            stamper.end(task);
         }
     }
 
-    /// Whether this thread is the one that notes.
+    /// Notes times, if the launch asks for it and this thread is the one that does.
     #[inline(always)]
-    fn notes(&self) -> bool {
-        self.warp == 0 && self.lane() == 0
+    fn stamper(&self) -> Option<Stamper> {
+        Stamper::of(self.params).filter(|_| self.warp == 0 && self.lane() == 0)
     }
 
     /// Takes sixteen rows of the tile's Q, from `first_row` on, into registers.

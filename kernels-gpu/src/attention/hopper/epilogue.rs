@@ -1,53 +1,45 @@
-//! Where a warp's rows of a tile go, straight from its registers.
+//! Where a warp's rows of a wide tile go.
 
-use crate::attention::{store, task::Task};
-use crate::element::Element;
-use crate::ptx::memory::store_global_x4;
+use crate::attention::task::Task;
+use crate::element::{ELEMENT_BYTES, Element};
+use crate::ptx::memory::{load_shared_x4, store_global_x4};
 use crate::ptx::mma::Fragment;
-use crate::ptx::warp::transpose_quad;
-use crate::rows::Row;
-use crate::shared_tile::SharedTile;
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, element_of_lane};
+use crate::ptx::warp;
+use crate::rows::NO_ROW;
+use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
 
-/// Finishes the 16 rows of a warp, the tile's from `first_row` on, and stores them.
+/// Stores the 16 rows of a warp, the tile's from `first_row` on, through shared memory, so that its lanes store 128 bytes of a row together.
 ///
 /// # Safety
 ///
-/// Reached by all lanes of the warp.
+/// Reached by all lanes of the warp; no other warp uses `staging`, which holds 16 rows.
 #[inline(always)]
-pub unsafe fn store<E: Element, const DIM_BLOCKS: usize>(
+pub unsafe fn direct<E: Element, const DIM_BLOCKS: usize>(
     task: &Task,
     lane: u32,
     first_row: u32,
-    softmax: &OnlineSoftmax<1>,
-    output: &mut [[Fragment; DIM_BLOCKS]; 1],
-) {
-    let rows = task.rows.of_lane::<1>(first_row, lane);
-    store::finish(task, lane, first_row, &rows, softmax, output);
-    if task.is_direct() {
-        direct::<E, DIM_BLOCKS>(task, lane, &rows[0], &output[0]);
-    } else {
-        store::partial(task, lane, first_row, &rows, output, element_of_lane);
-    }
-}
-
-/// Stores rows of O. The lanes of a quad, which hold two columns of every eight, exchange them so that each has eight in a row: a quad
-/// then writes 64 bytes at a time.
-#[inline(always)]
-unsafe fn direct<E: Element, const DIM_BLOCKS: usize>(
-    task: &Task,
-    lane: u32,
-    rows: &[Row; ROWS_PER_LANE],
+    staging: SharedTile<PANEL_BLOCKS>,
     output: &[Fragment; DIM_BLOCKS],
 ) {
-    const { assert!(DIM_BLOCKS % 4 == 0) };
-    for (half, row) in rows.iter().enumerate() {
-        let row_address = task.params.o + u64::from(row.index) * u64::from(SharedTile::<DIM_BLOCKS>::ROW_BYTES);
-        for blocks in (0..DIM_BLOCKS).step_by(4) {
-            let pair = |i: usize| E::pack(output[blocks + i][2 * half], output[blocks + i][2 * half + 1]);
-            let chunk = transpose_quad([pair(0), pair(1), pair(2), pair(3)], lane);
-            if row.exists() {
-                store_global_x4(row_address + 16 * (blocks as u64 + u64::from(lane % 4)), chunk);
+    type Panel = SharedTile<PANEL_BLOCKS>;
+    const ROUNDS: usize = (16 / Panel::ROWS_AT_ONCE) as usize;
+    let chunk = staging.chunk_of_lane(lane);
+    let mut indices = [NO_ROW; ROUNDS];
+    for (round, index) in indices.iter_mut().enumerate() {
+        *index = task.rows.index(first_row + round as u32 * Panel::ROWS_AT_ONCE + Panel::row_of_lane(lane));
+    }
+    for (panel, fragments) in output.chunks_exact(PANEL_BLOCKS).enumerate() {
+        warp::sync(); // all lanes have read what was there
+        for (block, pair) in fragments.chunks_exact(2).enumerate() {
+            let word = |i: usize, half: usize| E::pack(pair[i][2 * half], pair[i][2 * half + 1]);
+            Panel::store_operand_a(staging.rows_by_lane(lane), 2 * block, [word(0, 0), word(0, 1), word(1, 0), word(1, 1)]);
+        }
+        warp::sync();
+        for (round, &index) in indices.iter().enumerate() {
+            if index != NO_ROW {
+                let row = task.params.o + u64::from(index) * (8 * DIM_BLOCKS as u64 * u64::from(ELEMENT_BYTES));
+                let to = row + u64::from(panel as u32 * Panel::ROW_BYTES + Panel::byte_of_lane(lane));
+                store_global_x4(to, load_shared_x4(chunk.rows_on(round as u32 * Panel::ROWS_AT_ONCE)));
             }
         }
     }

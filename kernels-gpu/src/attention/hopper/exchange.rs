@@ -14,10 +14,18 @@ use crate::ptx::memory::{
 };
 use crate::ptx::mma::Fragment;
 use crate::rows::{NO_ROW, Row};
+use crate::shared_tile::{PANEL_BLOCKS, PANEL_ROW_BYTES, SharedTile};
 use crate::softmax::{ROWS_PER_LANE, RowSum, element_of_lane, row_of_lane};
 
 /// Rows whose output is exchanged at a time.
 pub const ROWS_AT_ONCE: u32 = 4;
+
+/// Bytes of 16 rows of a panel.
+const STAGING_BYTES: u32 = 16 * PANEL_ROW_BYTES;
+
+const fn max(a: u32, b: u32) -> u32 {
+    if a > b { a } else { b }
+}
 
 /// Shared memory for the log-sum-exp of all rows by all warps, and behind it for some rows of their output, in float32.
 #[derive(Clone, Copy)]
@@ -29,7 +37,7 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
     const DIM: u32 = 8 * DIM_BLOCKS as u32;
     /// Eight words between rows keep the four rows that a warp writes at once in different banks.
     const ROW_BYTES: u32 = 4 * (Self::DIM + 8);
-    const WARP_BYTES: u32 = ROWS_AT_ONCE * Self::ROW_BYTES;
+    const WARP_BYTES: u32 = max(ROWS_AT_ONCE * Self::ROW_BYTES, STAGING_BYTES);
     const LSE_BYTES: u32 = 4 * CONSUMER_WARPS * NARROW_TILE_ROWS;
     /// Bytes of all of it.
     pub const BYTES: u32 = Self::LSE_BYTES + CONSUMER_WARPS * Self::WARP_BYTES;
@@ -48,6 +56,12 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
     #[inline(always)]
     fn output(&self, warp: u32, row: u32, column: u32) -> u32 {
         self.base + Self::LSE_BYTES + warp * Self::WARP_BYTES + row * Self::ROW_BYTES + 4 * column
+    }
+
+    /// Where a warp may put 16 rows of a panel when no narrow tile is being merged: where its own output is otherwise.
+    #[inline(always)]
+    pub fn staging(&self, warp: u32) -> SharedTile<PANEL_BLOCKS> {
+        SharedTile::at(self.output(warp, 0, 0))
     }
 
     /// Tells the others the log-sum-exp of the rows that the lane holds a part of.
@@ -91,7 +105,7 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
             let total = lse.fold(math::exp2(sink - origin), |total, lse| total + math::exp2(lse - origin));
             let inverse = if total == 0.0 { 0.0 } else { math::reciprocal(total) };
             factors[half] = sum.inverse * math::exp2(sum.lse_log2 - origin) * inverse;
-            if warp == 0 && lane % 4 == 0 && row.exists() {
+            if task.stores_lse() && warp == 0 && lane % 4 == 0 && row.exists() {
                 store::lse(task, tile_row, row.index, origin + math::log2(total));
             }
         }

@@ -17,6 +17,7 @@ mod narrow;
 mod producer;
 mod queries;
 mod shared;
+mod softmax;
 mod wide;
 
 use packinfer_abi::{AttentionParams, TileKind};
@@ -81,11 +82,18 @@ unsafe fn consume<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 {
     let mut consumer = Consumer::new(params, shared);
     consumer.begin_turns();
+    let mut kind_before = TileKind::Wide;
     while let Some(kind) = consumer.next_kind() {
         match kind {
-            TileKind::Wide => wide::walk::<E, DIM_BLOCKS, FRAGMENTS>(&mut consumer),
+            TileKind::Wide => {
+                if kind_before == TileKind::Narrow {
+                    consumer.meet(); // all have read what was exchanged: it lies where O is staged
+                }
+                wide::tiles::<E, DIM_BLOCKS, FRAGMENTS>(&mut consumer);
+            }
             TileKind::Narrow => narrow::tile::<E, DIM_BLOCKS, FRAGMENTS>(&mut consumer),
         }
+        kind_before = kind;
     }
     consumer.end_turns();
 }
@@ -93,28 +101,28 @@ unsafe fn consume<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 kernel! {
     /// Attention in bf16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_bf16_d64(params: AttentionParams) {
         attention::<Bf16, 8, 16>(params)
     }
 
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_bf16_d128(params: AttentionParams) {
         attention::<Bf16, 16, 16>(params)
     }
 
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_f16_d64(params: AttentionParams) {
         attention::<F16, 8, 16>(params)
     }
 
     /// Attention in f16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_f16_d128(params: AttentionParams) {
         attention::<F16, 16, 16>(params)
     }

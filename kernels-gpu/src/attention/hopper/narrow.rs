@@ -35,7 +35,7 @@ const WARP_COLUMNS: u32 = 8 * SCORE_FRAGMENTS as u32;
 pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>) {
     const { assert!(Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP == CONSUMER_WARPS * WARP_COLUMNS) };
     let (slot, lane) = (consumer.tasks.stage(), consumer.lane());
-    consumer.note_begin();
+    consumer.note_begin(consumer.shared.task_index(slot));
     let range = consumer.shared.columns(slot);
     let view = consumer.shared.view(slot, 0); // of the first rows, which are all that there are
     let [rows] = consumer.shared.rows(slot).of_lane::<1>(0, lane);
@@ -91,7 +91,7 @@ unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 ) {
     let task = consumer.shared.task(consumer.params, slot);
     let (warp, lane, exchange) = (consumer.warp, consumer.lane(), consumer.shared.exchange());
-    let sums = [softmax.finish(0, 0), softmax.finish(0, 1)];
+    let [sums] = softmax.finish();
     exchange.tell_lse(warp, lane, &sums);
     consumer.meet();
     scale_rows(output, &[exchange.factors(&task, warp, lane, rows, &sums)]);

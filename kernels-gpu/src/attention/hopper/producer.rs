@@ -178,7 +178,7 @@ unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         view = view.and(WarpView::of(task.rows.read(row)));
     }
     if lane == 0 {
-        shared.post_view(stage, consumer, view);
+        shared.post_view(stage, consumer, task, view);
     }
 }
 

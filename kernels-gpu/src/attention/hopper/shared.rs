@@ -28,8 +28,10 @@ pub struct Ring {
     barriers: u32,
     /// Number of parts: a constant wherever this is inlined.
     stages: u32,
-    /// The part whose turn it is; and `stages` more in every other round. One number, as registers are scarce.
-    turn: u32,
+    /// The part whose turn it is.
+    stage: u32,
+    /// Parity of the phase of its full barrier.
+    parity: u32,
 }
 
 impl Ring {
@@ -40,7 +42,7 @@ impl Ring {
 
     #[inline(always)]
     fn at(barriers: u32, stages: u32) -> Self {
-        Self { barriers, stages, turn: 0 }
+        Self { barriers, stages, stage: 0, parity: 0 }
     }
 
     /// Makes the barriers: so many arrivals fill a part, so many empty it.
@@ -51,22 +53,22 @@ impl Ring {
         }
     }
 
+    /// Number of parts.
+    #[inline(always)]
+    pub fn stages(&self) -> u32 {
+        self.stages
+    }
+
     /// The part whose turn it is.
     #[inline(always)]
     pub fn stage(&self) -> u32 {
-        if self.turn < self.stages { self.turn } else { self.turn - self.stages }
-    }
-
-    /// Parity of the phase of its full barrier.
-    #[inline(always)]
-    fn parity(&self) -> u32 {
-        (self.turn >= self.stages).into()
+        self.stage
     }
 
     /// The barrier that ends when the part is full.
     #[inline(always)]
     pub fn full(&self) -> u32 {
-        self.barriers + self.stage() * mbarrier::BYTES
+        self.barriers + self.stage * mbarrier::BYTES
     }
 
     #[inline(always)]
@@ -77,7 +79,9 @@ impl Ring {
     /// On to the next part.
     #[inline(always)]
     pub fn advance(&mut self) {
-        self.turn = if self.turn + 1 == 2 * self.stages { 0 } else { self.turn + 1 };
+        let wraps = self.stage + 1 == self.stages;
+        self.stage = if wraps { 0 } else { self.stage + 1 };
+        self.parity ^= u32::from(wraps);
     }
 
     /// Filling side: waits until the other has done with the part.
@@ -87,7 +91,7 @@ impl Ring {
     /// Reached by all lanes of a warp of the filling side, once for each time that it fills the part.
     #[inline(always)]
     pub unsafe fn wait_empty(&self) {
-        mbarrier::wait(self.empty(self.stage()), self.parity() ^ 1);
+        mbarrier::wait(self.empty(self.stage), self.parity ^ 1);
     }
 
     /// Filling side, one thread: the part is full once the copy engine has brought `bytes` bytes.
@@ -139,7 +143,17 @@ impl Ring {
     /// Reached by all lanes of a warp of the emptying side, once for each time that the part is filled.
     #[inline(always)]
     pub unsafe fn wait_full(&self) {
-        mbarrier::wait(self.full(), self.parity());
+        mbarrier::wait(self.full(), self.parity);
+    }
+
+    /// Emptying side: whether the part is full already. If so, [`Self::wait_full`] may be left out.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_full`].
+    #[inline(always)]
+    pub unsafe fn is_full(&self) -> bool {
+        mbarrier::has_ended(self.full(), self.parity)
     }
 
     /// Emptying side: as [`Self::wait_full`]; on to the next part. Returns the part, to be given to [`Self::release_stage`].
@@ -149,8 +163,19 @@ impl Ring {
     /// As [`Self::wait_full`].
     #[inline(always)]
     pub unsafe fn take_full(&mut self) -> u32 {
-        self.wait_full();
-        let stage = self.stage();
+        self.take_full_after(0)
+    }
+
+    /// As [`Self::take_full`], for a `zero` that the assembler does not know to be one: what it is worked out from is worked out before. The assembler
+    /// would put it off until after the next wait for products in flight, which it is there to overlap.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_full`].
+    #[inline(always)]
+    pub unsafe fn take_full_after(&mut self, zero: u32) -> u32 {
+        mbarrier::wait(self.full(), self.parity + zero);
+        let stage = self.stage;
         self.advance();
         stage
     }
@@ -162,7 +187,7 @@ impl Ring {
     /// As [`Self::wait_full`], after it.
     #[inline(always)]
     pub unsafe fn release(&mut self, lane: u32) {
-        self.release_stage(self.stage(), lane);
+        self.release_stage(self.stage, lane);
         self.advance();
     }
 
@@ -173,7 +198,7 @@ impl Ring {
     /// As [`Self::wait_full`], after it.
     #[inline(always)]
     pub unsafe fn release_by_lanes(&mut self) {
-        self.release_stage_by_lanes(self.stage());
+        self.release_stage_by_lanes(self.stage);
         self.advance();
     }
 
@@ -229,6 +254,20 @@ impl Signal {
     }
 }
 
+/// The steps of a task that some rows see any column of.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct SeenSteps {
+    /// First column of the first of them.
+    pub first: u32,
+    /// First column of the last.
+    pub last: u32,
+    /// How many steps of the task come before them.
+    pub before: u32,
+    /// How many come behind them.
+    pub behind: u32,
+}
+
 /// Where the parts lie, in this order: Q, K, V, row tables, exchange, task slots, barriers.
 #[derive(Clone, Copy)]
 pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
@@ -251,13 +290,14 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const ROWS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const EXCHANGE: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
     const SLOTS: u32 = Self::EXCHANGE + Exchange::<DIM_BLOCKS>::BYTES;
-    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see. The words are one more than the tile's kind, or zero if no
-    /// task is left; the head group; the KV head; the task's index.
+    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, and in which steps. The words on the task are one more than the
+    /// tile's kind, or zero if no task is left; the head group; the KV head; the task's index.
     const SLOT_ITEM: u32 = 0;
     const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
     const SLOT_VIEWS: u32 = Self::SLOT_TASK + 16;
+    const SLOT_STEPS: u32 = Self::SLOT_VIEWS + 2 * 16;
     /// Bytes of a task slot.
-    const SLOT_BYTES: u32 = Self::SLOT_VIEWS + 2 * 16;
+    const SLOT_BYTES: u32 = Self::SLOT_STEPS + 2 * 16;
     const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::bytes(1);
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::bytes(Self::K_STAGES);
@@ -429,14 +469,23 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         load_shared(self.slot(stage) + Self::SLOT_TASK + 12)
     }
 
-    /// Tells a consumer what its rows see.
+    /// Tells a consumer what its rows see, and in which steps of the task.
     ///
     /// # Safety
     ///
     /// As [`Self::post_task`].
     #[inline(always)]
-    pub unsafe fn post_view(&self, stage: u32, consumer: u32, view: WarpView) {
+    pub unsafe fn post_view(&self, stage: u32, consumer: u32, task: &Task, view: WarpView) {
         store_shared_x4(self.slot(stage) + Self::SLOT_VIEWS + 16 * consumer, view.to_words());
+        let (begin, end) = (task.item.column_begin, task.item.column_end);
+        let (first, end_seen) = view.steps(begin, Self::STEP);
+        let steps = SeenSteps {
+            first: begin + first * Self::STEP,
+            last: begin + (end_seen - 1) * Self::STEP,
+            before: first,
+            behind: (end - begin).div_ceil(Self::STEP) - end_seen,
+        };
+        store_shared_x4(self.slot(stage) + Self::SLOT_STEPS + 16 * consumer, core::mem::transmute::<SeenSteps, [u32; 4]>(steps));
     }
 
     /// What [`Self::post_view`] told.
@@ -447,5 +496,15 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     #[inline(always)]
     pub unsafe fn view(&self, stage: u32, consumer: u32) -> WarpView {
         WarpView::from_words(load_shared_x4(self.slot(stage) + Self::SLOT_VIEWS + 16 * consumer))
+    }
+
+    /// The steps that a consumer's rows see, as [`Self::post_view`] told.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::task`].
+    #[inline(always)]
+    pub unsafe fn seen_steps(&self, stage: u32, consumer: u32) -> SeenSteps {
+        core::mem::transmute(load_shared_x4(self.slot(stage) + Self::SLOT_STEPS + 16 * consumer))
     }
 }

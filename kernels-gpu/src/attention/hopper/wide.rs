@@ -12,17 +12,20 @@
 use packinfer_abi::TileKind;
 
 use super::consumer::{Consumer, Queries, WARP_ROWS};
-use super::shared::ColumnTile;
+use super::shared::{ColumnTile, SeenSteps};
+use super::softmax::LazySoftmax;
 use super::{CONSUMER_THREADS, barrier, epilogue, merge};
+use crate::attention::store;
 use crate::element::Element;
+use crate::ptx::math::opaque;
 use crate::ptx::mma::Fragment;
 use crate::ptx::wgmma::{self, Accumulator, Descriptor, hold_words};
-use crate::ptx::{warp, warpgroup};
+use crate::ptx::{control, warp, warpgroup};
 use crate::shared_tile::PANEL_BLOCKS;
-use crate::softmax::{OnlineSoftmax, mask, scale_rows};
+use crate::softmax::{ROWS_PER_LANE, element_of_lane, mask, scale_rows};
 
 /// Rows that a warp merges at once: it may have 16 of them.
-const MERGED_ROWS_AT_ONCE: usize = 4;
+const MERGED_ROWS_AT_ONCE: usize = 2;
 /// Partials of each that are loaded at once.
 const PARTIALS_AHEAD: usize = 4;
 
@@ -39,10 +42,8 @@ struct Step {
     column: u32,
     /// First column of the last step that these rows see.
     last: u32,
-    /// Every row sees the columns from here …
-    all_begin: u32,
-    /// … to before here.
-    all_end: u32,
+    /// Steps of the tile that come behind it.
+    behind: u32,
 }
 
 impl Step {
@@ -56,45 +57,27 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
     /// Whether a wide tile comes next that these rows see from its first step on.
     #[inline(always)]
     unsafe fn has_tile_that_follows(&self) -> bool {
-        self.next_kind() == Some(TileKind::Wide) && {
-            let slot = self.tasks.stage();
-            self.shared.view(slot, self.index()).steps(self.shared.columns(slot).start, Self::STEP).0 == 0
-        }
+        self.next_kind() == Some(TileKind::Wide) && self.shared.seen_steps(self.tasks.stage(), self.index()).before == 0
     }
 
-    /// The first step of the next tile, which is left; its Q has arrived.
+    /// The first step of the next tile, which is left, and how many steps of the tile come before it.
     #[inline(always)]
-    unsafe fn next_tile(&mut self) -> Step {
+    unsafe fn next_tile(&mut self) -> (Step, u32) {
         let slot = self.tasks.stage();
-        self.note_begin();
-        let range = self.shared.columns(slot);
-        let view = self.shared.view(slot, self.index());
-        let (first, end) = view.steps(range.start, Self::STEP);
-        let (all_begin, all_end) = view.all();
+        let SeenSteps { first, last, before, behind } = self.shared.seen_steps(slot, self.index());
+        self.note_begin(self.shared.task_index(slot));
         self.tasks.advance();
-        Step { slot, column: range.start + first * Self::STEP, last: range.start + (end - 1) * Self::STEP, all_begin, all_end }
-    }
-
-    /// Steps of the step's tile that come before it, the first that these rows see.
-    #[inline(always)]
-    unsafe fn steps_before(&self, step: &Step) -> u32 {
-        (step.column - self.shared.columns(step.slot).start) / Self::STEP
-    }
-
-    /// Steps of the step's tile that come behind it, the last that these rows see.
-    #[inline(always)]
-    unsafe fn steps_behind(&self, step: &Step) -> u32 {
-        (self.shared.columns(step.slot).end - step.column).div_ceil(Self::STEP) - 1
+        (Step { slot, column: first, last, behind }, before)
     }
 
     /// Starts the scores of the next step of K.
     #[inline(always)]
-    unsafe fn start_scores<E>(&mut self, queries: &Queries<DIM_BLOCKS>, scores: &mut [Fragment; FRAGMENTS])
+    unsafe fn start_scores<E>(&self, queries: &Queries<DIM_BLOCKS>, scores: &mut [Fragment; FRAGMENTS])
     where
         [Fragment; FRAGMENTS]: Accumulator<E>,
     {
-        let k =
-            Descriptor::along_sum(self.shared.k(self.k.stage()).row(0, 0), ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES);
+        let k = Descriptor::along_sum(opaque(self.shared.k(0).row(0, 0)), ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES)
+            .skip(self.k.stage() * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
         wgmma::fence();
         for block in (0..DIM_BLOCKS).step_by(2) {
             let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
@@ -105,47 +88,67 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         wgmma::commit_group();
     }
 
-    /// Starts `output += P V` for a step whose V has arrived.
+    /// Starts `output += P V`, or `output = P V` where the step is the first of its tile, for a step whose V has arrived.
     #[inline(always)]
-    unsafe fn start_output<E>(&mut self, output: &mut [Fragment; DIM_BLOCKS], weights: &Weights<FRAGMENTS>, values: u32)
-    where
+    unsafe fn start_output<E>(
+        &self,
+        output: &mut [Fragment; DIM_BLOCKS],
+        is_first: bool,
+        weights: &Weights<FRAGMENTS>,
+        values: u32,
+    ) where
         [Fragment; DIM_BLOCKS]: Accumulator<E>,
     {
         let eight_rows_bytes = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES;
         let half_bytes = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANEL_BYTES;
-        let v = Descriptor::across_sum(self.shared.v(values).row(0, 0), half_bytes, eight_rows_bytes);
+        let v = Descriptor::across_sum(opaque(self.shared.v(0).row(0, 0)), half_bytes, eight_rows_bytes)
+            .skip(values * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
         wgmma::fence();
         for j in 0..FRAGMENTS / 2 {
             let ([a, b], [c, d]) = (weights[2 * j], weights[2 * j + 1]);
-            output.add_product([a, b, c, d], v.skip(2 * j as u32 * eight_rows_bytes));
+            output.add_product_across([a, b, c, d], v.skip(2 * j as u32 * eight_rows_bytes), j > 0 || !is_first);
         }
         wgmma::commit_group();
     }
 
-    /// Masks the scores of a step, where some row does not see all of its columns.
+    /// Masks the scores of a step, if some row does not see all of its columns.
     #[inline(always)]
-    unsafe fn mask(&self, step: &Step, scores: &mut [Fragment; FRAGMENTS]) {
-        if step.column < step.all_begin || step.column + Self::STEP > step.all_end {
+    unsafe fn mask(&self, sees_all: bool, step: &Step, scores: &mut [Fragment; FRAGMENTS]) {
+        if !sees_all {
             let [rows] = self.shared.rows(step.slot).of_lane::<1>(self.first_row(), self.lane());
             mask(scores, &rows, step.column, self.lane());
         }
     }
 
+    /// Whether every row sees all columns of a step.
+    #[inline(always)]
+    unsafe fn sees_all(&self, step: &Step) -> bool {
+        self.shared.view(step.slot, self.index()).sees_all(step.column, Self::STEP)
+    }
+
+    /// What the rows of a tile's output are to be multiplied with at the end; stores their log-sum-exp.
+    #[inline(always)]
+    unsafe fn finish(&self, slot: u32, softmax: &LazySoftmax) -> [f32; ROWS_PER_LANE] {
+        let task = self.shared.task(self.params, slot);
+        let rows = task.rows.of_lane::<1>(self.first_row(), self.lane());
+        let [inverse] = store::finish(&task, self.lane(), self.first_row(), &rows, [softmax.finish()]);
+        inverse
+    }
+
     /// Stores the output of a tile; its slot may then be used again.
     #[inline(always)]
-    unsafe fn store<E: Element>(&mut self, slot: u32, softmax: &OnlineSoftmax<1>, output: &mut [[Fragment; DIM_BLOCKS]; 1]) {
-        let task = self.shared.task(self.params, slot);
-        epilogue::store::<E, DIM_BLOCKS>(&task, self.lane(), self.first_row(), softmax, output);
-        self.note_end(task.index);
-        warp::sync();
-        if !task.is_direct() {
-            let row = self.first_row() + self.lane() % WARP_ROWS;
-            merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(
-                &task,
-                self.lane(),
-                row,
-                self.lane() < WARP_ROWS,
-            );
+    unsafe fn store<E: Element>(&mut self, slot: u32, output: &[[Fragment; DIM_BLOCKS]; 1]) {
+        let (task, lane, first_row) = (self.shared.task(self.params, slot), self.lane(), self.first_row());
+        if task.is_direct() {
+            epilogue::direct::<E, DIM_BLOCKS>(&task, lane, first_row, self.shared.exchange().staging(opaque(self.warp)), &output[0]);
+            self.note_end(task.index);
+        } else {
+            let rows = task.rows.of_lane::<1>(first_row, lane);
+            store::partial(&task, lane, first_row, &rows, output, element_of_lane);
+            self.note_end(task.index);
+            warp::sync();
+            let (row, counts) = (first_row + lane % WARP_ROWS, lane < WARP_ROWS);
+            merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(&task, lane, row, counts);
         }
         self.tasks.release_stage_by_lanes(slot);
     }
@@ -201,103 +204,197 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
     }
 }
 
-/// Walks through steps that follow each other without a gap, from the first of the next tile, which is wide, to the last of this or another.
+/// What a consumer has in its registers.
+struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
+    /// Of the tile of the step whose scores came last.
+    queries: Queries<DIM_BLOCKS>,
+    /// Of that step's tile, with that step.
+    softmax: LazySoftmax,
+    /// Of that step.
+    weights: Weights<FRAGMENTS>,
+    /// The part of V's ring that these weights are of.
+    values: u32,
+    /// Of that step's tile, without that step.
+    output: [[Fragment; DIM_BLOCKS]; 1],
+    /// Whether that step is the first of its tile, so that there is no such output.
+    is_first: bool,
+    /// Whether K of the step after it has been seen to be there: asked while there is something else to do.
+    next_k_is_full: bool,
+}
+
+/// Goes through tiles that follow each other without a gap, from the next one on, which is wide.
 ///
 /// # Safety
 ///
 /// Reached by all threads of the consumers.
 #[inline(always)]
-pub unsafe fn walk<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>)
+pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>)
 where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
-    let mut step = consumer.next_tile();
-    let mut queries = consumer.take_queries(consumer.first_row());
-    let nothing = OnlineSoftmax::<1>::new(consumer.params.scale_log2);
-    let mut softmax = nothing;
-    let mut output = [[[0f32; 4]; DIM_BLOCKS]];
-    consumer.skip(consumer.steps_before(&step));
-
-    let mut scores = [[[0f32; 4]; FRAGMENTS]];
-    consumer.k.wait_full();
-    consumer.take_turn();
-    scores[0].hold();
-    consumer.start_scores::<E>(&queries, &mut scores[0]);
-    consumer.pass_turn();
-    wgmma::wait_group::<0>();
-    scores[0].hold();
-    consumer.k.release(consumer.lane());
-    consumer.mask(&step, &mut scores[0]);
-    softmax.update(&mut scores);
-    let mut weights = weights_of::<E, FRAGMENTS>(&scores[0]);
-    let mut values = consumer.v.take_full();
-
+    let (mut step, before) = consumer.next_tile();
+    let queries = consumer.take_queries(consumer.first_row());
+    consumer.skip(before);
+    let mut state = consumer.first_step::<E>(&step, queries);
     loop {
-        // The step's scores have become weights; its output is not started yet.
-        let done = step;
-        if done.is_last() {
-            if consumer.steps_behind(&done) > 0 || !consumer.has_tile_that_follows() {
-                break;
-            }
-            step = consumer.next_tile();
-            queries = consumer.take_queries(consumer.first_row());
-        } else {
+        while !step.is_last() {
             step.column += Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP;
+            consumer.further_step::<E>(&step, &mut state);
         }
-
-        let mut scores = [[[0f32; 4]; FRAGMENTS]];
-        consumer.k.wait_full();
-        consumer.take_turn();
-        output[0].hold();
-        hold_words(&mut weights);
-        hold_words(&mut queries);
-        scores[0].hold();
-        consumer.start_scores::<E>(&queries, &mut scores[0]);
-        consumer.start_output::<E>(&mut output[0], &weights, values);
-        consumer.pass_turn();
-        wgmma::wait_group::<1>();
-        scores[0].hold();
-        consumer.k.release(consumer.lane());
-        consumer.mask(&step, &mut scores[0]);
-        let before = softmax;
-        if done.is_last() {
-            softmax = nothing;
-        }
-        let factors = softmax.update(&mut scores);
-        softmax.settle();
-        let next_values = consumer.v.take_full();
-        wgmma::wait_group::<0>();
-        output[0].hold();
-        scores[0].hold();
-        consumer.v.release_stage(values, consumer.lane());
-        values = next_values;
-        weights = weights_of::<E, FRAGMENTS>(&scores[0]);
-        if done.is_last() {
-            consumer.store::<E>(done.slot, &before, &mut output);
-            output = [[[0f32; 4]; DIM_BLOCKS]];
+        let (done, values) = (step, state.values);
+        let follows = done.behind == 0 && consumer.has_tile_that_follows();
+        let factors = if follows {
+            (step, _) = consumer.next_tile();
+            state.queries = consumer.take_queries(consumer.first_row());
+            consumer.first_step_of_next::<E>(&step, done.slot, &mut state)
         } else {
-            scale_rows(&mut output, &factors);
+            consumer.last_output::<E>(&mut state);
+            consumer.finish(done.slot, &state.softmax)
+        };
+        consumer.v.release_stage(values, consumer.lane());
+        state.is_first = true;
+        scale_rows(&mut state.output, &[factors]);
+        consumer.store::<E>(done.slot, &state.output);
+        if !follows {
+            break;
         }
     }
-
-    output[0].hold();
-    hold_words(&mut weights);
-    consumer.start_output::<E>(&mut output[0], &weights, values);
-    wgmma::wait_group::<0>();
-    output[0].hold();
-    consumer.v.release_stage(values, consumer.lane());
-    let behind = consumer.steps_behind(&step);
-    consumer.store::<E>(step.slot, &softmax, &mut output);
-    consumer.skip(behind);
+    consumer.skip(step.behind);
 }
 
-/// The exponentials of a step in the element type.
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS> {
+    /// The scores of a first step, and what comes of them, with no output of a step before to go along with.
+    #[inline(always)]
+    unsafe fn first_step<E: Element>(&mut self, step: &Step, queries: Queries<DIM_BLOCKS>) -> State<DIM_BLOCKS, FRAGMENTS>
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+    {
+        let mut softmax = LazySoftmax::NOTHING;
+        let mut scores = [[0f32; 4]; FRAGMENTS];
+        self.k.wait_full();
+        self.take_turn();
+        scores.hold();
+        self.start_scores::<E>(&queries, &mut scores);
+        self.pass_turn();
+        let sees_all = self.sees_all(step);
+        wgmma::wait_group::<0>();
+        scores.hold();
+        self.k.release(self.lane());
+        self.mask(sees_all, step, &mut scores);
+        softmax.move_origins(self.params.scale_log2, &scores);
+        softmax.take_in(self.params.scale_log2, &mut scores);
+        let weights = weights_of::<E, FRAGMENTS>(&scores);
+        let values = self.v.take_full();
+        State { queries, softmax, weights, values, output: [[[0f32; 4]; DIM_BLOCKS]], is_first: true, next_k_is_full: false }
+    }
+
+    /// A step of the same tile as the step before, whose output is made meanwhile.
+    #[inline(always)]
+    unsafe fn further_step<E: Element>(&mut self, step: &Step, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    {
+        let mut scores = [[0f32; 4]; FRAGMENTS];
+        self.start_step::<E>(state, &mut scores);
+        let sees_all = self.sees_all(step);
+        wgmma::wait_group::<1>();
+        scores.hold();
+        self.k.release(self.lane());
+        self.mask(sees_all, step, &mut scores);
+        let factors = state.softmax.make_room(self.params.scale_log2, &scores);
+        let values = state.values;
+        self.take_in_around_output::<E>(state, &mut scores);
+        self.v.release_stage(values, self.lane());
+        state.is_first = false;
+        if let Some(factors) = factors {
+            scale_rows(&mut state.output, &[factors]);
+        }
+    }
+
+    /// The first step of a tile that follows another, whose last output is made meanwhile. Returns what that output is to be multiplied with at the end.
+    #[inline(always)]
+    unsafe fn first_step_of_next<E: Element>(
+        &mut self,
+        step: &Step,
+        done: u32,
+        state: &mut State<DIM_BLOCKS, FRAGMENTS>,
+    ) -> [f32; ROWS_PER_LANE]
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    {
+        let mut scores = [[0f32; 4]; FRAGMENTS];
+        self.start_step::<E>(state, &mut scores);
+        let sees_all = self.sees_all(step);
+        let factors = self.finish(done, &state.softmax);
+        state.softmax = LazySoftmax::NOTHING;
+        wgmma::wait_group::<1>();
+        scores.hold();
+        self.k.release(self.lane());
+        self.mask(sees_all, step, &mut scores);
+        state.softmax.move_origins(self.params.scale_log2, &scores);
+        self.take_in_around_output::<E>(state, &mut scores);
+        factors
+    }
+
+    /// Starts the scores of a step, and the output of the step before.
+    #[inline(always)]
+    unsafe fn start_step<E>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>, scores: &mut [Fragment; FRAGMENTS])
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    {
+        if !state.next_k_is_full {
+            self.k.wait_full();
+        }
+        self.take_turn();
+        state.output[0].hold();
+        hold_words(&mut state.weights);
+        hold_words(&mut state.queries);
+        scores.hold();
+        self.start_scores::<E>(&state.queries, scores);
+        self.start_output::<E>(&mut state.output[0], state.is_first, &state.weights, state.values);
+        self.pass_turn();
+    }
+
+    /// Turns scores into weights, the first half of them while the output of the step before is still being made.
+    #[inline(always)]
+    unsafe fn take_in_around_output<E: Element>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>, scores: &mut [Fragment; FRAGMENTS])
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    {
+        let scale_log2 = self.params.scale_log2;
+        state.softmax.take_in(scale_log2, &mut scores[..FRAGMENTS / 2]);
+        state.values = self.v.take_full_after(state.softmax.zero_after());
+        wgmma::wait_group::<0>();
+        state.output[0].hold();
+        hold_words(&mut state.weights);
+        scores.hold();
+        control::fence_arithmetic(state.values, self.v.stages());
+        state.next_k_is_full = self.k.is_full();
+        state.softmax.take_in(scale_log2, &mut scores[FRAGMENTS / 2..]);
+        state.weights = weights_of::<E, FRAGMENTS>(scores);
+    }
+
+    /// The output of the last step, with no further scores to go along with.
+    #[inline(always)]
+    unsafe fn last_output<E>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
+    where
+        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    {
+        state.output[0].hold();
+        hold_words(&mut state.weights);
+        self.start_output::<E>(&mut state.output[0], state.is_first, &state.weights, state.values);
+        wgmma::wait_group::<0>();
+        state.output[0].hold();
+    }
+}
+
+/// Exponentials of a step in the element type.
 #[inline(always)]
 fn weights_of<E: Element, const FRAGMENTS: usize>(exponentials: &[Fragment; FRAGMENTS]) -> Weights<FRAGMENTS> {
-    let mut weights = [[0u32; 2]; FRAGMENTS];
-    for (words, fragment) in weights.iter_mut().zip(exponentials) {
-        *words = [E::pack(fragment[0], fragment[1]), E::pack(fragment[2], fragment[3])];
-    }
-    weights
+    exponentials.map(|fragment| [E::pack(fragment[0], fragment[1]), E::pack(fragment[2], fragment[3])])
 }

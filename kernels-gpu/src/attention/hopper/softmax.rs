@@ -1,0 +1,117 @@
+//! The softmax of wide tiles: online, as [`OnlineSoftmax`](crate::softmax::OnlineSoftmax), but with little to wait for.
+//!
+//! Exponentials are relative to an *origin* of their row. It need not be the row's greatest score: as long as no score is far above it, exponentials
+//! are numbers of an ordinary size, and what was summed up before stays as it is. So the origin is the greatest score of a tile's first step, and later steps only
+//! look whether some score of the warp's rows is out of range, which lanes need not tell each other for. (FlashAttention-4, for Blackwell, moves origins as seldom.)
+
+use crate::ptx::mma::Fragment;
+use crate::ptx::{math, warp};
+use crate::softmax::{ROWS_PER_LANE, RowSum};
+
+/// Base 2 logarithm of the greatest exponential that is in range: far from what float16 can hold.
+const RANGE_LOG2: f32 = 8.0;
+
+/// The offset of a row that has seen nothing: any score at all is then out of range, but for −∞, whose exponential is zero.
+const NOTHING_SEEN: f32 = f32::MAX;
+
+/// A number for each row that the lane holds a part of.
+pub type OfRows = [f32; ROWS_PER_LANE];
+
+/// Origin and sum of each row that the lane holds a part of.
+#[derive(Clone, Copy)]
+pub struct LazySoftmax {
+    /// What is added to scaled scores: minus the origin, or [`NOTHING_SEEN`].
+    offset: OfRows,
+    /// Sum of this lane's exponentials.
+    sum: OfRows,
+}
+
+impl LazySoftmax {
+    /// Nothing seen yet.
+    pub const NOTHING: Self = Self { offset: [NOTHING_SEEN; ROWS_PER_LANE], sum: [0.0; ROWS_PER_LANE] };
+
+    /// Moves the origins of rows, if some of these scores are out of range.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::move_origins`].
+    #[inline(always)]
+    pub unsafe fn make_room<const FRAGMENTS: usize>(&mut self, scale_log2: f32, scores: &[Fragment; FRAGMENTS]) -> Option<OfRows> {
+        let greatest = greatest_of_lane(scores);
+        let is_out_of_range = |half: usize| greatest[half] * scale_log2 > RANGE_LOG2 - self.offset[half];
+        if warp::any(is_out_of_range(0) || is_out_of_range(1)) { Some(self.move_up(scale_log2, greatest)) } else { None }
+    }
+
+    /// Moves the origins of rows up to the greatest of these scores, where they are not above it. What was summed up before is then multiplied by the factors that
+    /// are returned; so must the output be.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn move_origins<const FRAGMENTS: usize>(&mut self, scale_log2: f32, scores: &[Fragment; FRAGMENTS]) -> OfRows {
+        self.move_up(scale_log2, greatest_of_lane(scores))
+    }
+
+    /// As [`Self::move_origins`], for the greatest scores that the lane has.
+    #[inline(always)]
+    unsafe fn move_up(&mut self, scale_log2: f32, greatest_of_lane: OfRows) -> OfRows {
+        let mut factors = [1.0; ROWS_PER_LANE];
+        for half in 0..ROWS_PER_LANE {
+            let before = self.offset[half];
+            self.offset[half] = math::min(before, -warp::quad_max(greatest_of_lane[half]) * scale_log2);
+            // Of a row that has seen nothing before, sum and output are zero.
+            factors[half] = if before == NOTHING_SEEN { 1.0 } else { math::exp2(self.offset[half] - before) };
+            self.sum[half] *= factors[half];
+        }
+        factors
+    }
+
+    /// Turns scores into exponentials and takes them in.
+    #[inline(always)]
+    pub fn take_in(&mut self, scale_log2: f32, scores: &mut [Fragment]) {
+        for fragment in scores {
+            for half in 0..ROWS_PER_LANE {
+                for score in &mut fragment[2 * half..2 * half + 2] {
+                    *score = math::exp2(math::fma(*score, scale_log2, self.offset[half]));
+                }
+                self.sum[half] += fragment[2 * half] + fragment[2 * half + 1];
+            }
+        }
+    }
+
+    /// Zero, as a sum of exponentials is never negative; but neither the compiler nor the assembler knows that, so what depends on it comes after the
+    /// exponentials so far.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn zero_after(&self) -> u32 {
+        warp::any(self.sum[0] < 0.0 || self.sum[1] < 0.0).into()
+    }
+
+    /// The factors of the rows, when all columns were taken in.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn finish(&self) -> [RowSum; ROWS_PER_LANE] {
+        let sums = [warp::quad_sum(self.sum[0]), warp::quad_sum(self.sum[1])];
+        [RowSum::new(sums[0], -self.offset[0]), RowSum::new(sums[1], -self.offset[1])]
+    }
+}
+
+/// The greatest score that the lane has of each row.
+#[inline(always)]
+fn greatest_of_lane<const FRAGMENTS: usize>(scores: &[Fragment; FRAGMENTS]) -> OfRows {
+    // Of every second column of a row, so that four maxima are worked out side by side.
+    let mut greatest = scores[0];
+    for fragment in &scores[1..] {
+        for (greatest, &score) in greatest.iter_mut().zip(fragment) {
+            *greatest = math::max(*greatest, score);
+        }
+    }
+    [math::max(greatest[0], greatest[1]), math::max(greatest[2], greatest[3])]
+}
