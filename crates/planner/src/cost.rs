@@ -136,6 +136,7 @@ enum TileKindName {
 pub(crate) struct CostModel {
     family: KernelFamily,
     heads: HeadGroups,
+    groups_per_kv_head: f64,
     /// By kind of tile.
     tiles: [TileCosts; 2],
     item_ns: f64,
@@ -182,6 +183,7 @@ impl CostModel {
         Self {
             family: model.kernel_family,
             heads,
+            groups_per_kv_head: f64::from(heads.groups_per_kv_head().max(1)),
             tiles: [wide, narrow],
             item_ns: model.item_ns,
             row_bytes: (u64::from(shape.head_dim()) * shape.dtype().size_in_bytes()) as f64,
@@ -205,7 +207,7 @@ impl CostModel {
     /// The part of the columns that is read from memory, if a part of `fresh` is read by no other item of its head group before.
     fn fresh(&self, fresh: f32) -> f64 {
         // The head groups of a KV head share its columns too.
-        f64::from(fresh) / f64::from(self.heads.groups_per_kv_head().max(1))
+        f64::from(fresh) / self.groups_per_kv_head
     }
 
     /// What an item takes besides its columns, if it is its traffic that takes long.
@@ -226,15 +228,28 @@ impl CostModel {
 
     /// What an item has to do, if a part of `fresh` of its columns is read by no other item of its head group before.
     pub fn work(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> ItemWork {
+        ItemWork {
+            flops: self.flops(kind, segments, columns.clone()),
+            ..self.work_besides_products(kind, num_rows(self.heads, segments), columns, fresh, partial)
+        }
+    }
+
+    /// The same without products.
+    fn work_besides_products(&self, kind: TileKind, rows: u32, columns: Range<u32>, fresh: f32, partial: bool) -> ItemWork {
         let kv_bytes = 2.0 * self.kv_row_bytes * f64::from(columns.end - columns.start);
         let fresh_bytes = kv_bytes * self.fresh(fresh);
         ItemWork {
             tile: kind,
-            memory_bytes: fresh_bytes + self.row_bytes(num_rows(self.heads, segments), partial),
+            memory_bytes: fresh_bytes + self.row_bytes(rows, partial),
             cached_bytes: kv_bytes - fresh_bytes,
             steps: (columns.end - columns.start).div_ceil(self.family.column_step()),
-            flops: issued_pairs(self.family, self.heads, kind, segments, columns) as f64 * self.flops_per_pair,
+            flops: 0.0,
         }
+    }
+
+    /// Floating-point operations of an item.
+    fn flops(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>) -> f64 {
+        issued_pairs(self.family, self.heads, kind, segments, columns) as f64 * self.flops_per_pair
     }
 
     /// What the parts of that take.
@@ -269,9 +284,14 @@ impl CostModel {
         Line { fixed_ns: full_tiles * full.fixed_ns + last.fixed_ns, column_ns: full_tiles * full.column_ns + last.column_ns }
     }
 
-    /// What an item takes: see [`Self::work`].
-    pub fn item(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> Ns {
-        self.times(&self.work(kind, segments, columns, fresh, partial)).full_ns()
+    /// What the parts of an item take: see [`Self::work`].
+    pub fn item(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> WorkTimes {
+        let flops = match kind {
+            TileKind::Wide => self.flops(kind, segments, columns.clone()),
+            TileKind::Narrow => 0.0, // they are part of the steps' time
+        };
+        let besides_products = self.work_besides_products(kind, num_rows(self.heads, segments), columns, fresh, partial);
+        self.times(&ItemWork { flops, ..besides_products })
     }
 
     /// What an item of a plan has to do.
@@ -281,7 +301,7 @@ impl CostModel {
 
     /// What the parts of an item of a plan take.
     pub fn times_of(&self, item: &WorkItem, segments: &[RowSegment], fresh: f32) -> WorkTimes {
-        self.times(&self.work_of(item, segments, fresh))
+        self.item(item.tile, segments, item.column_begin..item.column_end, fresh, item.partial_row != DIRECT)
     }
 }
 
@@ -355,11 +375,11 @@ mod tests {
         let shape = AttentionShape::new(8, 2, 128, DType::Bf16)?;
         let model = DeviceModel::H100;
         let cost = CostModel::new(&model, shape, heads());
-        let long = cost.item(TileKind::Narrow, &[segment(1, 0, 1 << 20)], 0..1 << 20, 1.0, false) as f64;
+        let long = cost.item(TileKind::Narrow, &[segment(1, 0, 1 << 20)], 0..1 << 20, 1.0, false).full();
         let bytes = 512.0 * f64::from(1 << 20) * f64::from(model.lanes());
         let expected = bytes / model.bytes_per_s * 1e9;
         assert!((long / expected - 1.0).abs() < 0.01, "{long} ns, not {expected}");
-        let cached = cost.item(TileKind::Narrow, &[segment(1, 0, 1 << 20)], 0..1 << 20, 0.5, false) as f64;
+        let cached = cost.item(TileKind::Narrow, &[segment(1, 0, 1 << 20)], 0..1 << 20, 0.5, false).full();
         assert!(cached < long);
         Ok(())
     }

@@ -131,7 +131,7 @@ impl Packer {
             let division = own.division(heads);
             let item = |kind, tokens| {
                 let segment = own.segment(batch.mask(), tokens, 0);
-                cost.item(kind, &[segment], 0..last_column_end(&segment), division.fresh(), own.is_partial())
+                cost.item(kind, &[segment], 0..last_column_end(&segment), division.fresh(), own.is_partial()).full_ns()
             };
             let alone = match division.remainder {
                 0 => 0,
@@ -171,7 +171,7 @@ impl Packer {
                 break;
             }
             content.add(own, batch.mask(), heads, &mut self.segments);
-            let joined = cost.item(kind, &self.segments, 0..content.columns, content.fresh(), content.partial);
+            let joined = cost.item(kind, &self.segments, 0..content.columns, content.fresh(), content.partial).full_ns();
             if joined > longest_pack || joined >= self.alone[next as usize].saturating_add(pack_cost) {
                 break;
             }

@@ -67,7 +67,10 @@ pub(crate) struct Division {
 impl Division {
     pub fn of(tokens: u32, heads: HeadGroups) -> Self {
         let tile_tokens = tokens_per_tile(TileKind::Wide, heads);
-        Self { full_tiles: tokens / tile_tokens, tile_tokens, remainder: tokens % tile_tokens }
+        // Whether a tile has room for one more is told without dividing, as most requests have few.
+        let is_less_than_one = (tokens + 1) * heads.heads_per_group <= heads.wide_tile_rows;
+        let full_tiles = if is_less_than_one { 0 } else { tokens / tile_tokens };
+        Self { full_tiles, tile_tokens, remainder: tokens - full_tiles * tile_tokens }
     }
 
     /// The tokens of full tile `tile`.
