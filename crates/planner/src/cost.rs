@@ -28,6 +28,53 @@ fn rows_together(family: KernelFamily, heads: HeadGroups, kind: TileKind) -> u32
     }
 }
 
+/// The columns that the parts of a tile's rows see, each of which skips steps of columns by itself.
+#[derive(Clone, Copy, Debug)]
+struct PartViews {
+    heads_per_group: u32,
+    /// Rows of a part, a power of two.
+    together: u32,
+    num_rows: u32,
+    /// Of each part the first column that any of its rows sees, and one past the last.
+    views: [(u32, u32); MAX_PARTS],
+}
+
+impl PartViews {
+    /// Of a tile without rows.
+    fn new(family: KernelFamily, heads: HeadGroups, kind: TileKind) -> Self {
+        let together = rows_together(family, heads, kind);
+        Self { heads_per_group: heads.heads_per_group, together, num_rows: 0, views: [(u32::MAX, 0); MAX_PARTS] }
+    }
+
+    /// Adds rows to the tile.
+    fn add(&mut self, segment: &RowSegment) {
+        let (row, row_end) = (self.num_rows, self.num_rows + segment.num_tokens * self.heads_per_group);
+        let part_of = |row: u32| row >> self.together.ilog2();
+        for part in part_of(row)..=part_of(row_end - 1) {
+            let (part_begin, part_end) = (part * self.together, (part + 1) * self.together);
+            let first_token = if part_begin <= row { 0 } else { (part_begin - row) / self.heads_per_group };
+            let last_token =
+                if row_end <= part_end { segment.num_tokens - 1 } else { (part_end - 1 - row) / self.heads_per_group };
+            let (begin, end) = &mut self.views[part as usize];
+            *begin = segment.columns(first_token).start.min(*begin);
+            *end = segment.columns(last_token).end.max(*end);
+        }
+        self.num_rows = row_end;
+    }
+
+    /// (row, column) pairs that a head group computes of some columns, in whole steps.
+    fn issued_pairs(&self, columns: Range<u32>, step: u32) -> u64 {
+        let steps: u32 = self
+            .views
+            .iter()
+            .map(|&(begin, end)| (begin.max(columns.start), end.min(columns.end)))
+            .filter(|(begin, end)| begin < end)
+            .map(|(begin, end)| (end - columns.start).div_ceil(step) - (begin - columns.start) / step)
+            .sum();
+        u64::from(self.together) * u64::from(step) * u64::from(steps)
+    }
+}
+
 /// (row, column) pairs that a head group computes of a tile's `columns`: whole steps of whole warps or warpgroups.
 pub(crate) fn issued_pairs(
     family: KernelFamily,
@@ -36,27 +83,28 @@ pub(crate) fn issued_pairs(
     segments: &[RowSegment],
     columns: Range<u32>,
 ) -> u64 {
-    let (together, step) = (rows_together(family, heads, kind), family.column_step());
-    let mut views = [(u32::MAX, 0); MAX_PARTS];
-    let mut row = 0;
-    for segment in segments {
-        let row_end = row + segment.num_tokens * heads.heads_per_group;
-        for part in row / together..row_end.div_ceil(together) {
-            let (first_row, last_row) = (row.max(part * together), row_end.min((part + 1) * together) - 1);
-            let token = |row_of_token| (row_of_token - row) / heads.heads_per_group;
-            let (begin, end) = &mut views[part as usize];
-            *begin = segment.columns(token(first_row)).start.min(*begin);
-            *end = segment.columns(token(last_row)).end.max(*end);
+    let mut views = PartViews::new(family, heads, kind);
+    segments.iter().for_each(|segment| views.add(segment));
+    views.issued_pairs(columns, family.column_step())
+}
+
+/// The rows of a tile: what the cost model goes by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TileRows {
+    kind: TileKind,
+    num_rows: u32,
+    /// Of a wide tile.
+    views: PartViews,
+}
+
+impl TileRows {
+    /// Adds the rows of a segment.
+    pub fn add(&mut self, segment: &RowSegment) {
+        self.num_rows += segment.num_tokens * self.views.heads_per_group;
+        if self.kind == TileKind::Wide {
+            self.views.add(segment);
         }
-        row = row_end;
     }
-    let steps: u32 = views
-        .iter()
-        .map(|&(begin, end)| (begin.max(columns.start), end.min(columns.end)))
-        .filter(|(begin, end)| begin < end)
-        .map(|(begin, end)| (end - columns.start).div_ceil(step) - (begin - columns.start) / step)
-        .sum();
-    u64::from(together) * u64::from(step) * u64::from(steps)
 }
 
 /// Rows of a head group in a tile.
@@ -228,10 +276,10 @@ impl CostModel {
 
     /// What an item has to do, if a part of `fresh` of its columns is read by no other item of its head group before.
     pub fn work(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> ItemWork {
-        ItemWork {
-            flops: self.flops(kind, segments, columns.clone()),
-            ..self.work_besides_products(kind, num_rows(self.heads, segments), columns, fresh, partial)
-        }
+        let mut views = PartViews::new(self.family, self.heads, kind);
+        segments.iter().for_each(|segment| views.add(segment));
+        let flops = self.flops(&views, columns.clone());
+        ItemWork { flops, ..self.work_besides_products(kind, views.num_rows, columns, fresh, partial) }
     }
 
     /// The same without products.
@@ -248,8 +296,8 @@ impl CostModel {
     }
 
     /// Floating-point operations of an item.
-    fn flops(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>) -> f64 {
-        issued_pairs(self.family, self.heads, kind, segments, columns) as f64 * self.flops_per_pair
+    fn flops(&self, views: &PartViews, columns: Range<u32>) -> f64 {
+        views.issued_pairs(columns, self.family.column_step()) as f64 * self.flops_per_pair
     }
 
     /// What the parts of that take.
@@ -284,14 +332,25 @@ impl CostModel {
         Line { fixed_ns: full_tiles * full.fixed_ns + last.fixed_ns, column_ns: full_tiles * full.column_ns + last.column_ns }
     }
 
+    /// A tile without rows.
+    pub fn no_rows(&self, kind: TileKind) -> TileRows {
+        TileRows { kind, num_rows: 0, views: PartViews::new(self.family, self.heads, kind) }
+    }
+
     /// What the parts of an item take: see [`Self::work`].
     pub fn item(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> WorkTimes {
-        let flops = match kind {
-            TileKind::Wide => self.flops(kind, segments, columns.clone()),
+        let mut rows = self.no_rows(kind);
+        segments.iter().for_each(|segment| rows.add(segment));
+        self.item_of_rows(&rows, columns, fresh, partial)
+    }
+
+    /// The same for the rows of a tile.
+    pub fn item_of_rows(&self, rows: &TileRows, columns: Range<u32>, fresh: f32, partial: bool) -> WorkTimes {
+        let flops = match rows.kind {
+            TileKind::Wide => self.flops(&rows.views, columns.clone()),
             TileKind::Narrow => 0.0, // they are part of the steps' time
         };
-        let besides_products = self.work_besides_products(kind, num_rows(self.heads, segments), columns, fresh, partial);
-        self.times(&ItemWork { flops, ..besides_products })
+        self.times(&ItemWork { flops, ..self.work_besides_products(rows.kind, rows.num_rows, columns, fresh, partial) })
     }
 
     /// What an item of a plan has to do.

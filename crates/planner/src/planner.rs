@@ -64,6 +64,8 @@ struct Place {
     /// What the longest item of its pack takes, or itself if nobody else reads its columns.
     longest: Ns,
     pack: u32,
+    /// The least comes first of its pack.
+    rank: Ns,
     item: u32,
 }
 
@@ -181,8 +183,12 @@ impl Planner {
         /// What sharing must save, as part of the time, to be worth its merges: predictions are not better than that.
         const WORTHWHILE: f64 = 0.01;
         let planned = self.lay_out(batch, plan, heads, cost);
+        let apart_ns = plan.model.least_ns(LeastWork::of(batch, 0)) * (1.0 - WORTHWHILE);
+        if planned.is_ok() && plan.predicted_at_most_ns(&plan.model, &self.times) < apart_ns {
+            return planned;
+        }
         let shared_ns = plan.predicted_ns(&plan.model, &mut self.lanes);
-        if planned.is_ok() && shared_ns < plan.model.least_ns(LeastWork::of(batch, 0)) * (1.0 - WORTHWHILE) {
+        if planned.is_ok() && shared_ns < apart_ns {
             return planned;
         }
         self.sharing.share_nothing();
@@ -247,7 +253,7 @@ impl Planner {
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
         if self.packing == Packing::PerRequest {
             self.order.clear();
-            self.order.extend((0..self.items.len() as u32).map(|item| Place { longest: 0, pack: 0, item }));
+            self.order.extend((0..self.items.len() as u32).map(|item| Place { longest: 0, pack: 0, rank: 0, item }));
         } else {
             self.find_times(plan, cost);
             self.sort();
@@ -287,19 +293,20 @@ impl Planner {
         }
         order.clear();
         order.extend((0..).zip(items.iter().zip(&*times)).map(|(index, (item, times))| {
-            let Tile { pack, fresh, .. } = tiles[item.tile as usize];
+            let Tile { pack, fresh, shared, .. } = tiles[item.tile as usize];
+            let full_ns = times.full_ns();
             // Nobody else reads the columns.
             let is_alone = fresh == 1.0;
-            Place { longest: if is_alone { times.full_ns() } else { longest[pack as usize] }, pack, item: index }
+            let longest = if is_alone { full_ns } else { longest[pack as usize] };
+            let rank = if shared { Ns::from(item.item.column_begin) } else { !full_ns };
+            Place { longest, pack, rank, item: index }
         }));
-        order.sort_unstable_by_key(Place::key);
+        // By numbers, which are sorted faster than by fields; so packs come first, then what is in each.
+        order.sort_unstable_by_key(|place| {
+            u128::from(!place.longest) << 64 | u128::from(place.pack) << 32 | u128::from(place.item)
+        });
         for of_pack in order.chunk_by_mut(|a, b| (a.longest, a.pack) == (b.longest, b.pack)).filter(|places| places.len() > 1) {
-            of_pack.sort_unstable_by_key(|place| {
-                let Item { item, tile } = &items[place.item as usize];
-                let by_columns = tiles[*tile as usize].shared;
-                let full_ns = times[place.item as usize].full_ns();
-                (if by_columns { Ns::from(item.column_begin) } else { !full_ns }, place.item)
-            });
+            of_pack.sort_unstable_by_key(|place| u128::from(place.rank) << 32 | u128::from(place.item));
         }
     }
 
@@ -315,12 +322,5 @@ impl Planner {
         order.retain(|place| !is_narrow(place));
         order.append(narrow);
         back_lanes
-    }
-}
-
-impl Place {
-    /// A number by which items are sorted, which is faster than by fields.
-    fn key(&self) -> u128 {
-        u128::from(!self.longest) << 64 | u128::from(self.pack) << 32 | u128::from(self.item)
     }
 }

@@ -204,8 +204,12 @@ impl Plan {
         let num_lanes = model.lanes();
         let back_lanes = self.back_lanes.min(num_lanes);
         let front_items = self.num_front_items as usize;
-        let front_need = memory_need(self.times_of(0..front_items, model));
-        let memory_needed = memory_needed(f64::from(back_lanes) / f64::from(num_lanes), front_need);
+        let memory_needed = if back_lanes == 0 {
+            1.0
+        } else {
+            let front_need = memory_need(self.times_of(0..front_items, model));
+            memory_needed(f64::from(back_lanes) / f64::from(num_lanes), front_need)
+        };
         let groups = self.heads.num_groups as usize;
         let tasks = |items: Range<usize>| {
             let first_task = items.start * groups;
