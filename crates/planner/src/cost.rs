@@ -93,18 +93,8 @@ pub(crate) fn issued_pairs(
 pub(crate) struct TileRows {
     kind: TileKind,
     num_rows: u32,
-    /// Of a wide tile.
-    views: PartViews,
-}
-
-impl TileRows {
-    /// Adds the rows of a segment.
-    pub fn add(&mut self, segment: &RowSegment) {
-        self.num_rows += segment.num_tokens * self.views.heads_per_group;
-        if self.kind == TileKind::Wide {
-            self.views.add(segment);
-        }
-    }
+    /// Of a wide tile: products of a narrow one take no time besides its steps.
+    views: Option<PartViews>,
 }
 
 /// Rows of a head group in a tile.
@@ -334,22 +324,28 @@ impl CostModel {
 
     /// A tile without rows.
     pub fn no_rows(&self, kind: TileKind) -> TileRows {
-        TileRows { kind, num_rows: 0, views: PartViews::new(self.family, self.heads, kind) }
+        let views = (kind == TileKind::Wide).then(|| PartViews::new(self.family, self.heads, kind));
+        TileRows { kind, num_rows: 0, views }
+    }
+
+    /// Adds the rows of a segment to a tile.
+    pub fn add(&self, rows: &mut TileRows, segment: &RowSegment) {
+        rows.num_rows += segment.num_tokens * self.heads.heads_per_group;
+        if let Some(views) = &mut rows.views {
+            views.add(segment);
+        }
     }
 
     /// What the parts of an item take: see [`Self::work`].
     pub fn item(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> WorkTimes {
         let mut rows = self.no_rows(kind);
-        segments.iter().for_each(|segment| rows.add(segment));
+        segments.iter().for_each(|segment| self.add(&mut rows, segment));
         self.item_of_rows(&rows, columns, fresh, partial)
     }
 
     /// The same for the rows of a tile.
     pub fn item_of_rows(&self, rows: &TileRows, columns: Range<u32>, fresh: f32, partial: bool) -> WorkTimes {
-        let flops = match rows.kind {
-            TileKind::Wide => self.flops(&rows.views, columns.clone()),
-            TileKind::Narrow => 0.0, // they are part of the steps' time
-        };
+        let flops = rows.views.as_ref().map_or(0.0, |views| self.flops(views, columns.clone()));
         self.times(&ItemWork { flops, ..self.work_besides_products(rows.kind, rows.num_rows, columns, fresh, partial) })
     }
 

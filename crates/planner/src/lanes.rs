@@ -100,7 +100,30 @@ impl Lanes {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Whatever items come to however many lanes: it is always the first of those with the least load that gets the next.
+        #[test]
+        fn the_first_of_the_least_loads_is_found(
+            loads in prop::collection::vec(0..20u64, 1..70),
+            items in prop::collection::vec(prop_oneof![0..20u64, Just(Ns::MAX)], 0..200),
+        ) {
+            let mut lanes = Lanes::default();
+            lanes.reset_to(loads.iter().copied());
+            let mut loads = loads;
+            for item in items {
+                let least = (0..loads.len()).min_by_key(|&lane| loads[lane]).expect("at least one lane");
+                prop_assert_eq!(lanes.first(), Some((loads[least], least as u32)));
+                let others = loads.iter().enumerate().filter(|(lane, _)| *lane != least).map(|(_, load)| *load);
+                prop_assert_eq!(lanes.second(), others.min().unwrap_or(loads[least]));
+                lanes.add(item);
+                loads[least] = loads[least].saturating_add(item);
+            }
+        }
+    }
 
     #[test]
     fn items_go_to_the_lane_that_is_free_first() {

@@ -159,7 +159,7 @@ impl Packer {
         let kind = kind_for(tokens, heads);
         let mut free = tokens_per_tile(kind, heads) - tokens;
         let (mut content, mut rows) = (Content::default(), cost.no_rows(kind));
-        content.add(sharing.own(batch, first), batch.mask(), heads).iter().for_each(|segment| rows.add(segment));
+        content.add(sharing.own(batch, first), batch.mask(), heads).iter().for_each(|segment| cost.add(&mut rows, segment));
         let mut pack_cost = self.alone[first as usize];
         self.members.push(first);
         while let Some((tokens, next)) = self.remainders.longest(free) {
@@ -167,7 +167,7 @@ impl Packer {
             if content.columns.saturating_add(own.kv_len()) > Batch::MAX_SLOTS {
                 break;
             }
-            content.add(own, batch.mask(), heads).iter().for_each(|segment| rows.add(segment));
+            content.add(own, batch.mask(), heads).iter().for_each(|segment| cost.add(&mut rows, segment));
             let joined = cost.item_of_rows(&rows, 0..content.columns, content.fresh(), content.partial).full_ns();
             if joined > longest_pack || joined >= self.alone[next as usize].saturating_add(pack_cost) {
                 break;

@@ -284,23 +284,29 @@ impl Planner {
 
     /// Finds the order of the items.
     fn sort(&mut self) {
-        let Self { items, tiles, times, longest, order, .. } = self;
+        let Self { items, tiles, splitter, times, longest, order, .. } = self;
         longest.clear();
         longest.resize(tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
         for (item, times) in items.iter().zip(&*times) {
             let longest = &mut longest[tiles[item.tile as usize].pack as usize];
             *longest = times.full_ns().max(*longest);
         }
-        order.clear();
-        order.extend((0..).zip(items.iter().zip(&*times)).map(|(index, (item, times))| {
-            let Tile { pack, fresh, shared, .. } = tiles[item.tile as usize];
-            let full_ns = times.full_ns();
+        let place = |index: u32| {
+            let (Item { item, tile }, full_ns) = (&items[index as usize], times[index as usize].full_ns());
+            let Tile { pack, fresh, shared, .. } = tiles[*tile as usize];
             // Nobody else reads the columns.
             let is_alone = fresh == 1.0;
             let longest = if is_alone { full_ns } else { longest[pack as usize] };
-            let rank = if shared { Ns::from(item.item.column_begin) } else { !full_ns };
+            let rank = if shared { Ns::from(item.column_begin) } else { !full_ns };
             Place { longest, pack, rank, item: index }
-        }));
+        };
+        order.clear();
+        if items.len() == tiles.len() {
+            // Items are whole tiles: in this order they are sorted already, or nearly.
+            order.extend(splitter.longest_first().map(place));
+        } else {
+            order.extend((0..items.len() as u32).map(place));
+        }
         // By numbers, which are sorted faster than by fields; so packs come first, then what is in each.
         order.sort_unstable_by_key(|place| {
             u128::from(!place.longest) << 64 | u128::from(place.pack) << 32 | u128::from(place.item)

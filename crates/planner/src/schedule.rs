@@ -318,6 +318,17 @@ mod tests {
     }
 
     #[test]
+    fn a_call_takes_no_longer_than_its_bound() {
+        let mixed = mixed_plan();
+        for (plan, model) in [mixed, (plan(1), DeviceModel::H100), (plan(100), DeviceModel::H100)] {
+            let times: Vec<_> = plan.times_of(0..plan.items().len(), &model).collect();
+            let (predicted_ns, most_ns) =
+                (plan.predicted_ns(&model, &mut Lanes::default()), plan.predicted_at_most_ns(&model, &times));
+            assert!((0.5 * most_ns..=most_ns).contains(&predicted_ns), "{predicted_ns} ns, at most {most_ns}");
+        }
+    }
+
+    #[test]
     fn some_lanes_begin_with_what_memory_limits() {
         let (plan, model) = mixed_plan();
         let (front, back) = plan.items().split_at(plan.num_front_items() as usize);

@@ -67,6 +67,11 @@ impl Splitter {
         &self.times
     }
 
+    /// The tiles that were split last, the longest first.
+    pub fn longest_first(&self) -> impl Iterator<Item = u32> {
+        self.order.iter().map(|&(_, tile)| tile)
+    }
+
     /// The parts of tiles, those of one tile one after the other.
     pub fn split(&mut self, tiles: &[Tile], plan: &Plan, cost: &CostModel) -> &[Part] {
         let model = &plan.model;
