@@ -28,6 +28,53 @@ fn rows_together(family: KernelFamily, heads: HeadGroups, kind: TileKind) -> u32
     }
 }
 
+/// The columns that the parts of a tile's rows see, each of which skips steps of columns by itself.
+#[derive(Clone, Copy, Debug)]
+struct PartViews {
+    heads_per_group: u32,
+    /// Rows of a part, a power of two.
+    together: u32,
+    num_rows: u32,
+    /// Of each part the first column that any of its rows sees, and one past the last.
+    views: [(u32, u32); MAX_PARTS],
+}
+
+impl PartViews {
+    /// Of a tile without rows.
+    fn new(family: KernelFamily, heads: HeadGroups, kind: TileKind) -> Self {
+        let together = rows_together(family, heads, kind);
+        Self { heads_per_group: heads.heads_per_group, together, num_rows: 0, views: [(u32::MAX, 0); MAX_PARTS] }
+    }
+
+    /// Adds rows to the tile.
+    fn add(&mut self, segment: &RowSegment) {
+        let (row, row_end) = (self.num_rows, self.num_rows + segment.num_tokens * self.heads_per_group);
+        let part_of = |row: u32| row >> self.together.ilog2();
+        for part in part_of(row)..=part_of(row_end - 1) {
+            let (part_begin, part_end) = (part * self.together, (part + 1) * self.together);
+            let first_token = if part_begin <= row { 0 } else { (part_begin - row) / self.heads_per_group };
+            let last_token =
+                if row_end <= part_end { segment.num_tokens - 1 } else { (part_end - 1 - row) / self.heads_per_group };
+            let (begin, end) = &mut self.views[part as usize];
+            *begin = segment.columns(first_token).start.min(*begin);
+            *end = segment.columns(last_token).end.max(*end);
+        }
+        self.num_rows = row_end;
+    }
+
+    /// (row, column) pairs that a head group computes of some columns, in whole steps.
+    fn issued_pairs(&self, columns: Range<u32>, step: u32) -> u64 {
+        let steps: u32 = self
+            .views
+            .iter()
+            .map(|&(begin, end)| (begin.max(columns.start), end.min(columns.end)))
+            .filter(|(begin, end)| begin < end)
+            .map(|(begin, end)| (end - columns.start).div_ceil(step) - (begin - columns.start) / step)
+            .sum();
+        u64::from(self.together) * u64::from(step) * u64::from(steps)
+    }
+}
+
 /// (row, column) pairs that a head group computes of a tile's `columns`: whole steps of whole warps or warpgroups.
 pub(crate) fn issued_pairs(
     family: KernelFamily,
@@ -36,27 +83,18 @@ pub(crate) fn issued_pairs(
     segments: &[RowSegment],
     columns: Range<u32>,
 ) -> u64 {
-    let (together, step) = (rows_together(family, heads, kind), family.column_step());
-    let mut views = [(u32::MAX, 0); MAX_PARTS];
-    let mut row = 0;
-    for segment in segments {
-        let row_end = row + segment.num_tokens * heads.heads_per_group;
-        for part in row / together..row_end.div_ceil(together) {
-            let (first_row, last_row) = (row.max(part * together), row_end.min((part + 1) * together) - 1);
-            let token = |row_of_token| (row_of_token - row) / heads.heads_per_group;
-            let (begin, end) = &mut views[part as usize];
-            *begin = segment.columns(token(first_row)).start.min(*begin);
-            *end = segment.columns(token(last_row)).end.max(*end);
-        }
-        row = row_end;
-    }
-    let steps: u32 = views
-        .iter()
-        .map(|&(begin, end)| (begin.max(columns.start), end.min(columns.end)))
-        .filter(|(begin, end)| begin < end)
-        .map(|(begin, end)| (end - columns.start).div_ceil(step) - (begin - columns.start) / step)
-        .sum();
-    u64::from(together) * u64::from(step) * u64::from(steps)
+    let mut views = PartViews::new(family, heads, kind);
+    segments.iter().for_each(|segment| views.add(segment));
+    views.issued_pairs(columns, family.column_step())
+}
+
+/// The rows of a tile: what the cost model goes by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TileRows {
+    kind: TileKind,
+    num_rows: u32,
+    /// Of a wide tile: products of a narrow one take no time besides its steps.
+    views: Option<PartViews>,
 }
 
 /// Rows of a head group in a tile.
@@ -136,6 +174,7 @@ enum TileKindName {
 pub(crate) struct CostModel {
     family: KernelFamily,
     heads: HeadGroups,
+    groups_per_kv_head: f64,
     /// By kind of tile.
     tiles: [TileCosts; 2],
     item_ns: f64,
@@ -182,6 +221,7 @@ impl CostModel {
         Self {
             family: model.kernel_family,
             heads,
+            groups_per_kv_head: f64::from(heads.groups_per_kv_head().max(1)),
             tiles: [wide, narrow],
             item_ns: model.item_ns,
             row_bytes: (u64::from(shape.head_dim()) * shape.dtype().size_in_bytes()) as f64,
@@ -205,7 +245,7 @@ impl CostModel {
     /// The part of the columns that is read from memory, if a part of `fresh` is read by no other item of its head group before.
     fn fresh(&self, fresh: f32) -> f64 {
         // The head groups of a KV head share its columns too.
-        f64::from(fresh) / f64::from(self.heads.groups_per_kv_head().max(1))
+        f64::from(fresh) / self.groups_per_kv_head
     }
 
     /// What an item takes besides its columns, if it is its traffic that takes long.
@@ -226,15 +266,28 @@ impl CostModel {
 
     /// What an item has to do, if a part of `fresh` of its columns is read by no other item of its head group before.
     pub fn work(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> ItemWork {
+        let mut views = PartViews::new(self.family, self.heads, kind);
+        segments.iter().for_each(|segment| views.add(segment));
+        let flops = self.flops(&views, columns.clone());
+        ItemWork { flops, ..self.work_besides_products(kind, views.num_rows, columns, fresh, partial) }
+    }
+
+    /// The same without products.
+    fn work_besides_products(&self, kind: TileKind, rows: u32, columns: Range<u32>, fresh: f32, partial: bool) -> ItemWork {
         let kv_bytes = 2.0 * self.kv_row_bytes * f64::from(columns.end - columns.start);
         let fresh_bytes = kv_bytes * self.fresh(fresh);
         ItemWork {
             tile: kind,
-            memory_bytes: fresh_bytes + self.row_bytes(num_rows(self.heads, segments), partial),
+            memory_bytes: fresh_bytes + self.row_bytes(rows, partial),
             cached_bytes: kv_bytes - fresh_bytes,
             steps: (columns.end - columns.start).div_ceil(self.family.column_step()),
-            flops: issued_pairs(self.family, self.heads, kind, segments, columns) as f64 * self.flops_per_pair,
+            flops: 0.0,
         }
+    }
+
+    /// Floating-point operations of an item.
+    fn flops(&self, views: &PartViews, columns: Range<u32>) -> f64 {
+        views.issued_pairs(columns, self.family.column_step()) as f64 * self.flops_per_pair
     }
 
     /// What the parts of that take.
@@ -269,9 +322,31 @@ impl CostModel {
         Line { fixed_ns: full_tiles * full.fixed_ns + last.fixed_ns, column_ns: full_tiles * full.column_ns + last.column_ns }
     }
 
-    /// What an item takes: see [`Self::work`].
-    pub fn item(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> Ns {
-        self.times(&self.work(kind, segments, columns, fresh, partial)).full_ns()
+    /// A tile without rows.
+    pub fn no_rows(&self, kind: TileKind) -> TileRows {
+        let views = (kind == TileKind::Wide).then(|| PartViews::new(self.family, self.heads, kind));
+        TileRows { kind, num_rows: 0, views }
+    }
+
+    /// Adds the rows of a segment to a tile.
+    pub fn add(&self, rows: &mut TileRows, segment: &RowSegment) {
+        rows.num_rows += segment.num_tokens * self.heads.heads_per_group;
+        if let Some(views) = &mut rows.views {
+            views.add(segment);
+        }
+    }
+
+    /// What the parts of an item take: see [`Self::work`].
+    pub fn item(&self, kind: TileKind, segments: &[RowSegment], columns: Range<u32>, fresh: f32, partial: bool) -> WorkTimes {
+        let mut rows = self.no_rows(kind);
+        segments.iter().for_each(|segment| self.add(&mut rows, segment));
+        self.item_of_rows(&rows, columns, fresh, partial)
+    }
+
+    /// The same for the rows of a tile.
+    pub fn item_of_rows(&self, rows: &TileRows, columns: Range<u32>, fresh: f32, partial: bool) -> WorkTimes {
+        let flops = rows.views.as_ref().map_or(0.0, |views| self.flops(views, columns.clone()));
+        self.times(&ItemWork { flops, ..self.work_besides_products(rows.kind, rows.num_rows, columns, fresh, partial) })
     }
 
     /// What an item of a plan has to do.
@@ -281,7 +356,7 @@ impl CostModel {
 
     /// What the parts of an item of a plan take.
     pub fn times_of(&self, item: &WorkItem, segments: &[RowSegment], fresh: f32) -> WorkTimes {
-        self.times(&self.work_of(item, segments, fresh))
+        self.item(item.tile, segments, item.column_begin..item.column_end, fresh, item.partial_row != DIRECT)
     }
 }
 
@@ -355,11 +430,11 @@ mod tests {
         let shape = AttentionShape::new(8, 2, 128, DType::Bf16)?;
         let model = DeviceModel::H100;
         let cost = CostModel::new(&model, shape, heads());
-        let long = cost.item(TileKind::Narrow, &[segment(1, 0, 1 << 20)], 0..1 << 20, 1.0, false) as f64;
+        let long = cost.item(TileKind::Narrow, &[segment(1, 0, 1 << 20)], 0..1 << 20, 1.0, false).full();
         let bytes = 512.0 * f64::from(1 << 20) * f64::from(model.lanes());
         let expected = bytes / model.bytes_per_s * 1e9;
         assert!((long / expected - 1.0).abs() < 0.01, "{long} ns, not {expected}");
-        let cached = cost.item(TileKind::Narrow, &[segment(1, 0, 1 << 20)], 0..1 << 20, 0.5, false) as f64;
+        let cached = cost.item(TileKind::Narrow, &[segment(1, 0, 1 << 20)], 0..1 << 20, 0.5, false).full();
         assert!(cached < long);
         Ok(())
     }

@@ -202,14 +202,9 @@ impl DeviceModel {
         wrong.next().or_else(|| wrong_rates.next()).or_else(|| wrong_times.next())
     }
 
-    /// Nanoseconds that a batch takes at least: its bytes or its products, whichever takes longer. Each request reads all KV that all of its
-    /// query tokens see, but for `repeated_tokens` KV tokens that need not be read again.
-    pub fn least_ns(&self, batch: &Batch, repeated_tokens: u64) -> f64 {
-        let shape = batch.shape();
-        let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();
-        let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
-        let bytes = kv_tokens.saturating_sub(repeated_tokens) as f64 * shape.kv_bytes_per_slot() as f64 + qo_bytes as f64;
-        1e9 * (bytes / self.bytes_per_s).max(batch.flops() / self.flops_per_s)
+    /// Nanoseconds that a batch takes at least: its bytes or its products, whichever takes longer.
+    pub(crate) fn least_ns(&self, work: LeastWork) -> f64 {
+        1e9 * (work.bytes / self.bytes_per_s).max(work.flops / self.flops_per_s)
     }
 
     /// Blocks that the device works on at a time.
@@ -224,6 +219,24 @@ impl DeviceModel {
         let (device_lanes, groups) = (self.lanes(), num_groups.max(1));
         let copies = if device_lanes.is_multiple_of(groups) { 1 } else { 2 };
         LanesOfGroups { lanes: (device_lanes * copies / groups).max(1), copies, device_lanes }
+    }
+}
+
+/// What a batch has to do at least.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LeastWork {
+    bytes: f64,
+    flops: f64,
+}
+
+impl LeastWork {
+    /// Each request reads all KV that all of its query tokens see, but for `repeated_tokens` KV tokens that need not be read again.
+    pub fn of(batch: &Batch, repeated_tokens: u64) -> Self {
+        let shape = batch.shape();
+        let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();
+        let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
+        let kv_bytes = kv_tokens.saturating_sub(repeated_tokens) as f64 * shape.kv_bytes_per_slot() as f64;
+        Self { bytes: kv_bytes + qo_bytes as f64, flops: batch.flops() }
     }
 }
 

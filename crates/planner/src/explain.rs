@@ -89,9 +89,22 @@ impl Plan {
     /// Nanoseconds that `model` expects of the attention call, merging included. Leaves the loads of the device's blocks in `lanes`.
     pub(crate) fn predicted_ns(&self, model: &DeviceModel, lanes: &mut Lanes) -> f64 {
         self.give_out(model, lanes, |_, _| {});
+        lanes.max() as f64 + self.besides_items_ns(model)
+    }
+
+    /// What [`Self::predicted_ns`] is at most if the items take `times`.
+    pub(crate) fn predicted_at_most_ns(&self, model: &DeviceModel, times: &[WorkTimes]) -> f64 {
+        // The last item to end begins when lanes are free on average, or before.
+        let full_ns = || times.iter().map(|times| times.full());
+        let average_ns = full_ns().sum::<f64>() * f64::from(self.heads.num_groups) / f64::from(model.lanes());
+        average_ns + full_ns().fold(0.0, f64::max) + self.besides_items_ns(model)
+    }
+
+    /// What `model` expects of the launch and of merging.
+    fn besides_items_ns(&self, model: &DeviceModel) -> f64 {
         let launch_ns = if self.items.is_empty() { 0.0 } else { model.launch_ns };
         let (num_tokens, num_rows) = (self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
-        launch_ns + lanes.max() as f64 + merge_ns(model, self.shape, self.heads, num_tokens, num_rows)
+        launch_ns + merge_ns(model, self.shape, self.heads, num_tokens, num_rows)
     }
 
     /// Work, traffic, and the time that `model` expects.

@@ -11,9 +11,8 @@ use crate::tile::{Tile, siblings};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Item {
     pub item: WorkItem,
-    pub pack: u32,
-    pub fresh: f32,
-    pub shared: bool,
+    /// Its tile, of which it does all columns or some.
+    pub tile: u32,
 }
 
 /// Makes the work items of all parts. Returns the number of partial rows, by which their indices may have been cut short.
@@ -21,7 +20,7 @@ pub(crate) fn make_items(tiles: &[Tile], parts: &[Part], plan: &Plan, items: &mu
     let mut partial_rows = 0;
     items.clear();
     for parts in parts.chunk_by(|a, b| a.tile == b.tile) {
-        for tile in siblings(tiles, parts[0].tile) {
+        for (index, tile) in (parts[0].tile..).zip(siblings(tiles, parts[0].tile)) {
             let rows = u64::from(num_rows(plan.heads, tile.segments(&plan.segments)));
             let is_partial = tile.partial || parts.len() > 1;
             let mut cursor = RunCursor { run: tile.run_begin, run_slot: 0 };
@@ -37,7 +36,7 @@ pub(crate) fn make_items(tiles: &[Tile], parts: &[Part], plan: &Plan, items: &mu
                     partial_row: if is_partial { partial_rows as u32 } else { DIRECT },
                     tile: tile.kind,
                 };
-                items.push(Item { item, pack: tile.pack, fresh: tile.fresh, shared: tile.shared });
+                items.push(Item { item, tile: index });
                 partial_rows += if is_partial { rows } else { 0 };
             }
         }

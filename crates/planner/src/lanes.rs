@@ -1,16 +1,27 @@
 //! List scheduling: each item goes to the lane that is free first, as a device issues thread blocks.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-
 use crate::cost::Ns;
 
 /// The loads of lanes that work side by side, one block at a time each.
+///
+/// They are a tree of losers: lanes meet in pairs, the one with the lesser load goes on to the next pair, and each pair keeps the other one. When
+/// the lane that won them all gets an item, only its own pairs meet again.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Lanes {
-    /// Each with the number of its lane.
-    loads: BinaryHeap<Reverse<(Ns, u32)>>,
+    /// The lane that is free first, then those that pairs keep. Pair `i` is of who won pairs `2 i` and `2 i + 1`, or of lanes, which follow the
+    /// pairs.
+    lanes: Vec<Lane>,
+    /// Who won each pair, then the lanes, while the tree is made.
+    winners: Vec<Lane>,
     max: Ns,
+}
+
+/// A lane's load, and its number in the lower half: the first to be free is the least.
+type Lane = u128;
+
+/// When a lane is free, and its number.
+fn load_and_number(lane: Lane) -> (Ns, u32) {
+    ((lane >> 32) as Ns, lane as u32)
 }
 
 impl Lanes {
@@ -21,9 +32,21 @@ impl Lanes {
 
     /// A lane for each load that it has already.
     pub fn reset_to(&mut self, loads: impl Iterator<Item = Ns>) {
-        self.loads.clear();
-        self.loads.extend(loads.zip(0..).map(Reverse));
-        self.max = 0;
+        let Self { lanes, winners, max } = self;
+        lanes.clear();
+        lanes.extend((0..).zip(loads).map(|(number, load): (u32, Ns)| Lane::from(load) << 32 | Lane::from(number)));
+        let count = lanes.len();
+        winners.clear();
+        winners.extend_from_slice(lanes);
+        winners.extend_from_slice(lanes);
+        for pair in (1..count).rev() {
+            let (a, b) = (winners[2 * pair], winners[2 * pair + 1]);
+            (winners[pair], lanes[pair]) = (a.min(b), a.max(b));
+        }
+        if count > 1 {
+            lanes[0] = winners[1];
+        }
+        *max = 0;
     }
 
     /// When the first lane is free.
@@ -33,14 +56,14 @@ impl Lanes {
 
     /// When the first lane is free, and its number.
     pub fn first(&self) -> Option<(Ns, u32)> {
-        self.loads.peek().map(|first| first.0)
+        self.lanes.first().map(|&lane| load_and_number(lane))
     }
 
     /// When a second lane is free, if there is one.
     pub fn second(&self) -> Ns {
-        // The heap's least is the first of its slice, and the next is one of the two below it.
-        let below_least = self.loads.as_slice().iter().skip(1).take(2);
-        below_least.map(|load| load.0.0).min().unwrap_or(self.least())
+        // It lost to the first one.
+        let kept = self.first().into_iter().flat_map(|(_, number)| self.pairs_of(number)).map(|pair| self.lanes[pair]);
+        kept.min().map_or(self.least(), |lane| load_and_number(lane).0)
     }
 
     /// When all lanes are free that were given an item.
@@ -50,23 +73,57 @@ impl Lanes {
 
     /// When lanes are free, on average.
     pub fn mean(&self) -> f64 {
-        let sum: f64 = self.loads.iter().map(|load| load.0.0 as f64).sum();
-        sum / self.loads.len().max(1) as f64
+        let sum: f64 = self.lanes.iter().map(|&lane| load_and_number(lane).0 as f64).sum();
+        sum / self.lanes.len().max(1) as f64
     }
 
     /// Gives an item to the lane that is free first.
     pub fn add(&mut self, cost: Ns) {
-        if let Some(mut first) = self.loads.peek_mut() {
-            let load = &mut first.0.0;
-            *load = cost.saturating_add(*load);
-            self.max = self.max.max(*load);
+        if let Some((load, number)) = self.first() {
+            let load = cost.saturating_add(load);
+            self.max = self.max.max(load);
+            let mut winner = Lane::from(load) << 32 | Lane::from(number);
+            for pair in self.pairs_of(number) {
+                let kept = &mut self.lanes[pair];
+                (winner, *kept) = (winner.min(*kept), winner.max(*kept));
+            }
+            self.lanes[0] = winner;
         }
+    }
+
+    /// The pairs that a lane meets others in if it wins, from the first to the last.
+    fn pairs_of(&self, number: u32) -> impl Iterator<Item = usize> + use<> {
+        let pair_before = |&pair: &usize| Some(pair / 2).filter(|&pair| pair > 0);
+        std::iter::successors(pair_before(&(self.lanes.len() + number as usize)), pair_before)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Whatever items come to however many lanes: it is always the first of those with the least load that gets the next.
+        #[test]
+        fn the_first_of_the_least_loads_is_found(
+            loads in prop::collection::vec(0..20u64, 1..70),
+            items in prop::collection::vec(prop_oneof![0..20u64, Just(Ns::MAX)], 0..200),
+        ) {
+            let mut lanes = Lanes::default();
+            lanes.reset_to(loads.iter().copied());
+            let mut loads = loads;
+            for item in items {
+                let least = (0..loads.len()).min_by_key(|&lane| loads[lane]).expect("at least one lane");
+                prop_assert_eq!(lanes.first(), Some((loads[least], least as u32)));
+                let others = loads.iter().enumerate().filter(|(lane, _)| *lane != least).map(|(_, load)| *load);
+                prop_assert_eq!(lanes.second(), others.min().unwrap_or(loads[least]));
+                lanes.add(item);
+                loads[least] = loads[least].saturating_add(item);
+            }
+        }
+    }
 
     #[test]
     fn items_go_to_the_lane_that_is_free_first() {

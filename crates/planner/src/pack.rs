@@ -4,7 +4,7 @@
 //! tile if the cost model says that the tile then takes less than both would apart, and if the tile stays short: short items at the
 //! end of a launch are what evens out the lanes.
 
-use packinfer_abi::{HeadGroups, RowSegment, TileKind, WIDE_TILE_ROWS};
+use packinfer_abi::{HeadGroups, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::{Batch, Mask};
 
 use crate::cost::{CostModel, Ns};
@@ -25,8 +25,6 @@ pub(crate) struct Packer {
     remainders: Remainders,
     /// What a request's remainder takes in a tile of its own.
     alone: Vec<Ns>,
-    /// Segments of the pack that is being filled.
-    segments: Vec<RowSegment>,
 }
 
 /// Requests whose remainders share a tile.
@@ -131,7 +129,7 @@ impl Packer {
             let division = own.division(heads);
             let item = |kind, tokens| {
                 let segment = own.segment(batch.mask(), tokens, 0);
-                cost.item(kind, &[segment], 0..last_column_end(&segment), division.fresh(), own.is_partial())
+                cost.item(kind, &[segment], 0..last_column_end(&segment), division.fresh(), own.is_partial()).full_ns()
             };
             let alone = match division.remainder {
                 0 => 0,
@@ -160,9 +158,8 @@ impl Packer {
         let (tokens, first) = first;
         let kind = kind_for(tokens, heads);
         let mut free = tokens_per_tile(kind, heads) - tokens;
-        self.segments.clear();
-        let mut content = Content::default();
-        content.add(sharing.own(batch, first), batch.mask(), heads, &mut self.segments);
+        let (mut content, mut rows) = (Content::default(), cost.no_rows(kind));
+        content.add(sharing.own(batch, first), batch.mask(), heads).iter().for_each(|segment| cost.add(&mut rows, segment));
         let mut pack_cost = self.alone[first as usize];
         self.members.push(first);
         while let Some((tokens, next)) = self.remainders.longest(free) {
@@ -170,8 +167,8 @@ impl Packer {
             if content.columns.saturating_add(own.kv_len()) > Batch::MAX_SLOTS {
                 break;
             }
-            content.add(own, batch.mask(), heads, &mut self.segments);
-            let joined = cost.item(kind, &self.segments, 0..content.columns, content.fresh(), content.partial);
+            content.add(own, batch.mask(), heads).iter().for_each(|segment| cost.add(&mut rows, segment));
+            let joined = cost.item_of_rows(&rows, 0..content.columns, content.fresh(), content.partial).full_ns();
             if joined > longest_pack || joined >= self.alone[next as usize].saturating_add(pack_cost) {
                 break;
             }

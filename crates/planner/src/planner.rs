@@ -1,12 +1,12 @@
 //! From a batch to a plan.
 
-use std::cmp::{Ordering, Reverse};
+use std::cmp::Ordering;
 
 use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind};
 use packinfer_batch::Batch;
 
 use crate::cost::{CostModel, Ns, WorkTimes};
-use crate::device::LanesOfGroups;
+use crate::device::{LanesOfGroups, LeastWork};
 use crate::items::{Item, Merger, make_items};
 use crate::lanes::Lanes;
 use crate::pack::Packer;
@@ -51,14 +51,23 @@ pub struct Planner {
     /// What the longest item of each pack takes.
     longest: Vec<Ns>,
     order: Vec<Place>,
+    /// Narrow items of that order, while they are put behind the others.
+    narrow: Vec<Place>,
     /// What the parts of each item take.
     times: Vec<WorkTimes>,
     queues: Queues,
 }
 
-/// What an item's place in the plan is decided by, in this order: what the longest of its pack takes, its pack, what it takes itself
-/// (or, if it is shared, how few columns come before it), its index.
-type Place = (Reverse<Ns>, u32, Reverse<Ns>, u32);
+/// What an item's place in the plan is decided by, in this order.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// What the longest item of its pack takes, or itself if nobody else reads its columns.
+    longest: Ns,
+    pack: u32,
+    /// The least comes first of its pack.
+    rank: Ns,
+    item: u32,
+}
 
 impl Default for Planner {
     /// For an H100.
@@ -93,6 +102,7 @@ impl Planner {
             lanes: Lanes::default(),
             longest: Vec::new(),
             order: Vec::new(),
+            narrow: Vec::new(),
             times: Vec::new(),
             queues: Queues::default(),
         }
@@ -157,10 +167,10 @@ impl Planner {
         let suits =
             |model: &&DeviceModel| model.kernel_family.supports(shape) && !self.models.iter().any(|other| better(other, model));
         let suiting = || self.models.iter().filter(suits).copied();
-        let least_ns = |model: &DeviceModel| model.least_ns(batch, repeated_tokens);
-        let least = suiting().map(|model| least_ns(&model)).fold(f64::INFINITY, f64::min);
-        let is_best =
-            |model: &DeviceModel| least_ns(model).partial_cmp(&(least + least.abs() * SPREAD)) != Some(Ordering::Greater);
+        let work = LeastWork::of(batch, repeated_tokens);
+        let least = suiting().map(|model| model.least_ns(work)).fold(f64::INFINITY, f64::min);
+        let most = least + least.abs() * SPREAD;
+        let is_best = |model: &DeviceModel| model.least_ns(work).partial_cmp(&most) != Some(Ordering::Greater);
         suiting().rfind(is_best).ok_or(PlanError::NotSupported {
             family: self.models[0].kernel_family,
             head_dim: shape.head_dim(),
@@ -173,8 +183,12 @@ impl Planner {
         /// What sharing must save, as part of the time, to be worth its merges: predictions are not better than that.
         const WORTHWHILE: f64 = 0.01;
         let planned = self.lay_out(batch, plan, heads, cost);
+        let apart_ns = plan.model.least_ns(LeastWork::of(batch, 0)) * (1.0 - WORTHWHILE);
+        if planned.is_ok() && plan.predicted_at_most_ns(&plan.model, &self.times) < apart_ns {
+            return planned;
+        }
         let shared_ns = plan.predicted_ns(&plan.model, &mut self.lanes);
-        if planned.is_ok() && shared_ns < plan.model.least_ns(batch, 0) * (1.0 - WORTHWHILE) {
+        if planned.is_ok() && shared_ns < apart_ns {
             return planned;
         }
         self.sharing.share_nothing();
@@ -237,48 +251,82 @@ impl Planner {
     /// items of shared columns go by these. Items whose columns nobody else reads are packs by themselves. Persistent blocks have two queues, if
     /// there are wide items and narrow ones.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
-        self.order.clear();
         if self.packing == Packing::PerRequest {
-            self.order.extend((0..self.items.len() as u32).map(|index| (Reverse(0), 0, Reverse(0), index)));
+            self.order.clear();
+            self.order.extend((0..self.items.len() as u32).map(|item| Place { longest: 0, pack: 0, rank: 0, item }));
         } else {
-            self.times.clear();
-            self.longest.clear();
-            self.longest.resize(self.tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
-            for (&Item { item, pack, fresh, shared }, index) in self.items.iter().zip(0..) {
-                let times = cost.times_of(&item, plan.segments_of(&item), fresh);
-                self.times.push(times);
-                let takes = times.full_ns();
-                let longest = &mut self.longest[pack as usize];
-                *longest = takes.max(*longest);
-                // Nobody else reads the columns.
-                let alone = fresh == 1.0;
-                let first = if shared && !alone { Ns::MAX - Ns::from(item.column_begin) } else { takes };
-                self.order.push((Reverse(if alone { first } else { 0 }), pack, Reverse(first), index));
-            }
-            for place in self.order.iter_mut().filter(|place| place.0.0 == 0) {
-                place.0 = Reverse(self.longest[place.1 as usize]);
-            }
-            self.order.sort_unstable();
+            self.find_times(plan, cost);
+            self.sort();
             if plan.model.kernel_family == KernelFamily::Sm90a {
                 plan.back_lanes = self.make_queues(plan.model.lanes_of_groups(plan.heads.num_groups));
             }
         }
-        let is_front = |place: &&Place| plan.back_lanes == 0 || self.items[place.3 as usize].item.tile == TileKind::Wide;
-        plan.num_front_items = self.order.iter().filter(is_front).count() as u32;
-        let in_order = || self.order.iter().map(|place| &self.items[place.3 as usize]);
+        let Self { order, items, tiles, .. } = self;
+        let in_order = || order.iter().map(|place| &items[place.item as usize]);
+        let is_front = |item: &&Item| plan.back_lanes == 0 || item.item.tile == TileKind::Wide;
+        plan.num_front_items = in_order().filter(is_front).count() as u32;
         plan.items.extend(in_order().map(|item| item.item));
-        plan.fresh.extend(in_order().map(|item| item.fresh));
-        plan.shared.extend(in_order().map(|item| item.shared));
+        plan.fresh.extend(in_order().map(|item| tiles[item.tile as usize].fresh));
+        plan.shared.extend(in_order().map(|item| tiles[item.tile as usize].shared));
+    }
+
+    /// Finds what the parts of each item take.
+    fn find_times(&mut self, plan: &Plan, cost: &CostModel) {
+        let Self { items, tiles, splitter, times, .. } = self;
+        let of_tiles = splitter.times_of_tiles();
+        times.clear();
+        times.extend(items.iter().map(|Item { item, tile }| {
+            let Tile { columns, fresh, .. } = tiles[*tile as usize];
+            let is_whole = item.column_end - item.column_begin == columns;
+            if is_whole { of_tiles[*tile as usize] } else { cost.times_of(item, plan.segments_of(item), fresh) }
+        }));
+    }
+
+    /// Finds the order of the items.
+    fn sort(&mut self) {
+        let Self { items, tiles, splitter, times, longest, order, .. } = self;
+        longest.clear();
+        longest.resize(tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
+        for (item, times) in items.iter().zip(&*times) {
+            let longest = &mut longest[tiles[item.tile as usize].pack as usize];
+            *longest = times.full_ns().max(*longest);
+        }
+        let place = |index: u32| {
+            let (Item { item, tile }, full_ns) = (&items[index as usize], times[index as usize].full_ns());
+            let Tile { pack, fresh, shared, .. } = tiles[*tile as usize];
+            // Nobody else reads the columns.
+            let is_alone = fresh == 1.0;
+            let longest = if is_alone { full_ns } else { longest[pack as usize] };
+            let rank = if shared { Ns::from(item.column_begin) } else { !full_ns };
+            Place { longest, pack, rank, item: index }
+        };
+        order.clear();
+        if items.len() == tiles.len() {
+            // Items are whole tiles: in this order they are sorted already, or nearly.
+            order.extend(splitter.longest_first().map(place));
+        } else {
+            order.extend((0..items.len() as u32).map(place));
+        }
+        // By numbers, which are sorted faster than by fields; so packs come first, then what is in each.
+        order.sort_unstable_by_key(|place| {
+            u128::from(!place.longest) << 64 | u128::from(place.pack) << 32 | u128::from(place.item)
+        });
+        for of_pack in order.chunk_by_mut(|a, b| (a.longest, a.pack) == (b.longest, b.pack)).filter(|places| places.len() > 1) {
+            of_pack.sort_unstable_by_key(|place| u128::from(place.rank) << 32 | u128::from(place.item));
+        }
     }
 
     /// Puts narrow items, which memory limits, behind wide ones, which products limit, each kind in its order, if there is much of both; and
     /// returns how many of the device's lanes should begin with them.
     fn make_queues(&mut self, device: LanesOfGroups) -> u32 {
-        let Self { items, order, times, queues, .. } = self;
-        let tile = |place: &Place| items[place.3 as usize].item.tile;
-        queues.fill(order.iter().map(|place| (tile(place), times[place.3 as usize])));
+        let Self { items, order, narrow, times, queues, .. } = self;
+        let is_narrow = |place: &Place| items[place.item as usize].item.tile == TileKind::Narrow;
+        queues.fill(order.iter().map(|place| (items[place.item as usize].item.tile, times[place.item as usize])));
         let Some(back_lanes) = queues.back_lanes(device) else { return 0 };
-        order.sort_unstable_by_key(|place| (tile(place) == TileKind::Narrow, *place));
+        narrow.clear();
+        narrow.extend(order.iter().filter(|place| is_narrow(place)));
+        order.retain(|place| !is_narrow(place));
+        order.append(narrow);
         back_lanes
     }
 }

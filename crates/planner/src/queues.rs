@@ -50,7 +50,6 @@ impl Queues {
             }
         }
         self.wide_ns = self.wide.iter().map(|times| times.full()).sum();
-        self.wide_need = memory_need(self.wide.iter().copied());
     }
 
     /// How many lanes of the device should begin with narrow items so that the call ends first, if the others begin with wide ones. Zero if all
@@ -60,11 +59,20 @@ impl Queues {
         if self.wide_ns.min(narrow_ns) <= WORTHWHILE * (self.wide_ns + narrow_ns) {
             return None;
         }
-        let numbers = once(0).chain(self.numbers_to_try(device));
-        let ends = numbers.map(|back_lanes| (self.end_ns(back_lanes, device), back_lanes));
+        self.wide_need = memory_need(self.wide.iter().copied());
         // The fewest of those that end at the same time: one too many may cost a round of wide items.
-        let best = ends.min_by(|a, b| a.0.total_cmp(&b.0));
-        best.map(|(_, back_lanes)| device.of_device(back_lanes))
+        let (mut best, mut best_end_ns) = (0, f64::INFINITY);
+        for back_lanes in once(0).chain(self.numbers_to_try(device)) {
+            let back_load = self.back_load(back_lanes, device);
+            if back_lanes > 0 && self.least_wide_end_ns(back_lanes, back_load, device) >= best_end_ns {
+                continue;
+            }
+            let end_ns = self.end_ns(back_lanes, back_load, device);
+            if end_ns.total_cmp(&best_end_ns).is_lt() {
+                (best, best_end_ns) = (back_lanes, end_ns);
+            }
+        }
+        Some(device.of_device(best))
     }
 
     /// What narrow items take if there are no others.
@@ -98,13 +106,28 @@ impl Queues {
         (first..=last).step_by(step as usize)
     }
 
-    /// When the call ends, in nanoseconds, if so many lanes begin with narrow items.
-    fn end_ns(&mut self, back_lanes: u32, device: LanesOfGroups) -> f64 {
+    /// When lanes that begin with narrow items come to wide ones, in nanoseconds, if they are so many.
+    fn back_load(&self, back_lanes: u32, device: LanesOfGroups) -> Ns {
         let (lanes, copies, back) = (f64::from(device.lanes), f64::from(device.copies), f64::from(back_lanes));
-        let beside_wide_ns = copies * self.narrow_beside_wide_ns(back / lanes);
         // Lanes take their next item while they do the one before, so one that comes from the narrow ones is an item late.
         let mean_wide_ns = self.wide_ns / self.wide.len().max(1) as f64;
-        self.give_out_wide(back_lanes, (beside_wide_ns / back + mean_wide_ns) as Ns, device);
+        (copies * self.narrow_beside_wide_ns(back / lanes) / back + mean_wide_ns) as Ns
+    }
+
+    /// When wide items end at the earliest, in nanoseconds, if so many lanes come to them late and the others begin with them: all at the same time.
+    fn least_wide_end_ns(&self, back_lanes: u32, back_load: Ns, device: LanesOfGroups) -> f64 {
+        let (lanes, back, back_load) = (f64::from(device.lanes), f64::from(back_lanes), back_load as f64);
+        // Lanes count whole nanoseconds.
+        let wide_ns = f64::from(device.copies) * (self.wide_ns - self.wide.len() as f64);
+        let by_front_ns = wide_ns / (lanes - back);
+        if by_front_ns < back_load { by_front_ns } else { (wide_ns + back * back_load) / lanes }
+    }
+
+    /// When the call ends, in nanoseconds, if so many lanes begin with narrow items and come to wide ones after `back_load`.
+    fn end_ns(&mut self, back_lanes: u32, back_load: Ns, device: LanesOfGroups) -> f64 {
+        let (lanes, copies, back) = (f64::from(device.lanes), f64::from(device.copies), f64::from(back_lanes));
+        let beside_wide_ns = copies * self.narrow_beside_wide_ns(back / lanes);
+        self.give_out_wide(back_lanes, back_load, device);
         let (free_ns, wide_end_ns) = (self.lanes.least() as f64, self.lanes.max() as f64);
         // Until the first lane is free and finds no wide item left, only the back lanes do narrow ones; and all of them, if there is time enough.
         let done = (free_ns * back / beside_wide_ns).min(1.0);

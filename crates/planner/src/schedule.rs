@@ -204,8 +204,12 @@ impl Plan {
         let num_lanes = model.lanes();
         let back_lanes = self.back_lanes.min(num_lanes);
         let front_items = self.num_front_items as usize;
-        let front_need = memory_need(self.times_of(0..front_items, model));
-        let memory_needed = memory_needed(f64::from(back_lanes) / f64::from(num_lanes), front_need);
+        let memory_needed = if back_lanes == 0 {
+            1.0
+        } else {
+            let front_need = memory_need(self.times_of(0..front_items, model));
+            memory_needed(f64::from(back_lanes) / f64::from(num_lanes), front_need)
+        };
         let groups = self.heads.num_groups as usize;
         let tasks = |items: Range<usize>| {
             let first_task = items.start * groups;
@@ -311,6 +315,17 @@ mod tests {
         let models = DeviceModel::all_for_device("H100", (9, 0), 132);
         let model = models.into_iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("there is one");
         (Planner::new(model).plan(&batch).expect("a batch that can be planned"), model)
+    }
+
+    #[test]
+    fn a_call_takes_no_longer_than_its_bound() {
+        let mixed = mixed_plan();
+        for (plan, model) in [mixed, (plan(1), DeviceModel::H100), (plan(100), DeviceModel::H100)] {
+            let times: Vec<_> = plan.times_of(0..plan.items().len(), &model).collect();
+            let (predicted_ns, most_ns) =
+                (plan.predicted_ns(&model, &mut Lanes::default()), plan.predicted_at_most_ns(&model, &times));
+            assert!((0.5 * most_ns..=most_ns).contains(&predicted_ns), "{predicted_ns} ns, at most {most_ns}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::ops::Range;
 use packinfer_abi::COLUMN_STEP;
 use packinfer_batch::Batch;
 
-use crate::cost::{self, CostModel, Ns, num_rows};
+use crate::cost::{self, CostModel, Ns, WorkTimes, num_rows};
 use crate::device::LanesOfGroups;
 use crate::lanes::Lanes;
 use crate::tile::{Tile, siblings};
@@ -39,6 +39,8 @@ pub(crate) struct Part {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Splitter {
     parts: Vec<Part>,
+    /// What whole tiles take.
+    times: Vec<WorkTimes>,
     /// Tiles with their costs, the longest first.
     order: Vec<(Reverse<Ns>, u32)>,
     lanes: Lanes,
@@ -60,29 +62,44 @@ impl Splitter {
         &self.parts
     }
 
+    /// What the tiles that were split last take whole.
+    pub fn times_of_tiles(&self) -> &[WorkTimes] {
+        &self.times
+    }
+
+    /// The tiles that were split last, the longest first.
+    pub fn longest_first(&self) -> impl Iterator<Item = u32> {
+        self.order.iter().map(|&(_, tile)| tile)
+    }
+
     /// The parts of tiles, those of one tile one after the other.
     pub fn split(&mut self, tiles: &[Tile], plan: &Plan, cost: &CostModel) -> &[Part] {
         let model = &plan.model;
         let LanesOfGroups { lanes: num_lanes, copies, .. } = model.lanes_of_groups(plan.heads.num_groups);
         self.copies = copies;
-        self.order.clear();
-        self.order.extend(tiles.iter().zip(0..).map(|(tile, index)| {
+        let times = tiles.iter().map(|tile| {
             let segments = tile.segments(&plan.segments);
-            (Reverse(cost.item(tile.kind, segments, 0..tile.columns, tile.fresh, tile.partial)), index)
-        }));
-        self.order.sort_unstable();
-        self.lanes.reset(num_lanes);
-        let mut total: Ns = 0;
+            cost.item(tile.kind, segments, 0..tile.columns, tile.fresh, tile.partial)
+        });
+        self.times.clear();
+        self.times.extend(times);
+        self.order.clear();
+        self.order.extend(self.times.iter().zip(0..).map(|(times, index)| (Reverse(times.full_ns()), index)));
+        // As numbers, which are sorted faster than pairs.
+        self.order.sort_unstable_by_key(|&(Reverse(item), index)| u128::from(!item) << 32 | u128::from(index));
+        let (mut total, mut latest_end): (Ns, Ns) = (0, 0);
         for &(Reverse(item), _) in &self.order {
-            for _ in 0..self.copies {
-                self.lanes.add(item);
-                total = item.saturating_add(total);
-            }
+            total = self.times(item).saturating_add(total);
+            // No item begins later than lanes are free on average, with those before it and its copies.
+            let end_by_lanes = item.saturating_mul(Ns::from(num_lanes)).saturating_add(total - item);
+            latest_end = end_by_lanes.max(latest_end);
         }
+        let latest_end = latest_end / Ns::from(num_lanes);
         let ideal = total as f64 / f64::from(num_lanes);
-        let unsplit = self.lanes.max() as f64;
         let merge_ns = if tiles.iter().any(|tile| tile.partial) { 0.0 } else { model.merge_ns };
-        if unsplit > ideal * (1.0 + BALANCED) && unsplit > ideal + merge_ns {
+        let is_balanced = |end: Ns| end as f64 <= ideal * (1.0 + BALANCED) || end as f64 <= ideal + merge_ns;
+        if !is_balanced(latest_end) && !is_balanced(self.end_unsplit(num_lanes)) {
+            let unsplit = self.lanes.max() as f64;
             self.whole(tiles);
             let unsplit = unsplit + self.merge_ns(tiles, plan, model);
             // The first pass shows how much more work the parts are, the second divides that too.
@@ -93,6 +110,17 @@ impl Splitter {
             }
         }
         self.whole(tiles)
+    }
+
+    /// When all lanes are free if no tile is cut.
+    fn end_unsplit(&mut self, num_lanes: u32) -> Ns {
+        self.lanes.reset(num_lanes);
+        for &(Reverse(item), _) in &self.order {
+            for _ in 0..self.copies {
+                self.lanes.add(item);
+            }
+        }
+        self.lanes.max()
     }
 
     /// Cuts tiles so that the lanes end together when they have done `work`, which may be more than the tiles take without a

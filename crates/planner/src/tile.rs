@@ -67,7 +67,10 @@ pub(crate) struct Division {
 impl Division {
     pub fn of(tokens: u32, heads: HeadGroups) -> Self {
         let tile_tokens = tokens_per_tile(TileKind::Wide, heads);
-        Self { full_tiles: tokens / tile_tokens, tile_tokens, remainder: tokens % tile_tokens }
+        // Whether a tile has room for one more is told without dividing, as most requests have few.
+        let is_less_than_one = (tokens + 1) * heads.heads_per_group <= heads.wide_tile_rows;
+        let full_tiles = if is_less_than_one { 0 } else { tokens / tile_tokens };
+        Self { full_tiles, tile_tokens, remainder: tokens - full_tiles * tile_tokens }
     }
 
     /// The tokens of full tile `tile`.
@@ -147,17 +150,18 @@ pub(crate) struct Content {
 }
 
 impl Content {
-    /// Adds a request's remainder, if there is one.
-    pub fn add(&mut self, own: Own<'_>, mask: Mask, heads: HeadGroups, segments: &mut Vec<RowSegment>) {
+    /// Adds a request's remainder, if there is one, and says what its rows see.
+    pub fn add(&mut self, own: Own<'_>, mask: Mask, heads: HeadGroups) -> Option<RowSegment> {
         let division = own.division(heads);
-        if division.remainder > 0 {
-            let segment = own.segment(mask, division.remainder_tokens(), self.columns);
-            let columns = last_column_end(&segment) - self.columns;
-            segments.push(segment);
-            self.columns += columns;
-            self.partial |= own.is_partial();
-            self.fresh_columns += division.fresh() * columns as f32;
+        if division.remainder == 0 {
+            return None;
         }
+        let segment = own.segment(mask, division.remainder_tokens(), self.columns);
+        let columns = last_column_end(&segment) - self.columns;
+        self.columns += columns;
+        self.partial |= own.is_partial();
+        self.fresh_columns += division.fresh() * columns as f32;
+        Some(segment)
     }
 
     /// The part of the columns that no other tile reads before, on average.
@@ -229,7 +233,7 @@ pub(crate) fn push_tiles<'a>(
     let skip_of = |own: Own<'_>| left_behind(own.request, mask, own.division(plan.heads).remainder_tokens().start);
     let run_skip = members.clone().next().map_or(0, skip_of);
     for own in members {
-        content.add(own, mask, plan.heads, &mut plan.segments);
+        plan.segments.extend(content.add(own, mask, plan.heads));
     }
     if content.columns > 0 {
         tiles.push(Tile {
