@@ -57,11 +57,6 @@ impl KernelFamily {
             Self::Sm90a => matches!(shape.head_dim(), 64 | 128) && shape.kv_dtype() == KvDType::Same,
         }
     }
-
-    /// Whether they can bound logits by a soft-cap. Plans for those that cannot run with others if it comes to that.
-    pub fn has_soft_cap(self) -> bool {
-        self != Self::Sm90a
-    }
 }
 
 impl FromStr for KernelFamily {

@@ -6,9 +6,11 @@ use super::CONSUMER_THREADS;
 use super::barrier;
 use super::shared::{Ring, Shared};
 use crate::attention::task::Stamper;
+use crate::ptx::mma::Fragment;
 use crate::ptx::special::thread_index;
 use crate::ptx::{warp, warpgroup};
 use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
+use crate::softmax::{Logits, soft_cap};
 
 /// Rows of a warp.
 pub const WARP_ROWS: u32 = 16;
@@ -133,6 +135,20 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
         }
         self.queries.release_by_lanes();
         queries
+    }
+
+    /// Bounds scores, in a kernel for launches with a soft-cap.
+    ///
+    /// # Safety
+    ///
+    /// Where `CAPPED`, the launch has a soft-cap.
+    #[inline(always)]
+    pub unsafe fn cap<const CAPPED: bool, const N: usize>(&self, scores: &mut [Fragment; N]) {
+        if CAPPED {
+            let logits = Logits { scale_log2: self.params.scale_log2, soft_cap_log2: self.params.soft_cap_log2 };
+            core::hint::assert_unchecked(logits.soft_cap_log2 != 0.0);
+            soft_cap(logits, scores);
+        }
     }
 
     /// Waits until all consuming warps are here.

@@ -32,7 +32,9 @@ const WARP_COLUMNS: u32 = 8 * SCORE_FRAGMENTS as u32;
 ///
 /// Reached by all threads of the consumers.
 #[inline(always)]
-pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>) {
+pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool>(
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>,
+) {
     const { assert!(Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP == CONSUMER_WARPS * WARP_COLUMNS) };
     let (slot, lane) = (consumer.tasks.stage(), consumer.lane());
     consumer.note_begin();
@@ -55,6 +57,7 @@ pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         warp::sync();
         consumer.k.release(lane);
         if sees_any {
+            consumer.cap::<CAPPED, SCORE_FRAGMENTS>(&mut scores[0]);
             if warp::any(!view.sees_all(column, WARP_COLUMNS)) {
                 mask(&mut scores[0], &rows, column, lane);
             }

@@ -207,8 +207,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
 ///
 /// Reached by all threads of the consumers.
 #[inline(always)]
-pub unsafe fn walk<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>)
-where
+pub unsafe fn walk<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool>(
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>,
+) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
@@ -228,6 +229,7 @@ where
     wgmma::wait_group::<0>();
     scores[0].hold();
     consumer.k.release(consumer.lane());
+    consumer.cap::<CAPPED, FRAGMENTS>(&mut scores[0]);
     consumer.mask(&step, &mut scores[0]);
     softmax.update(&mut scores);
     let mut weights = weights_of::<E, FRAGMENTS>(&scores[0]);
@@ -259,6 +261,7 @@ where
         wgmma::wait_group::<1>();
         scores[0].hold();
         consumer.k.release(consumer.lane());
+        consumer.cap::<CAPPED, FRAGMENTS>(&mut scores[0]);
         consumer.mask(&step, &mut scores[0]);
         let before = softmax;
         if done.is_last() {
