@@ -7,7 +7,9 @@ use std::mem::transmute;
 use std::sync::Arc;
 
 use cust::sys::{self, CUresult};
-use packinfer_abi::{KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
+use packinfer_abi::{
+    KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES, WIDE_TILE_ROWS, hopper_column_step,
+};
 use packinfer_batch::{AttentionShape, DType, KvLayout};
 
 use crate::EngineError;
@@ -146,7 +148,7 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
     let mut maps = [TensorMap::EMPTY; 2 * NUM_KV_BOXES as usize];
     for (index, map) in maps.iter_mut().enumerate() {
         let (tensor, log2) = (index / NUM_KV_BOXES as usize, index % NUM_KV_BOXES as usize);
-        let slots = 1 << log2;
+        let slots = hopper_column_step(shape.head_dim()).min(1 << log2);
         *map = Boxes {
             dtype: shape.dtype(),
             address: tensors.addresses[tensor],

@@ -310,6 +310,12 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> BoxTile<DIM_BLOCKS, ROW_B
         self.lane_row(first_row + lane % 16, lane / 16)
     }
 
+    /// How this lane reads [`Self::eight_columns`] and [`Self::eight_columns_transposed`] of rows from `first_row` on, a multiple of 8.
+    #[inline(always)]
+    pub fn eight_columns_by_lane(self, first_row: u32, lane: u32) -> LaneRow {
+        self.lane_row(first_row + lane % 8, lane / 8)
+    }
+
     /// As [`SharedTile::operands_b`], of rows from that of `lane_row` on.
     ///
     /// # Safety
@@ -328,6 +334,26 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> BoxTile<DIM_BLOCKS, ROW_B
     #[inline(always)]
     pub unsafe fn operands_b_transposed(lane_row: LaneRow, block: usize) -> [OperandB; 2] {
         SharedTile::<PANEL_BLOCKS>::operands_b_transposed(Self::in_panel(lane_row, block), 0, block % PANEL_BLOCKS)
+    }
+
+    /// As [`SharedTile::eight_columns`], of rows from that of `lane_row` on.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, with `lane_row` from [`Self::eight_columns_by_lane`]; `block` is a multiple of 4.
+    #[inline(always)]
+    pub unsafe fn eight_columns(lane_row: LaneRow, block: usize) -> [OperandB; 2] {
+        SharedTile::<PANEL_BLOCKS>::eight_columns(Self::in_panel(lane_row, block), block % PANEL_BLOCKS)
+    }
+
+    /// As [`SharedTile::eight_columns_transposed`], of rows from that of `lane_row` on.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::eight_columns`].
+    #[inline(always)]
+    pub unsafe fn eight_columns_transposed(lane_row: LaneRow, block: usize) -> [OperandB; 4] {
+        SharedTile::<PANEL_BLOCKS>::eight_columns_transposed(Self::in_panel(lane_row, block), block % PANEL_BLOCKS)
     }
 
     /// The same row of the panel that holds block `block`.

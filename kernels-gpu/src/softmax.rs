@@ -215,6 +215,7 @@ impl<const ROW_BLOCKS: usize> OnlineSoftmax<ROW_BLOCKS> {
     pub unsafe fn settle(&self) {
         let negative = self.sum.as_flattened().iter().fold(false, |negative, &sum| negative | (sum < 0.0));
         if warp::any(negative) {
+            crate::ptx::wgmma::wait_group::<0>(); // or the assembler puts it here itself, and warns of that
             crate::ptx::control::trap();
         }
     }

@@ -48,11 +48,19 @@ mod barrier {
     pub const CONSUMERS: u32 = TURN + 2;
 }
 
-/// Attention for a head dimension of `8 * DIM_BLOCKS`, in steps of `8 * FRAGMENTS` columns. Launches with a soft-cap have kernels of their own, which are
+/// Attention for a head dimension of `8 * DIM_BLOCKS`, in steps of `8 * FRAGMENTS` columns, of which a warp takes `8 * NARROW_FRAGMENTS` where the
+/// tile is narrow. Launches with a soft-cap have kernels of their own, which are
 /// `CAPPED`: so it takes no registers from the others.
 #[inline(always)]
-unsafe fn attention<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool>(params: AttentionParams)
-where
+unsafe fn attention<
+    E: Element,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const NARROW_FRAGMENTS: usize,
+    const CAPPED: bool,
+>(
+    params: AttentionParams,
+) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
@@ -68,13 +76,19 @@ where
         producer::run(&params, shared, thread);
     } else {
         take_registers::<CONSUMER_REGISTERS>();
-        consume::<E, DIM_BLOCKS, FRAGMENTS, CAPPED>(&params, shared);
+        consume::<E, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED>(&params, shared);
     }
 }
 
 /// Does a consumer's part until no task is left.
 #[inline(always)]
-unsafe fn consume<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool>(
+unsafe fn consume<
+    E: Element,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const NARROW_FRAGMENTS: usize,
+    const CAPPED: bool,
+>(
     params: &AttentionParams,
     shared: Shared<DIM_BLOCKS, FRAGMENTS>,
 ) where
@@ -86,7 +100,7 @@ unsafe fn consume<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, c
     while let Some(kind) = consumer.next_kind() {
         match kind {
             TileKind::Wide => wide::walk::<E, DIM_BLOCKS, FRAGMENTS, CAPPED>(&mut consumer),
-            TileKind::Narrow => narrow::tile::<E, DIM_BLOCKS, FRAGMENTS, CAPPED>(&mut consumer),
+            TileKind::Narrow => narrow::tile::<E, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED>(&mut consumer),
         }
     }
     consumer.end_turns();
@@ -97,55 +111,83 @@ kernel! {
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
     fn attention_bf16_d64(params: AttentionParams) {
-        attention::<Bf16, 8, 16, false>(params)
+        attention::<Bf16, 8, 16, 2, false>(params)
     }
 
     /// Attention in bf16, head dimension 64, with a soft-cap.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
     fn attention_bf16_d64_capped(params: AttentionParams) {
-        attention::<Bf16, 8, 16, true>(params)
+        attention::<Bf16, 8, 16, 2, true>(params)
     }
 
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
     fn attention_bf16_d128(params: AttentionParams) {
-        attention::<Bf16, 16, 16, false>(params)
+        attention::<Bf16, 16, 16, 2, false>(params)
     }
 
     /// Attention in bf16, head dimension 128, with a soft-cap.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
     fn attention_bf16_d128_capped(params: AttentionParams) {
-        attention::<Bf16, 16, 16, true>(params)
+        attention::<Bf16, 16, 16, 2, true>(params)
+    }
+
+    /// Attention in bf16, head dimension 256.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    fn attention_bf16_d256(params: AttentionParams) {
+        attention::<Bf16, 32, 8, 1, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 256, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    fn attention_bf16_d256_capped(params: AttentionParams) {
+        attention::<Bf16, 32, 8, 1, true>(params)
     }
 
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
     fn attention_f16_d64(params: AttentionParams) {
-        attention::<F16, 8, 16, false>(params)
+        attention::<F16, 8, 16, 2, false>(params)
     }
 
     /// Attention in f16, head dimension 64, with a soft-cap.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
     fn attention_f16_d64_capped(params: AttentionParams) {
-        attention::<F16, 8, 16, true>(params)
+        attention::<F16, 8, 16, 2, true>(params)
     }
 
     /// Attention in f16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
     fn attention_f16_d128(params: AttentionParams) {
-        attention::<F16, 16, 16, false>(params)
+        attention::<F16, 16, 16, 2, false>(params)
     }
 
     /// Attention in f16, head dimension 128, with a soft-cap.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
     fn attention_f16_d128_capped(params: AttentionParams) {
-        attention::<F16, 16, 16, true>(params)
+        attention::<F16, 16, 16, 2, true>(params)
+    }
+
+    /// Attention in f16, head dimension 256.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    fn attention_f16_d256(params: AttentionParams) {
+        attention::<F16, 32, 8, 1, false>(params)
+    }
+
+    /// Attention in f16, head dimension 256, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    fn attention_f16_d256_capped(params: AttentionParams) {
+        attention::<F16, 32, 8, 1, true>(params)
     }
 }

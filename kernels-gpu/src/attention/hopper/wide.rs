@@ -53,10 +53,10 @@ impl Step {
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS> {
-    /// Whether a wide tile comes next that these rows see from its first step on.
+    /// Whether a wide tile comes next that these rows see from its first step on, and whose Q can arrive before that of this one is let go.
     #[inline(always)]
     unsafe fn has_tile_that_follows(&self) -> bool {
-        self.next_kind() == Some(TileKind::Wide) && {
+        Self::HOLDS_QUERIES && self.next_kind() == Some(TileKind::Wide) && {
             let slot = self.tasks.stage();
             self.shared.view(slot, self.index()).steps(self.shared.columns(slot).start, Self::STEP).0 == 0
         }
@@ -97,10 +97,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
             Descriptor::along_sum(self.shared.k(self.k.stage()).row(0, 0), ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES);
         wgmma::fence();
         for block in (0..DIM_BLOCKS).step_by(2) {
-            let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
             let (panel, byte) = ((block / PANEL_BLOCKS) as u32, (block % PANEL_BLOCKS * 16) as u32);
             let k = k.skip(panel * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANEL_BYTES + byte);
-            scores.add_product_along([a, b, c, d], k, block > 0);
+            self.add_scores::<E>(queries, scores, block, k);
         }
         wgmma::commit_group();
     }
@@ -253,7 +252,7 @@ pub unsafe fn walk<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, 
         consumer.take_turn();
         output[0].hold();
         hold_words(&mut weights);
-        hold_words(&mut queries);
+        Consumer::<DIM_BLOCKS, FRAGMENTS>::hold(&mut queries);
         scores[0].hold();
         consumer.start_scores::<E>(&queries, &mut scores[0]);
         consumer.start_output::<E>(&mut output[0], &weights, values);
@@ -284,6 +283,7 @@ pub unsafe fn walk<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, 
         }
     }
 
+    consumer.release_queries();
     output[0].hold();
     hold_words(&mut weights);
     consumer.start_output::<E>(&mut output[0], &weights, values);
