@@ -77,9 +77,11 @@ impl KernelSource {
         }
         match (family, shape.dtype(), shape.head_dim()) {
             (KernelFamily::Sm90a, DType::Bf16, 64) => sm_90a!("attention_bf16_d64"),
+            (KernelFamily::Sm90a, DType::Bf16, 96) => sm_90a!("attention_bf16_d96"),
             (KernelFamily::Sm90a, DType::Bf16, 128) => sm_90a!("attention_bf16_d128"),
             (KernelFamily::Sm90a, DType::Bf16, _) => sm_90a!("attention_bf16_d256"),
             (KernelFamily::Sm90a, DType::F16, 64) => sm_90a!("attention_f16_d64"),
+            (KernelFamily::Sm90a, DType::F16, 96) => sm_90a!("attention_f16_d96"),
             (KernelFamily::Sm90a, DType::F16, 128) => sm_90a!("attention_f16_d128"),
             (KernelFamily::Sm90a, DType::F16, _) => sm_90a!("attention_f16_d256"),
             (_, DType::Bf16, 64) => sm_80!("attention_bf16_d64"),

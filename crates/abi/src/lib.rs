@@ -160,6 +160,12 @@ pub const fn hopper_column_step(head_dim: u32) -> u32 {
     if head_dim > 128 { COLUMN_STEP } else { 2 * COLUMN_STEP }
 }
 
+/// Panels of [`KV_BOX_ELEMENTS`] elements that a box can have: all of a row. A row of which the last panel is not whole comes panel by panel: the box of
+/// the last one reaches past the row, and has zeros there, which are not read from memory.
+pub const fn box_panels(head_dim: u32) -> u32 {
+    if head_dim.is_multiple_of(KV_BOX_ELEMENTS) { head_dim / KV_BOX_ELEMENTS } else { 1 }
+}
+
 /// One tile over one range of its columns: what a thread block does for one head group.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -299,11 +305,12 @@ pub struct AttentionParams {
     pub arrivals: DeviceAddress,
     /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots of one head, swizzled by 128
     /// bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`] slots, heads; a box of
-    /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel. A map whose box would be more than a
-    /// [step of columns](hopper_column_step) is not used.
+    /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel. Where [boxes have but one](box_panels), so have the
+    /// maps, and its elements are all of a row. A map whose box would be more than a [step of columns](hopper_column_step) is not used.
     pub kv_maps: DeviceAddress,
     /// Tensor maps of Q, [`NUM_QUERY_BOXES`]; `sm_90a` only. Map `i` copies boxes of `2^i` tokens with the heads of one group, 64 elements of each, swizzled by 128 bytes. Its
-    /// dimensions are elements (64), heads, panels of 64 elements, tokens, and one more of length 1. A map whose box would be more than a wide tile is not used.
+    /// dimensions are elements (64), heads, panels of 64 elements, tokens, and one more of length 1; elements and panels as
+    /// in `kv_maps`. A map whose box would be more than a wide tile is not used.
     pub q_maps: DeviceAddress,
     /// Heads.
     pub heads: HeadGroups,

@@ -62,7 +62,7 @@ impl KernelFamily {
     pub fn supports(self, shape: AttentionShape) -> bool {
         match self {
             Self::Sm80 => true,
-            Self::Sm90a => matches!(shape.head_dim(), 64 | 128 | 256) && shape.kv_dtype() == KvDType::Same,
+            Self::Sm90a => shape.kv_dtype() == KvDType::Same,
         }
     }
 }

@@ -281,7 +281,7 @@ fn kernels_that_cannot_are_not_chosen() {
     let hopper = *models.iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("an H100 runs them");
     let mut planner = Planner::choosing(models);
     let mut chosen = |batch: &Batch| planner.plan(batch).expect("a batch that can be planned").model().kernel_family;
-    for head_dim in [64, 128, 256] {
+    for head_dim in AttentionShape::HEAD_DIMS {
         let shape = shape_of(8, 4, head_dim);
         assert_eq!(chosen(&contiguous(shape, Mask::Causal, [(8192, 8192)])), KernelFamily::Sm90a);
         let fp8 = contiguous(shape.with_kv_dtype(KvDType::E4m3), Mask::Causal, [(8192, 8192)]);

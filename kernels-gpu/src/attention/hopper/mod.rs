@@ -121,6 +121,20 @@ kernel! {
         attention::<Bf16, 8, 16, 2, true>(params)
     }
 
+    /// Attention in bf16, head dimension 96.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 28, "mma.sync" = 24)]
+    fn attention_bf16_d96(params: AttentionParams) {
+        attention::<Bf16, 12, 16, 2, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 96, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 28, "mma.sync" = 24)]
+    fn attention_bf16_d96_capped(params: AttentionParams) {
+        attention::<Bf16, 12, 16, 2, true>(params)
+    }
+
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 32, "mma.sync" = 32)]
@@ -161,6 +175,20 @@ kernel! {
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 24, "mma.sync" = 16)]
     fn attention_f16_d64_capped(params: AttentionParams) {
         attention::<F16, 8, 16, 2, true>(params)
+    }
+
+    /// Attention in f16, head dimension 96.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 28, "mma.sync" = 24)]
+    fn attention_f16_d96(params: AttentionParams) {
+        attention::<F16, 12, 16, 2, false>(params)
+    }
+
+    /// Attention in f16, head dimension 96, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 28, "mma.sync" = 24)]
+    fn attention_f16_d96_capped(params: AttentionParams) {
+        attention::<F16, 12, 16, 2, true>(params)
     }
 
     /// Attention in f16, head dimension 128.

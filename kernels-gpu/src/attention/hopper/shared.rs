@@ -244,7 +244,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     /// Steps whose K is held, and steps whose V is: those that fit beside Q.
     const STAGES: [u32; 2] = match DIM_BLOCKS {
         8 => [4, 6],
-        16 => [2, 3],
+        12 | 16 => [2, 3],
         _ => [2, 2],
     };
     const K_STAGES: u32 = Self::STAGES[0];
