@@ -76,25 +76,15 @@ impl DevicePlan {
         self.layout.family
     }
 
-    /// The kernels for a run with a logit soft-cap or without: others than the plan was made for, if those have none.
-    pub(crate) fn family_for(&self, soft_cap: bool) -> Result<KernelFamily, EngineError> {
-        let own = self.kernel_family();
-        if !soft_cap || own.has_soft_cap() {
-            return Ok(own);
-        }
-        let other = self.shared.families.iter().find(|family| family.has_soft_cap());
-        other.copied().ok_or(EngineError::NoSoftCap { family: own })
+    /// The kernels for a run with a logit soft-cap or without.
+    pub(crate) fn kernels(&self, soft_cap: bool) -> Result<PlanKernels, EngineError> {
+        if soft_cap { PlanKernels::new(&self.shared, &self.layout, soft_cap) } else { Ok(self.kernels) }
     }
 
-    /// The kernels of a family.
-    pub(crate) fn kernels_in(&self, family: KernelFamily) -> Result<PlanKernels, EngineError> {
-        if family == self.kernel_family() { Ok(self.kernels) } else { PlanKernels::new(&self.shared, &self.layout, family) }
-    }
-
-    /// Thread blocks of a family's attention kernel: one for each task, or one for each multiprocessor, which take tasks in turn.
-    pub(crate) fn attention_blocks(&self, family: KernelFamily) -> u32 {
+    /// Thread blocks of the attention kernel: one for each task, or one for each multiprocessor, which take tasks in turn.
+    pub(crate) fn attention_blocks(&self) -> u32 {
         let tasks = self.layout.attention_tasks;
-        if family == KernelFamily::Sm90a { tasks.min(self.shared.info.multiprocessors) } else { tasks }
+        if self.kernel_family() == KernelFamily::Sm90a { tasks.min(self.shared.info.multiprocessors) } else { tasks }
     }
 
     /// Heads, head dimension, element type.
@@ -222,18 +212,18 @@ pub(crate) struct PlanKernels {
 }
 
 impl PlanKernels {
-    /// Those that the plan was made for.
+    /// Those that the plan was made for, without a soft-cap.
     fn of_plan(shared: &Shared, layout: &Layout) -> Result<Self, EngineError> {
         let family = layout.family;
         if !shared.families.contains(&family) {
             return Err(EngineError::KernelFamily { device: shared.info.name.clone(), family });
         }
-        Self::new(shared, layout, family)
+        Self::new(shared, layout, false)
     }
 
-    fn new(shared: &Shared, layout: &Layout, family: KernelFamily) -> Result<Self, EngineError> {
-        let attention = shared.kernels.get(KernelSource::attention(family, layout.shape))?;
-        let merge = match family {
+    fn new(shared: &Shared, layout: &Layout, soft_cap: bool) -> Result<Self, EngineError> {
+        let attention = shared.kernels.get(KernelSource::attention(layout.family, layout.shape, soft_cap))?;
+        let merge = match layout.family {
             KernelFamily::Sm90a => None,
             _ => Some(shared.kernels.get(KernelSource::merge(layout.shape, shared.can_overlap))?),
         };

@@ -173,12 +173,6 @@ pub enum EngineError {
         /// The family asked for.
         family: KernelFamily,
     },
-    /// A soft-cap, but only kernels that have none.
-    #[error("the {family} kernels have no logit soft-cap: let the engine use others too (EngineOptions::kernel_family)")]
-    NoSoftCap {
-        /// The kernels that the engine uses.
-        family: KernelFamily,
-    },
     /// Copies of slots or new tokens that do not fit the KV pool.
     #[error(transparent)]
     KvMemory(#[from] KvMemoryError),

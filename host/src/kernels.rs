@@ -34,7 +34,7 @@ pub(crate) struct KernelSource {
 
 /// The source of a kernel, by architecture and name.
 macro_rules! kernel {
-    ($architecture:literal, $name:literal, $threads:expr, $shared_bytes:expr) => {
+    ($architecture:literal, $name:expr, $threads:expr, $shared_bytes:expr) => {
         KernelSource {
             architecture: $architecture,
             name: $name,
@@ -47,16 +47,20 @@ macro_rules! kernel {
 }
 
 impl KernelSource {
-    /// The kernel of a family that does a plan's work items.
-    pub fn attention(family: KernelFamily, shape: AttentionShape) -> Self {
+    /// The kernel of a family that does a plan's work items, with a soft-cap of the logits or without.
+    pub fn attention(family: KernelFamily, shape: AttentionShape, soft_cap: bool) -> Self {
         macro_rules! sm_80 {
             ($name:literal) => {
                 kernel!("sm_80", $name, ATTENTION_THREADS, ATTENTION_SHARED_BYTES)
             };
         }
+        // Those for sm_80 have the soft-cap in the same kernel.
         macro_rules! sm_90a {
             ($name:literal) => {
-                kernel!("sm_90a", $name, HOPPER_THREADS, HOPPER_SHARED_BYTES)
+                match soft_cap {
+                    true => kernel!("sm_90a", concat!($name, "_capped"), HOPPER_THREADS, HOPPER_SHARED_BYTES),
+                    false => kernel!("sm_90a", $name, HOPPER_THREADS, HOPPER_SHARED_BYTES),
+                }
             };
         }
         if shape.kv_dtype() == KvDType::E4m3 {
@@ -73,9 +77,13 @@ impl KernelSource {
         }
         match (family, shape.dtype(), shape.head_dim()) {
             (KernelFamily::Sm90a, DType::Bf16, 64) => sm_90a!("attention_bf16_d64"),
-            (KernelFamily::Sm90a, DType::Bf16, _) => sm_90a!("attention_bf16_d128"),
+            (KernelFamily::Sm90a, DType::Bf16, 96) => sm_90a!("attention_bf16_d96"),
+            (KernelFamily::Sm90a, DType::Bf16, 128) => sm_90a!("attention_bf16_d128"),
+            (KernelFamily::Sm90a, DType::Bf16, _) => sm_90a!("attention_bf16_d256"),
             (KernelFamily::Sm90a, DType::F16, 64) => sm_90a!("attention_f16_d64"),
-            (KernelFamily::Sm90a, DType::F16, _) => sm_90a!("attention_f16_d128"),
+            (KernelFamily::Sm90a, DType::F16, 96) => sm_90a!("attention_f16_d96"),
+            (KernelFamily::Sm90a, DType::F16, 128) => sm_90a!("attention_f16_d128"),
+            (KernelFamily::Sm90a, DType::F16, _) => sm_90a!("attention_f16_d256"),
             (_, DType::Bf16, 64) => sm_80!("attention_bf16_d64"),
             (_, DType::Bf16, 96) => sm_80!("attention_bf16_d96"),
             (_, DType::Bf16, 128) => sm_80!("attention_bf16_d128"),
@@ -253,7 +261,9 @@ mod tests {
                 for shape in [KvDType::Same, KvDType::E4m3].map(|kv_dtype| shape.with_kv_dtype(kv_dtype)) {
                     sources.push(KernelSource::kv_append(shape));
                     let families = KernelFamily::ALL.into_iter().filter(|family| family.supports(shape));
-                    sources.extend(families.map(|family| KernelSource::attention(family, shape)));
+                    let with_and_without =
+                        |family| [false, true].map(|soft_cap| KernelSource::attention(family, shape, soft_cap));
+                    sources.extend(families.flat_map(with_and_without));
                 }
                 sources.extend([false, true].map(|overlaps| KernelSource::merge(shape, overlaps)));
             }

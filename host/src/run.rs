@@ -60,13 +60,12 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
     tensors.check(layout)?;
     let Logits { scale_log2, soft_cap_log2 } = options.logits(layout)?;
     let PerHead { sinks, k_scales, v_scales } = options.per_head(layout)?;
-    let family = plan.family_for(options.logit_soft_cap.is_some())?;
     if layout.attention_tasks == 0 {
         return Ok(());
     }
     let parts = workspace.parts(plan, stream)?;
-    let (kernels, attention_blocks) = (plan.kernels_in(family)?, plan.attention_blocks(family));
-    let (q_maps, kv_maps) = match family {
+    let (kernels, attention_blocks) = (plan.kernels(options.logit_soft_cap.is_some())?, plan.attention_blocks());
+    let (q_maps, kv_maps) = match layout.family {
         KernelFamily::Sm90a => {
             (workspace.q_maps(stream, tensors.queries(layout))?, workspace.kv_maps(stream, tensors.kv(layout))?)
         }

@@ -7,7 +7,10 @@ use std::mem::transmute;
 use std::sync::Arc;
 
 use cust::sys::{self, CUresult};
-use packinfer_abi::{KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
+use packinfer_abi::{
+    KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES, WIDE_TILE_ROWS, box_panels,
+    hopper_column_step,
+};
 use packinfer_batch::{AttentionShape, DType, KvLayout};
 
 use crate::EngineError;
@@ -142,18 +145,18 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
     let element_bytes = shape.dtype().size_in_bytes();
     let strides = tensors.layout.strides(shape);
     let (slot_bytes, head_bytes) = (strides.slot * element_bytes, strides.head * element_bytes);
-    let panels = shape.head_dim() / KV_BOX_ELEMENTS;
+    let panels = box_panels(shape.head_dim());
     let mut maps = [TensorMap::EMPTY; 2 * NUM_KV_BOXES as usize];
     for (index, map) in maps.iter_mut().enumerate() {
         let (tensor, log2) = (index / NUM_KV_BOXES as usize, index % NUM_KV_BOXES as usize);
-        let slots = 1 << log2;
+        let slots = hopper_column_step(shape.head_dim()).min(1 << log2);
         *map = Boxes {
             dtype: shape.dtype(),
             address: tensors.addresses[tensor],
             // The slot dimension alone says where the tensor ends: boxes of several groups begin so that all of them exist, and the slots of
             // a run exist for all heads, however far apart these are.
             dims: [
-                u64::from(KV_BOX_ELEMENTS),
+                u64::from(shape.head_dim() / panels),
                 tensors.num_slots[tensor],
                 u64::from(panels),
                 u64::from(MOST_GROUPS),
@@ -179,13 +182,13 @@ fn encode_queries(tensor: &QueryTensor) -> Result<[TensorMap; NUM_QUERY_BOXES as
     let shape = tensor.shape;
     let row_bytes = u64::from(shape.head_dim()) * shape.dtype().size_in_bytes();
     let token_bytes = u64::from(shape.num_qo_heads()) * row_bytes;
-    let panels = shape.head_dim() / KV_BOX_ELEMENTS;
+    let panels = box_panels(shape.head_dim());
     let mut maps = [TensorMap::EMPTY; NUM_QUERY_BOXES as usize];
     for (log2, map) in maps.iter_mut().enumerate() {
         *map = Boxes {
             dtype: shape.dtype(),
             address: tensor.address,
-            dims: [u64::from(KV_BOX_ELEMENTS), u64::from(shape.num_qo_heads()), u64::from(panels), MOST_TOKENS, 1],
+            dims: [u64::from(shape.head_dim() / panels), u64::from(shape.num_qo_heads()), u64::from(panels), MOST_TOKENS, 1],
             strides: [row_bytes, panel_bytes(shape), token_bytes, token_bytes],
             box_dims: [KV_BOX_ELEMENTS, tensor.heads_per_group, 1, tokens_of_a_tile.min(1 << log2), 1],
         }

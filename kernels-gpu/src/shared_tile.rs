@@ -1,5 +1,8 @@
 //! A tile in shared memory: rows of one head's elements, swizzled so that no access of a warp meets a bank twice.
 
+#[cfg(feature = "sm_90a")]
+use packinfer_abi::{KV_BOX_ELEMENTS, box_panels};
+
 use crate::element::ELEMENT_BYTES;
 use crate::ptx::cp_async::CHUNK_BYTES;
 #[cfg(feature = "sm_90a")]
@@ -215,7 +218,8 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
     }
 }
 
-/// A tile of `8 * ROW_BLOCKS` rows as warpgroup products take it: each 64 elements of a row in a [`SharedTile`] of their own, one after the other.
+/// A tile of `8 * ROW_BLOCKS` rows as warpgroup products take it: each 64 elements of a row in a [`SharedTile`] of their own, one after the other. The last
+/// one's rows may be longer than what is left of a row.
 #[derive(Clone, Copy)]
 pub struct PanelTile<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> {
     base: u32,
@@ -232,7 +236,7 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> PanelTile<DIM_BLOCKS, ROW
     /// Elements of a panel's rows.
     pub const PANEL_ELEMENTS: u32 = 8 * PANEL_BLOCKS as u32;
     /// Panels of the tile.
-    pub const PANELS: u32 = (DIM_BLOCKS / PANEL_BLOCKS) as u32;
+    pub const PANELS: u32 = DIM_BLOCKS.div_ceil(PANEL_BLOCKS) as u32;
     /// Bytes of a row, in all panels.
     #[cfg(feature = "sm_90a")]
     pub const ROW_BYTES: u32 = Self::PANELS * PANEL_ROW_BYTES;
@@ -273,8 +277,16 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> PanelTile<DIM_BLOCKS, ROW
     }
 }
 
+/// Where panel `panel` of rows of `8 * DIM_BLOCKS` elements begins in a tensor that [boxes](box_panels) are copied from: its element, and its panel.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub fn origin_of_panel<const DIM_BLOCKS: usize>(panel: u32) -> [u32; 2] {
+    if box_panels(8 * DIM_BLOCKS as u32) == 1 { [panel * KV_BOX_ELEMENTS, 0] } else { [0, panel] }
+}
+
 /// A tile of `8 * ROW_BLOCKS` rows as warpgroup products take it and the copy engine brings it: eight rows after eight rows, and of these
 /// each 64 elements of a row in a [`SharedTile`] of their own, one after the other. So one box holds whole rows, and any multiple of eight.
+/// Where [a box has but one panel](box_panels), it is instead all rows of one panel after those of the other.
 #[cfg(feature = "sm_90a")]
 #[derive(Clone, Copy)]
 pub struct BoxTile<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> {
@@ -286,13 +298,16 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> BoxTile<DIM_BLOCKS, ROW_B
     /// Rows of the tile.
     pub const ROWS: u32 = 8 * ROW_BLOCKS as u32;
     /// Panels of a row.
-    pub const PANELS: u32 = (DIM_BLOCKS / PANEL_BLOCKS) as u32;
-    /// Bytes of eight rows of a panel.
-    pub const PANEL_BYTES: u32 = 8 * PANEL_ROW_BYTES;
-    /// Bytes of eight rows.
-    pub const EIGHT_ROWS_BYTES: u32 = Self::PANELS * Self::PANEL_BYTES;
+    pub const PANELS: u32 = DIM_BLOCKS.div_ceil(PANEL_BLOCKS) as u32;
+    /// Boxes that bring whole rows.
+    pub const WHOLE_BOXES: u32 = Self::PANELS / Self::BOX_PANELS;
+    const BOX_PANELS: u32 = box_panels(8 * DIM_BLOCKS as u32);
+    /// Bytes from eight rows to the next eight of the same panel.
+    pub const EIGHT_ROWS_BYTES: u32 = Self::BOX_PANELS * 8 * PANEL_ROW_BYTES;
+    /// Bytes from a row of a panel to the same row of the next.
+    pub const PANEL_BYTES: u32 = if Self::WHOLE_BOXES == 1 { 8 } else { Self::ROWS } * PANEL_ROW_BYTES;
     /// Bytes of the tile.
-    pub const BYTES: u32 = ROW_BLOCKS as u32 * Self::EIGHT_ROWS_BYTES;
+    pub const BYTES: u32 = Self::ROWS * Self::PANELS * PANEL_ROW_BYTES;
 
     /// The tile at `base`, which is aligned to eight rows of a panel.
     #[inline(always)]
@@ -323,6 +338,12 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> BoxTile<DIM_BLOCKS, ROW_B
         self.lane_row(first_row + lane % 16, lane / 16)
     }
 
+    /// How this lane reads [`Self::eight_columns`] and [`Self::eight_columns_transposed`] of rows from `first_row` on, a multiple of 8.
+    #[inline(always)]
+    pub fn eight_columns_by_lane(self, first_row: u32, lane: u32) -> LaneRow {
+        self.lane_row(first_row + lane % 8, lane / 8)
+    }
+
     /// As [`SharedTile::operands_b`], of rows from that of `lane_row` on.
     ///
     /// # Safety
@@ -341,6 +362,26 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> BoxTile<DIM_BLOCKS, ROW_B
     #[inline(always)]
     pub unsafe fn operands_b_transposed(lane_row: LaneRow, block: usize) -> [OperandB; 2] {
         SharedTile::<PANEL_BLOCKS>::operands_b_transposed(Self::in_panel(lane_row, block), 0, block % PANEL_BLOCKS)
+    }
+
+    /// As [`SharedTile::eight_columns`], of rows from that of `lane_row` on.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, with `lane_row` from [`Self::eight_columns_by_lane`]; `block` is a multiple of 4.
+    #[inline(always)]
+    pub unsafe fn eight_columns(lane_row: LaneRow, block: usize) -> [OperandB; 2] {
+        SharedTile::<PANEL_BLOCKS>::eight_columns(Self::in_panel(lane_row, block), block % PANEL_BLOCKS)
+    }
+
+    /// As [`SharedTile::eight_columns_transposed`], of rows from that of `lane_row` on.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::eight_columns`].
+    #[inline(always)]
+    pub unsafe fn eight_columns_transposed(lane_row: LaneRow, block: usize) -> [OperandB; 4] {
+        SharedTile::<PANEL_BLOCKS>::eight_columns_transposed(Self::in_panel(lane_row, block), block % PANEL_BLOCKS)
     }
 
     /// The same row of the panel that holds block `block`.

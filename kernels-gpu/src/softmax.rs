@@ -6,7 +6,7 @@
 use packinfer_abi::AttentionParams;
 
 use crate::element::Element;
-use crate::ptx::math::{self, bits};
+use crate::ptx::math::{self, ones_from};
 use crate::ptx::mma::{Fragment, OperandA};
 use crate::ptx::warp;
 use crate::rows::Row;
@@ -149,8 +149,7 @@ pub fn mask<const FRAGMENTS: usize>(
     const { assert!(2 * FRAGMENTS <= u32::BITS as usize) };
     let column = first_column + lane % 4 * 2;
     for (half, row) in rows.iter().enumerate() {
-        let begin = columns_of_lane_before(row.begin, column);
-        let seen = bits(begin, columns_of_lane_before(row.end, column).saturating_sub(begin));
+        let seen = ones_from(columns_of_lane_before(row.begin, column)) & !ones_from(columns_of_lane_before(row.end, column));
         for (j, fragment) in scores.iter_mut().enumerate() {
             for e in 0..2 {
                 if seen & 1 << (2 * j + e) == 0 {

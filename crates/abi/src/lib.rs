@@ -40,7 +40,7 @@ pub use numbers::{e4m3, sin_cos, turn};
 pub const WIDE_TILE_ROWS: u32 = 128;
 /// Rows of a [`TileKind::Narrow`] tile: the least that the tensor cores' `m16n8k16` takes.
 pub const NARROW_TILE_ROWS: u32 = 16;
-/// Columns that a thread block takes at a time.
+/// Columns that a thread block takes at a time; the `sm_90a` kernel takes [more](hopper_column_step).
 pub const COLUMN_STEP: u32 = 64;
 /// Threads of a block of the `sm_80` attention kernel: four warps.
 pub const ATTENTION_THREADS: u32 = 128;
@@ -148,9 +148,22 @@ impl TileKind {
     }
 }
 
-/// Rows of a [`TileKind::Wide`] tile for a head dimension: half as many where O of more would not fit into the registers of four warps.
+/// Rows of a [`TileKind::Wide`] tile of the `sm_80` kernel for a head dimension: half as many where O of more would not fit into the registers of four
+/// warps. Those of the `sm_90a` kernel, which has eight, always have [`WIDE_TILE_ROWS`].
 pub const fn wide_tile_rows(head_dim: u32) -> u32 {
     if head_dim > 128 { WIDE_TILE_ROWS / 2 } else { WIDE_TILE_ROWS }
+}
+
+/// Columns that a block of the `sm_90a` kernel takes at a time for a head dimension: half as many where K and V of more would not fit into shared memory
+/// twice.
+pub const fn hopper_column_step(head_dim: u32) -> u32 {
+    if head_dim > 128 { COLUMN_STEP } else { 2 * COLUMN_STEP }
+}
+
+/// Panels of [`KV_BOX_ELEMENTS`] elements that a box can have: all of a row. A row of which the last panel is not whole comes panel by panel: the box of
+/// the last one reaches past the row, and has zeros there, which are not read from memory.
+pub const fn box_panels(head_dim: u32) -> u32 {
+    if head_dim.is_multiple_of(KV_BOX_ELEMENTS) { head_dim / KV_BOX_ELEMENTS } else { 1 }
 }
 
 /// One tile over one range of its columns: what a thread block does for one head group.
@@ -292,10 +305,12 @@ pub struct AttentionParams {
     pub arrivals: DeviceAddress,
     /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots of one head, swizzled by 128
     /// bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`] slots, heads; a box of
-    /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel.
+    /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel. Where [boxes have but one](box_panels), so have the
+    /// maps, and its elements are all of a row. A map whose box would be more than a [step of columns](hopper_column_step) is not used.
     pub kv_maps: DeviceAddress,
     /// Tensor maps of Q, [`NUM_QUERY_BOXES`]; `sm_90a` only. Map `i` copies boxes of `2^i` tokens with the heads of one group, 64 elements of each, swizzled by 128 bytes. Its
-    /// dimensions are elements (64), heads, panels of 64 elements, tokens, and one more of length 1. A map whose box would be more than a wide tile is not used.
+    /// dimensions are elements (64), heads, panels of 64 elements, tokens, and one more of length 1; elements and panels as
+    /// in `kv_maps`. A map whose box would be more than a wide tile is not used.
     pub q_maps: DeviceAddress,
     /// Heads.
     pub heads: HeadGroups,

@@ -78,6 +78,7 @@ impl PartViews {
 /// (row, column) pairs that a head group computes of a tile's `columns`: whole steps of whole warps or warpgroups.
 pub(crate) fn issued_pairs(
     family: KernelFamily,
+    head_dim: u32,
     heads: HeadGroups,
     kind: TileKind,
     segments: &[RowSegment],
@@ -85,7 +86,7 @@ pub(crate) fn issued_pairs(
 ) -> u64 {
     let mut views = PartViews::new(family, heads, kind);
     segments.iter().for_each(|segment| views.add(segment));
-    views.issued_pairs(columns, family.column_step())
+    views.issued_pairs(columns, family.column_step(head_dim))
 }
 
 /// The rows of a tile: what the cost model goes by.
@@ -173,6 +174,7 @@ enum TileKindName {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CostModel {
     family: KernelFamily,
+    head_dim: u32,
     heads: HeadGroups,
     groups_per_kv_head: f64,
     /// By kind of tile.
@@ -215,11 +217,15 @@ impl CostModel {
     pub fn new(model: &DeviceModel, shape: AttentionShape, heads: HeadGroups) -> Self {
         let of_block = |per_s: f64| 1e9 * f64::from(model.lanes()) / per_s;
         let TileTimes { setup_ns, step_ns } = model.wide;
+        // The model's own steps may be of more columns. What a step takes besides its products goes by its columns.
+        let columns = |head_dim| f64::from(model.kernel_family.column_step(head_dim));
+        let step_ns = step_ns * columns(shape.head_dim()) / columns(model.head_dim);
         let wide = TileCosts { setup_ns, step_ns, flop_ns: of_block(model.flops_per_s) };
         let TileTimes { setup_ns, step_ns } = model.narrow;
         let narrow = TileCosts { setup_ns, step_ns, flop_ns: 0.0 }; // the steps are all alike
         Self {
             family: model.kernel_family,
+            head_dim: shape.head_dim(),
             heads,
             groups_per_kv_head: f64::from(heads.groups_per_kv_head().max(1)),
             tiles: [wide, narrow],
@@ -280,14 +286,14 @@ impl CostModel {
             tile: kind,
             memory_bytes: fresh_bytes + self.row_bytes(rows, partial),
             cached_bytes: kv_bytes - fresh_bytes,
-            steps: (columns.end - columns.start).div_ceil(self.family.column_step()),
+            steps: (columns.end - columns.start).div_ceil(self.family.column_step(self.head_dim)),
             flops: 0.0,
         }
     }
 
     /// Floating-point operations of an item.
     fn flops(&self, views: &PartViews, columns: Range<u32>) -> f64 {
-        views.issued_pairs(columns, self.family.column_step()) as f64 * self.flops_per_pair
+        views.issued_pairs(columns, self.family.column_step(self.head_dim)) as f64 * self.flops_per_pair
     }
 
     /// What the parts of that take.
@@ -307,7 +313,8 @@ impl CostModel {
             let rows = tokens * self.heads.heads_per_group;
             let TileCosts { step_ns, flop_ns, .. } = self.tile(kind);
             let issued_rows = f64::from(rows.next_multiple_of(rows_together(self.family, self.heads, kind)));
-            let block_ns = step_ns / f64::from(self.family.column_step()) + issued_rows * self.flops_per_pair * flop_ns;
+            let block_ns =
+                step_ns / f64::from(self.family.column_step(self.head_dim)) + issued_rows * self.flops_per_pair * flop_ns;
             let read_ns = self.read_ns(division.fresh());
             let merge_ns = f64::from(rows) * self.partial_row_bytes * self.byte_ns;
             let fixed_ns = self.fixed_traffic_ns(rows, true).max(self.fixed_block_ns(kind));
@@ -404,7 +411,8 @@ mod tests {
 
     #[test]
     fn warps_skip_steps_that_none_of_their_rows_sees() {
-        let pairs = |kind, segments: &[RowSegment], columns| issued_pairs(KernelFamily::Sm80, heads(), kind, segments, columns);
+        let pairs =
+            |kind, segments: &[RowSegment], columns| issued_pairs(KernelFamily::Sm80, 128, heads(), kind, segments, columns);
         let (warp_step, narrow_step) = (32 * 64, 16 * 64);
         // 8 tokens a warp: a prompt of 32 tokens is one step of four warps, then another of the last one.
         assert_eq!(pairs(TileKind::Wide, &[segment(32, 0, 1)], 0..32), 4 * warp_step);
@@ -422,7 +430,11 @@ mod tests {
         let window = RowSegment { begin_hold: 0, ..segment(32, 50, 114) };
         assert_eq!(pairs(TileKind::Wide, &[window], 0..145), (2 + 3 + 2 + 2) * warp_step);
         // A warpgroup of 64 rows sees what either of its requests does, in steps of 128 columns.
-        assert_eq!(issued_pairs(KernelFamily::Sm90a, heads(), TileKind::Wide, &two, 0..200), 2 * 64 * 128);
+        let hopper = |head_dim, columns| issued_pairs(KernelFamily::Sm90a, head_dim, heads(), TileKind::Wide, &two, columns);
+        assert_eq!(hopper(128, 0..200), 2 * 64 * 128);
+        // In steps of 64 columns.
+        assert_eq!(hopper(256, 0..200), 4 * 64 * 64);
+        assert_eq!(hopper(256, 0..192), 3 * 64 * 64);
     }
 
     #[test]

@@ -134,7 +134,7 @@ impl Plan {
             columns += u64::from(item.column_end - item.column_begin);
             fresh_columns += f64::from(fresh) * f64::from(item.column_end - item.column_begin);
             q_rows += u64::from(num_rows(heads, segments));
-            issued += issued_pairs(model.kernel_family, heads, item.tile, segments, range);
+            issued += issued_pairs(model.kernel_family, shape.head_dim(), heads, item.tile, segments, range);
             // Each tile has one item with its first column.
             if item.column_begin == 0 {
                 tiles[item.tile as usize] += 1;

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use packinfer_abi::COLUMN_STEP;
+use packinfer_abi::{COLUMN_STEP, WIDE_TILE_ROWS, hopper_column_step, wide_tile_rows};
 use packinfer_batch::{AttentionShape, KvDType};
 use serde::{Deserialize, Serialize};
 
-/// Kernels compiled for one architecture. All families run the same plans.
+/// Kernels compiled for one architecture. A plan is for one family: how large tiles may be, and what they cost, is another for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum KernelFamily {
@@ -25,10 +25,18 @@ impl KernelFamily {
     pub const ALL: [Self; 2] = [Self::Sm80, Self::Sm90a];
 
     /// Columns that a thread block takes at a time.
-    pub(crate) fn column_step(self) -> u32 {
+    pub(crate) fn column_step(self, head_dim: u32) -> u32 {
         match self {
             Self::Sm80 => COLUMN_STEP,
-            Self::Sm90a => 2 * COLUMN_STEP,
+            Self::Sm90a => hopper_column_step(head_dim),
+        }
+    }
+
+    /// Rows of a wide tile.
+    pub(crate) fn wide_tile_rows(self, head_dim: u32) -> u32 {
+        match self {
+            Self::Sm80 => wide_tile_rows(head_dim),
+            Self::Sm90a => WIDE_TILE_ROWS,
         }
     }
 
@@ -54,13 +62,8 @@ impl KernelFamily {
     pub fn supports(self, shape: AttentionShape) -> bool {
         match self {
             Self::Sm80 => true,
-            Self::Sm90a => matches!(shape.head_dim(), 64 | 128) && shape.kv_dtype() == KvDType::Same,
+            Self::Sm90a => shape.kv_dtype() == KvDType::Same,
         }
-    }
-
-    /// Whether they can bound logits by a soft-cap. Plans for those that cannot run with others if it comes to that.
-    pub fn has_soft_cap(self) -> bool {
-        self != Self::Sm90a
     }
 }
 

@@ -136,15 +136,16 @@ impl Planner {
     /// A batch whose plan has more of something than can be numbered, or that none of the families of kernels supports. The plan is empty then.
     pub fn plan_into(&mut self, batch: &Batch, plan: &mut Plan) -> Result<(), PlanError> {
         let shape = batch.shape();
-        let heads = match self.packing {
-            Packing::Packed | Packing::Unshared => shape.packed_head_groups(),
-            Packing::PerRequest => shape.single_head_groups(),
-        };
         let repeated_tokens = match self.packing {
             Packing::Packed => self.sharing.find(batch),
             Packing::Unshared | Packing::PerRequest => self.sharing.find_nothing(),
         };
         plan.model = self.choose(batch, repeated_tokens).inspect_err(|_| *plan = Plan::empty(shape))?;
+        let heads = match self.packing {
+            Packing::Packed | Packing::Unshared => shape.packed_head_groups(),
+            Packing::PerRequest => shape.single_head_groups(),
+        };
+        let heads = HeadGroups { wide_tile_rows: plan.model.kernel_family.wide_tile_rows(shape.head_dim()), ..heads };
         plan.growth.reset(batch, self.headroom);
         let cost = CostModel::new(&plan.model, shape, heads);
         let planned = if self.sharing.choose(batch, heads, &cost) {

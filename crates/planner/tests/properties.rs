@@ -189,6 +189,15 @@ fn longest_prompt() {
 }
 
 #[test]
+fn wide_tiles_have_as_many_rows_as_the_kernels_take() {
+    let batch = contiguous(shape_of(2, 4, 256), Mask::Causal, [(128, 500), (1, 1000)]);
+    for (kernel_family, rows) in [(KernelFamily::Sm80, 64), (KernelFamily::Sm90a, 128)] {
+        let plan = checked(&batch, DeviceModel { kernel_family, ..DeviceModel::H100 });
+        assert_eq!(plan.heads().tile_rows(TileKind::Wide), rows);
+    }
+}
+
+#[test]
 fn one_long_decode_fills_the_device() {
     let plan = checked(&contiguous(shape(8, 4), Mask::Causal, [(1, 131_072)]), DeviceModel::H100);
     let explanation = plan.explain(&DeviceModel::H100);
@@ -265,16 +274,19 @@ fn h100_models() -> [DeviceModel; 2] {
     KernelFamily::ALL.map(|family| of_family(family).expect("an H100 runs both"))
 }
 
-/// Kernels that do not have a head dimension are not chosen, and not having any others is an error.
+/// Kernels that cannot read KV in FP8 are not chosen for it, and not having any others is an error.
 #[test]
 fn kernels_that_cannot_are_not_chosen() {
     let models = DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132);
     let hopper = *models.iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("an H100 runs them");
-    let batch = contiguous(shape_of(8, 4, 256), Mask::Causal, [(8192, 8192)]);
-    let plan = Planner::choosing(models).plan(&batch).expect("a batch that can be planned");
-    assert_eq!(plan.model().kernel_family, KernelFamily::Sm80);
-    let error = Planner::new(hopper).plan(&batch).expect_err("no such kernels");
-    assert_eq!(error, PlanError::NotSupported { family: KernelFamily::Sm90a, head_dim: 256, kv_dtype: KvDType::Same });
-    let fp8 = contiguous(shape(8, 4).with_kv_dtype(KvDType::E4m3), Mask::Causal, [(8192, 8192)]);
-    assert!(Planner::new(hopper).plan(&fp8).is_err());
+    let mut planner = Planner::choosing(models);
+    let mut chosen = |batch: &Batch| planner.plan(batch).expect("a batch that can be planned").model().kernel_family;
+    for head_dim in AttentionShape::HEAD_DIMS {
+        let shape = shape_of(8, 4, head_dim);
+        assert_eq!(chosen(&contiguous(shape, Mask::Causal, [(8192, 8192)])), KernelFamily::Sm90a);
+        let fp8 = contiguous(shape.with_kv_dtype(KvDType::E4m3), Mask::Causal, [(8192, 8192)]);
+        assert_eq!(chosen(&fp8), KernelFamily::Sm80);
+        let error = Planner::new(hopper).plan(&fp8).expect_err("no such kernels");
+        assert_eq!(error, PlanError::NotSupported { family: KernelFamily::Sm90a, head_dim, kv_dtype: KvDType::E4m3 });
+    }
 }

@@ -16,7 +16,6 @@ use crate::case::{Case, Element, KvElement, engine, in_pages, shape};
 const ORDERS: [PageOrder; 2] = [PageOrder::Nhd, PageOrder::Hnd];
 /// K and V apart; K and V of a page beside each other; as well, in a tensor of three layers.
 const STRIDES: [u32; 3] = [1, 2, 6];
-const HEAD_DIMS: [u32; 2] = [64, 128];
 
 /// A batch in pages of a layout, handed out from the last one backwards.
 fn batch_in(order: PageOrder, page_size: u32, page_stride: u32, shape: AttentionShape) -> Batch {
@@ -41,7 +40,7 @@ fn check_pages<E: Element, K: KvElement<E>>(page_size: u32, kv_dtype: KvDType) {
     let Some(engine) = engine() else { return };
     for order in ORDERS {
         for page_stride in STRIDES {
-            for head_dim in HEAD_DIMS {
+            for head_dim in AttentionShape::HEAD_DIMS {
                 let shape = shape::<E>(4, head_dim).with_kv_dtype(kv_dtype);
                 check(engine, &Case::<E, K>::new(batch_in(order, page_size, page_stride, shape)));
             }

@@ -90,8 +90,9 @@ fn random_lengths(seed: u64) -> Vec<(u32, u32)> {
 #[test]
 fn random_mixes_of_lengths() {
     let Some(engine) = engine() else { return };
-    for seed in 0..8 {
-        let head_dim = [64, 128][seed as usize % 2];
+    let head_dims = head_dims(engine);
+    for seed in 0..12 {
+        let head_dim = head_dims[seed as usize % head_dims.len()];
         let shape = AttentionShape::new(32, 8, head_dim, DType::Bf16).expect("a good shape");
         let case = Case::<bf16>::new(paged(shape, Mask::Causal, &random_lengths(seed), 16));
         case.check(&case.run(engine, Packing::Packed));
@@ -134,9 +135,11 @@ fn decode_paged_bf16() {
 #[test]
 fn pages_of_any_size() {
     let Some(engine) = engine() else { return };
-    for page_size in [1, 3, 64, 100] {
-        let case = Case::<bf16>::new(paged(shape::<bf16>(4, 128), Mask::Causal, &MIXED, page_size));
-        case.check(&case.run(engine, Packing::Packed));
+    for head_dim in head_dims(engine) {
+        for page_size in [1, 3, 64, 100] {
+            let case = Case::<bf16>::new(paged(shape::<bf16>(4, head_dim), Mask::Causal, &MIXED, page_size));
+            case.check(&case.run(engine, Packing::Packed));
+        }
     }
 }
 
@@ -286,11 +289,13 @@ fn calibrations_of_other_devices_are_refused() {
 #[test]
 fn runs_repeat_bit_for_bit() {
     let Some(engine) = engine() else { return };
-    let case = Case::<bf16>::new(paged(shape::<bf16>(4, 128), Mask::Causal, &MIXED, 16));
-    let first = case.run(engine, Packing::Packed);
-    case.check(&first);
-    for _ in 0..5 {
-        assert_eq!(case.run(engine, Packing::Packed), first);
+    for head_dim in head_dims(engine) {
+        let case = Case::<bf16>::new(paged(shape::<bf16>(4, head_dim), Mask::Causal, &MIXED, 16));
+        let first = case.run(engine, Packing::Packed);
+        case.check(&first);
+        for _ in 0..5 {
+            assert_eq!(case.run(engine, Packing::Packed), first);
+        }
     }
 }
 

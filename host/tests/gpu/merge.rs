@@ -83,4 +83,6 @@ fn check_merging<E: Element + PartialEq>(head_dim: u32) {
 fn rows_of_all_kinds_of_tiles_are_merged() {
     check_merging::<bf16>(128);
     check_merging::<f16>(64);
+    check_merging::<f16>(256);
+    check_merging::<bf16>(96);
 }

@@ -1,5 +1,7 @@
 //! Where a tile's results go: O and LSE, or the partial buffers.
 
+use core::f32::consts::LOG2_E;
+
 use super::task::Task;
 use crate::ptx::math::divide;
 use crate::ptx::memory::{load_global, store_global_f32, store_global_f32x2};
@@ -33,7 +35,7 @@ pub unsafe fn sink_log2(task: &Task, index: u32) -> f32 {
     let sinks = task.params.sinks;
     let num_qo_heads = task.params.heads.num_qo_heads;
     let head = index - divide(index, num_qo_heads) * num_qo_heads;
-    f32::from_bits(load_global(sinks + 4 * u64::from(head))) / LN_2
+    f32::from_bits(load_global(sinks + 4 * u64::from(head))) * LOG2_E
 }
 
 /// What the rows of a warp, the tile's from `first_row` on, are to be multiplied with; stores their log-sum-exp.

@@ -65,12 +65,12 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     y
 }
 
-/// A word of `width` ones from bit `first` on; both may be 32 or more. PTX ISA, Integer Arithmetic Instructions: `bmsk`.
+/// A word of ones from bit `first` on, which may be 32 or more. PTX ISA, Logic and Shift Instructions: `shl`.
 #[inline(always)]
-pub fn bits(first: u32, width: u32) -> u32 {
+pub fn ones_from(first: u32) -> u32 {
     let word: u32;
     // SAFETY: register arithmetic.
-    unsafe { asm!("bmsk.clamp.b32 {0}, {1}, {2};", out(reg32) word, in(reg32) first, in(reg32) width, options(pure, nomem, nostack)) };
+    unsafe { asm!("shl.b32 {0}, -1, {1};", out(reg32) word, in(reg32) first, options(pure, nomem, nostack)) };
     word
 }
 

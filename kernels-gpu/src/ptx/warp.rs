@@ -27,10 +27,6 @@ shuffle! {
     shuffle_xor, f32, "bfly"
 }
 shuffle! {
-    /// As [`shuffle_xor`], of a word.
-    exchange, u32, "bfly"
-}
-shuffle! {
     /// The value of lane `lane`.
     shuffle_from, u32, "idx"
 }
@@ -148,23 +144,6 @@ pub unsafe fn quad_max(value: f32) -> f32 {
 pub unsafe fn quad_sum(value: f32) -> f32 {
     let value = value + shuffle_xor(value, 1);
     value + shuffle_xor(value, 2)
-}
-
-/// Transposes a 4 × 4 matrix of words whose columns are the lanes of a quad: word `i` of lane `j` becomes word `j` of lane `i`.
-///
-/// # Safety
-///
-/// Reached by all lanes of the warp.
-#[inline(always)]
-pub unsafe fn transpose_quad(words: [u32; 4], lane: u32) -> [u32; 4] {
-    let [a, b, c, d] = words;
-    // Within the 2 × 2 blocks, then the blocks.
-    let odd = lane & 1 != 0;
-    let (ab, cd) = (exchange(if odd { a } else { b }, 1), exchange(if odd { c } else { d }, 1));
-    let (a, b, c, d) = if odd { (ab, b, cd, d) } else { (a, ab, c, cd) };
-    let upper = lane & 2 != 0;
-    let (ac, bd) = (exchange(if upper { a } else { c }, 2), exchange(if upper { b } else { d }, 2));
-    if upper { [ac, bd, c, d] } else { [a, b, ac, bd] }
 }
 
 /// Waits for all lanes, and orders their memory accesses. PTX ISA, Parallel Synchronization and Communication Instructions: `bar.warp.sync`.

@@ -1,15 +1,18 @@
 //! What both ways of consuming a tile have in common: a warp's place, its side of the rings, and Q.
 
-use packinfer_abi::{AttentionParams, TileKind};
+use packinfer_abi::{AttentionParams, TileKind, WIDE_TILE_ROWS};
 
 use super::CONSUMER_THREADS;
 use super::barrier;
-use super::shared::{Ring, Shared};
+use super::shared::{QueryTile, Ring, Shared};
 use crate::attention::task::Stamper;
 use crate::ptx::math::opaque;
+use crate::ptx::mma::{Fragment, OperandA};
 use crate::ptx::special::thread_index;
+use crate::ptx::wgmma::{Accumulator, Descriptor, hold_words};
 use crate::ptx::{warp, warpgroup};
-use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
+use crate::shared_tile::{PANEL_BLOCKS, PANEL_ROW_BYTES, SharedTile};
+use crate::softmax::{Logits, soft_cap};
 
 /// Rows of a warp.
 pub const WARP_ROWS: u32 = 16;
@@ -33,6 +36,10 @@ pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 }
 
 impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCKS, FRAGMENTS> {
+    /// Whether Q is held in registers. Where O leaves no room for it there, products take it from shared memory, and it is let go only when the tile's last
+    /// scores are there.
+    pub const HOLDS_QUERIES: bool = DIM_BLOCKS <= 16;
+
     /// Columns of a step.
     pub const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
 
@@ -118,7 +125,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
         Stamper::of(self.params).filter(|_| self.warp == 0 && self.lane() == 0)
     }
 
-    /// Takes sixteen rows of the tile's Q, from `first_row` on, into registers.
+    /// Takes sixteen rows of the tile's Q, from `first_row` on, into registers; or if these do not hold Q, waits until it is there.
     ///
     /// # Safety
     ///
@@ -127,6 +134,9 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
     pub unsafe fn take_queries(&mut self, first_row: u32) -> Queries<DIM_BLOCKS> {
         let mut queries = [[0u32; 2]; DIM_BLOCKS];
         self.queries.wait_full();
+        if !Self::HOLDS_QUERIES {
+            return queries;
+        }
         for block in (0..DIM_BLOCKS).step_by(2) {
             let panel = self.shared.queries().panel(block / PANEL_BLOCKS).skip_rows(first_row);
             let [a, b, c, d] = SharedTile::<PANEL_BLOCKS>::operand_a(panel.rows_by_lane(self.lane()), 0, block % PANEL_BLOCKS);
@@ -134,6 +144,82 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
         }
         self.queries.release_by_lanes();
         queries
+    }
+
+    /// Lets the tile's Q go, whose last scores are there, if it was not let go when it was taken.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, once for each call of [`Self::take_queries`].
+    #[inline(always)]
+    pub unsafe fn release_queries(&mut self) {
+        if !Self::HOLDS_QUERIES {
+            self.queries.release_by_lanes();
+        }
+    }
+
+    /// Makes the compiler believe that the registers of Q change here, if Q is in registers.
+    #[inline(always)]
+    pub fn hold(queries: &mut Queries<DIM_BLOCKS>) {
+        if Self::HOLDS_QUERIES {
+            hold_words(queries);
+        }
+    }
+
+    /// Sixteen elements of the rows of a narrow tile, from `8 * block` on, between taking and releasing its Q.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
+    #[inline(always)]
+    pub unsafe fn operand_a(&self, queries: &Queries<DIM_BLOCKS>, block: usize) -> OperandA {
+        if Self::HOLDS_QUERIES {
+            let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
+            return [a, b, c, d];
+        }
+        let panel = self.shared.queries().panel(block / PANEL_BLOCKS);
+        SharedTile::<PANEL_BLOCKS>::operand_a(panel.rows_by_lane(self.lane()), 0, block % PANEL_BLOCKS)
+    }
+
+    /// Starts `scores += Q Kᵀ` for a consumer's rows of a wide tile and 16 elements, from `8 * block` on, of which `k` is the K; `scores = Q Kᵀ` for the first of
+    /// them.
+    ///
+    /// # Safety
+    ///
+    /// As [`Accumulator::add_product_along`], between taking and releasing the tile's Q.
+    #[inline(always)]
+    pub unsafe fn add_scores<E>(
+        &self,
+        queries: &Queries<DIM_BLOCKS>,
+        scores: &mut [Fragment; FRAGMENTS],
+        block: usize,
+        k: Descriptor,
+    ) where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+    {
+        if Self::HOLDS_QUERIES {
+            let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
+            scores.add_product_along([a, b, c, d], k, block > 0);
+            return;
+        }
+        let row = self.shared.queries().row(self.index() * WIDE_TILE_ROWS / 2);
+        let (panel, byte) = ((block / PANEL_BLOCKS) as u32, (block % PANEL_BLOCKS * 16) as u32);
+        let q = Descriptor::along_sum(row, 8 * PANEL_ROW_BYTES).skip(panel * QueryTile::<DIM_BLOCKS>::PANEL_BYTES + byte);
+        scores.add_product_shared(q, k, block > 0);
+    }
+
+    /// Bounds scores, in a kernel for launches with a soft-cap.
+    ///
+    /// # Safety
+    ///
+    /// Where `CAPPED`, the launch has a soft-cap.
+    #[inline(always)]
+    pub unsafe fn cap<const CAPPED: bool, const N: usize>(&self, scores: &mut [Fragment; N]) {
+        if CAPPED {
+            let logits = Logits { scale_log2: self.params.scale_log2, soft_cap_log2: self.params.soft_cap_log2 };
+            core::hint::assert_unchecked(logits.soft_cap_log2 != 0.0);
+            soft_cap(logits, scores);
+        }
     }
 
     /// Waits until all consuming warps are here.

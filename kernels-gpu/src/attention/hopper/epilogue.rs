@@ -2,6 +2,7 @@
 
 use crate::attention::task::Task;
 use crate::element::{ELEMENT_BYTES, Element};
+use crate::ptx::cp_async::CHUNK_BYTES;
 use crate::ptx::memory::{load_shared_x4, store_global_x4};
 use crate::ptx::mma::Fragment;
 use crate::ptx::warp;
@@ -28,18 +29,21 @@ pub unsafe fn direct<E: Element, const DIM_BLOCKS: usize>(
     for (round, index) in indices.iter_mut().enumerate() {
         *index = task.rows.index(first_row + round as u32 * Panel::ROWS_AT_ONCE + Panel::row_of_lane(lane));
     }
-    for (panel, fragments) in output.chunks_exact(PANEL_BLOCKS).enumerate() {
+    for first in (0..DIM_BLOCKS).step_by(PANEL_BLOCKS) {
         warp::sync(); // all lanes have read what was there
-        for (block, pair) in fragments.chunks_exact(2).enumerate() {
-            let word = |i: usize, half: usize| E::pack(pair[i][2 * half], pair[i][2 * half + 1]);
-            Panel::store_operand_a(staging.rows_by_lane(lane), 2 * block, [word(0, 0), word(0, 1), word(1, 0), word(1, 1)]);
+        for block in (first..core::cmp::min(first + PANEL_BLOCKS, DIM_BLOCKS)).step_by(2) {
+            let word = |i: usize, half: usize| E::pack(output[block + i][2 * half], output[block + i][2 * half + 1]);
+            let words = [word(0, 0), word(0, 1), word(1, 0), word(1, 1)];
+            Panel::store_operand_a(staging.rows_by_lane(lane), block - first, words);
         }
+        // The last panel may hold less of a row than others.
+        let byte = first as u32 * CHUNK_BYTES + Panel::byte_of_lane(lane);
+        let is_in_row = byte < DIM_BLOCKS as u32 * CHUNK_BYTES;
         warp::sync();
         for (round, &index) in indices.iter().enumerate() {
-            if index != NO_ROW {
+            if index != NO_ROW && is_in_row {
                 let row = task.params.o + u64::from(index) * (8 * DIM_BLOCKS as u64 * u64::from(ELEMENT_BYTES));
-                let to = row + u64::from(panel as u32 * Panel::ROW_BYTES + Panel::byte_of_lane(lane));
-                store_global_x4(to, load_shared_x4(chunk.rows_on(round as u32 * Panel::ROWS_AT_ONCE)));
+                store_global_x4(row + u64::from(byte), load_shared_x4(chunk.rows_on(round as u32 * Panel::ROWS_AT_ONCE)));
             }
         }
     }

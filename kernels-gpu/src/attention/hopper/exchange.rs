@@ -17,9 +17,6 @@ use crate::rows::{NO_ROW, Row};
 use crate::shared_tile::{PANEL_BLOCKS, PANEL_ROW_BYTES, SharedTile};
 use crate::softmax::{ROWS_PER_LANE, RowSum, element_of_lane, row_of_lane};
 
-/// Rows whose output is exchanged at a time.
-pub const ROWS_AT_ONCE: u32 = 4;
-
 /// Bytes of 16 rows of a panel.
 const STAGING_BYTES: u32 = 16 * PANEL_ROW_BYTES;
 
@@ -35,9 +32,11 @@ pub struct Exchange<const DIM_BLOCKS: usize> {
 
 impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
     const DIM: u32 = 8 * DIM_BLOCKS as u32;
-    /// Eight words between rows keep the four rows that a warp writes at once in different banks.
+    /// Eight words between rows keep the rows that a warp writes at once in different banks.
     const ROW_BYTES: u32 = 4 * (Self::DIM + 8);
-    const WARP_BYTES: u32 = max(ROWS_AT_ONCE * Self::ROW_BYTES, STAGING_BYTES);
+    /// Rows whose output is exchanged at a time: no more than all threads sum up at once, two elements each.
+    pub const ROWS_AT_ONCE: u32 = if 4 * Self::DIM <= 2 * CONSUMER_THREADS { 4 } else { 2 };
+    const WARP_BYTES: u32 = max(Self::ROWS_AT_ONCE * Self::ROW_BYTES, STAGING_BYTES);
     const LSE_BYTES: u32 = 4 * CONSUMER_WARPS * NARROW_TILE_ROWS;
     /// Bytes of all of it.
     pub const BYTES: u32 = Self::LSE_BYTES + CONSUMER_WARPS * Self::WARP_BYTES;
@@ -112,7 +111,7 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
         factors
     }
 
-    /// Writes down the warp's output of the rows from `first_row` on, a multiple of [`ROWS_AT_ONCE`].
+    /// Writes down the warp's output of the rows from `first_row` on, a multiple of [`Self::ROWS_AT_ONCE`].
     ///
     /// # Safety
     ///
@@ -120,7 +119,7 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
     #[inline(always)]
     pub unsafe fn write(&self, warp: u32, lane: u32, first_row: u32, output: &[Fragment; DIM_BLOCKS]) {
         let row = (lane / 4).wrapping_sub(first_row % 8);
-        if row < ROWS_AT_ONCE {
+        if row < Self::ROWS_AT_ONCE {
             for (block, fragment) in output.iter().enumerate() {
                 let [a, b] = if first_row < 8 { [fragment[0], fragment[1]] } else { [fragment[2], fragment[3]] };
                 store_shared_f32x2(self.output(warp, row, element_of_lane(block, lane)), a, b);
@@ -135,9 +134,9 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
     /// Reached by all threads of the consumers, of which this is `thread`, after a barrier that followed [`Self::write`].
     #[inline(always)]
     pub unsafe fn store_sums<E: Element>(&self, task: &Task, thread: u32, first_row: u32) {
-        const { assert!(ROWS_AT_ONCE * Self::DIM <= 2 * CONSUMER_THREADS) };
+        const { assert!(Self::ROWS_AT_ONCE * Self::DIM <= 2 * CONSUMER_THREADS) };
         let (row, column) = (thread / (Self::DIM / 2), thread % (Self::DIM / 2) * 2);
-        let index = if row < ROWS_AT_ONCE { task.rows.index(first_row + row) } else { NO_ROW };
+        let index = if row < Self::ROWS_AT_ONCE { task.rows.index(first_row + row) } else { NO_ROW };
         if index == NO_ROW {
             return;
         }

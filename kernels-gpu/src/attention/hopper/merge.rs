@@ -18,6 +18,8 @@ use crate::rows::NO_ROW;
 
 /// Elements of O that a lane merges: 16 bytes of a partial.
 const LANE_ELEMENTS: u32 = 4;
+/// Elements that a warp merges at a time: a part of a row that has more.
+const PART_ELEMENTS: u32 = LANES * LANE_ELEMENTS;
 /// Pairs of these.
 const PAIRS: usize = LANE_ELEMENTS as usize / 2;
 
@@ -78,21 +80,21 @@ impl MergedRow {
         load_global(task.params.merge_sources + 4 * u64::from(source))
     }
 
-    /// Loads its partial of merge source `source`, which is its `index`-th; there may be none.
+    /// Loads the lane's elements of a part of its partial of merge source `source`, which is its `index`-th; there may be none.
     #[inline(always)]
-    unsafe fn partial<const DIM_BLOCKS: usize>(&self, task: &Task, lane: u32, index: u32, source: u32) -> Partial {
+    unsafe fn partial<const DIM_BLOCKS: usize>(&self, task: &Task, lane: u32, part: u32, index: u32, source: u32) -> Partial {
         let exists = index < self.num_sources;
         let row = u64::from(task.head_group) * u64::from(task.params.num_partial_rows) + u64::from(source + self.head);
-        let element = element::<DIM_BLOCKS>(row, lane);
+        let element = element::<DIM_BLOCKS>(row, part, lane);
         let lse = load_of_device_if(task.params.partial_lse + 4 * row, exists, f32::NEG_INFINITY.to_bits());
         let [a, b, c, d] = load_of_device_x4_if(task.params.partial_o + 4 * element, exists).map(f32::from_bits);
         Partial { lse: f32::from_bits(lse), output: [[a, b], [c, d]] }
     }
 
-    /// Stores the row.
+    /// Stores the lane's elements of a part of the row.
     #[inline(always)]
-    unsafe fn store<E: Element, const DIM_BLOCKS: usize>(&self, task: &Task, lane: u32, merged: &Merged<PAIRS>) {
-        let element = element::<DIM_BLOCKS>(self.index.into(), lane);
+    unsafe fn store<E: Element, const DIM_BLOCKS: usize>(&self, task: &Task, lane: u32, part: u32, merged: &Merged<PAIRS>) {
+        let element = element::<DIM_BLOCKS>(self.index.into(), part, lane);
         store_global_x2(task.params.o + element * u64::from(ELEMENT_BYTES), merged.output().map(|[a, b]| E::pack(a, b)));
         if task.params.lse != 0 {
             store_global_f32(task.params.lse + 4 * u64::from(self.index), merged.lse());
@@ -111,11 +113,12 @@ impl Partial {
     const NOTHING: Self = Self { lse: f32::NEG_INFINITY, output: [[0.0; 2]; PAIRS] };
 }
 
-/// First of the elements that a lane merges, of row `row` of O or of the partials. Where a row has fewer, the upper lanes do what the lower ones do.
+/// First of the elements that a lane merges of a part, of row `row` of O or of the partials. Where a row has fewer, the upper lanes do what the lower ones
+/// do.
 #[inline(always)]
-fn element<const DIM_BLOCKS: usize>(row: u64, lane: u32) -> u64 {
+fn element<const DIM_BLOCKS: usize>(row: u64, part: u32, lane: u32) -> u64 {
     let dim = 8 * DIM_BLOCKS as u32;
-    row * u64::from(dim) + u64::from(lane * LANE_ELEMENTS % dim)
+    row * u64::from(dim) + u64::from((part * PART_ELEMENTS + lane * LANE_ELEMENTS) % dim)
 }
 
 /// Notes that rows of a partial are stored, and merges those whose other partials are stored already: `ROWS_AT_ONCE` rows at a time, of each of which
@@ -155,15 +158,18 @@ pub unsafe fn finish_rows<E: Element, const DIM_BLOCKS: usize, const ROWS_AT_ONC
             complete &= complete.wrapping_sub(1);
             *row = row.of_lane(of_lane);
         }
-        merge_rows::<E, DIM_BLOCKS, ROWS_AT_ONCE, PARTIALS_AHEAD>(task, lane, &rows);
+        for part in 0..(8 * DIM_BLOCKS as u32).div_ceil(PART_ELEMENTS) {
+            merge_rows::<E, DIM_BLOCKS, ROWS_AT_ONCE, PARTIALS_AHEAD>(task, lane, part, &rows);
+        }
     }
 }
 
-/// Merges some rows, all of whose partials can be read, and stores them.
+/// Merges a part of some rows, all of whose partials can be read, and stores it.
 #[inline(always)]
 unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize, const ROWS: usize, const PARTIALS_AHEAD: usize>(
     task: &Task,
     lane: u32,
+    part: u32,
     rows: &[MergedRow; ROWS],
 ) {
     const { assert!(LANES % PARTIALS_AHEAD as u32 == 0) };
@@ -184,7 +190,7 @@ unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize, const ROWS: usize, con
                 let index = next + ahead as u32;
                 for row in 0..ROWS {
                     let source = warp::shuffle_from(sources[row], index);
-                    partials[ahead][row] = rows[row].partial::<DIM_BLOCKS>(task, lane, first + index, source);
+                    partials[ahead][row] = rows[row].partial::<DIM_BLOCKS>(task, lane, part, first + index, source);
                 }
             }
             for partials in &partials {
@@ -198,6 +204,6 @@ unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize, const ROWS: usize, con
     }
     for (row, merged) in rows.iter().zip(&mut merged) {
         merged.add_sink(task.params.sinks, row.qo_head(task));
-        row.store::<E, DIM_BLOCKS>(task, lane, merged);
+        row.store::<E, DIM_BLOCKS>(task, lane, part, merged);
     }
 }

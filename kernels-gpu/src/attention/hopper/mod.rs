@@ -49,9 +49,19 @@ mod barrier {
     pub const CONSUMERS: u32 = TURN + 2;
 }
 
+/// Attention for a head dimension of `8 * DIM_BLOCKS`, in steps of `8 * FRAGMENTS` columns, of which a warp takes `8 * NARROW_FRAGMENTS` where the
+/// tile is narrow. Launches with a soft-cap have kernels of their own, which are
+/// `CAPPED`: so it takes no registers from the others.
 #[inline(always)]
-unsafe fn attention<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(params: AttentionParams)
-where
+unsafe fn attention<
+    E: Element,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const NARROW_FRAGMENTS: usize,
+    const CAPPED: bool,
+>(
+    params: AttentionParams,
+) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
@@ -67,13 +77,19 @@ where
         producer::run(&params, shared, thread);
     } else {
         take_registers::<CONSUMER_REGISTERS>();
-        consume::<E, DIM_BLOCKS, FRAGMENTS>(&params, shared);
+        consume::<E, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED>(&params, shared);
     }
 }
 
 /// Does a consumer's part until no task is left.
 #[inline(always)]
-unsafe fn consume<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+unsafe fn consume<
+    E: Element,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const NARROW_FRAGMENTS: usize,
+    const CAPPED: bool,
+>(
     params: &AttentionParams,
     shared: Shared<DIM_BLOCKS, FRAGMENTS>,
 ) where
@@ -89,9 +105,9 @@ unsafe fn consume<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
                 if kind_before == TileKind::Narrow {
                     consumer.meet(); // all have read what was exchanged: it lies where O is staged
                 }
-                wide::tiles::<E, DIM_BLOCKS, FRAGMENTS>(&mut consumer);
+                wide::tiles::<E, DIM_BLOCKS, FRAGMENTS, CAPPED>(&mut consumer);
             }
-            TileKind::Narrow => narrow::tile::<E, DIM_BLOCKS, FRAGMENTS>(&mut consumer),
+            TileKind::Narrow => narrow::tile::<E, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED>(&mut consumer),
         }
         kind_before = kind;
     }
@@ -103,27 +119,111 @@ kernel! {
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_bf16_d64(params: AttentionParams) {
-        attention::<Bf16, 8, 16>(params)
+        attention::<Bf16, 8, 16, 2, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 64, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 36, "mma.sync" = 16)]
+    fn attention_bf16_d64_capped(params: AttentionParams) {
+        attention::<Bf16, 8, 16, 2, true>(params)
+    }
+
+    /// Attention in bf16, head dimension 96.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 42, "mma.sync" = 24)]
+    fn attention_bf16_d96(params: AttentionParams) {
+        attention::<Bf16, 12, 16, 2, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 96, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 42, "mma.sync" = 24)]
+    fn attention_bf16_d96_capped(params: AttentionParams) {
+        attention::<Bf16, 12, 16, 2, true>(params)
     }
 
     /// Attention in bf16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_bf16_d128(params: AttentionParams) {
-        attention::<Bf16, 16, 16>(params)
+        attention::<Bf16, 16, 16, 2, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 128, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 32)]
+    fn attention_bf16_d128_capped(params: AttentionParams) {
+        attention::<Bf16, 16, 16, 2, true>(params)
+    }
+
+    /// Attention in bf16, head dimension 256.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    fn attention_bf16_d256(params: AttentionParams) {
+        attention::<Bf16, 32, 8, 1, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 256, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    fn attention_bf16_d256_capped(params: AttentionParams) {
+        attention::<Bf16, 32, 8, 1, true>(params)
     }
 
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_f16_d64(params: AttentionParams) {
-        attention::<F16, 8, 16>(params)
+        attention::<F16, 8, 16, 2, false>(params)
+    }
+
+    /// Attention in f16, head dimension 64, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 36, "mma.sync" = 16)]
+    fn attention_f16_d64_capped(params: AttentionParams) {
+        attention::<F16, 8, 16, 2, true>(params)
+    }
+
+    /// Attention in f16, head dimension 96.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 42, "mma.sync" = 24)]
+    fn attention_f16_d96(params: AttentionParams) {
+        attention::<F16, 12, 16, 2, false>(params)
+    }
+
+    /// Attention in f16, head dimension 96, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 42, "mma.sync" = 24)]
+    fn attention_f16_d96_capped(params: AttentionParams) {
+        attention::<F16, 12, 16, 2, true>(params)
     }
 
     /// Attention in f16, head dimension 128.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_f16_d128(params: AttentionParams) {
-        attention::<F16, 16, 16>(params)
+        attention::<F16, 16, 16, 2, false>(params)
+    }
+
+    /// Attention in f16, head dimension 128, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 32)]
+    fn attention_f16_d128_capped(params: AttentionParams) {
+        attention::<F16, 16, 16, 2, true>(params)
+    }
+
+    /// Attention in f16, head dimension 256.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    fn attention_f16_d256(params: AttentionParams) {
+        attention::<F16, 32, 8, 1, false>(params)
+    }
+
+    /// Attention in f16, head dimension 256, with a soft-cap.
+    #[launch_bounds(threads = 384, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    fn attention_f16_d256_capped(params: AttentionParams) {
+        attention::<F16, 32, 8, 1, true>(params)
     }
 }

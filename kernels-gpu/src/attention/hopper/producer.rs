@@ -17,6 +17,7 @@ use crate::ptx::special::{block_index, num_blocks};
 use crate::ptx::tma::{copy_box, prefetch_map};
 use crate::ptx::warp::{self, LANES};
 use crate::rows::WarpView;
+use crate::shared_tile::origin_of_panel;
 
 /// Warps that have Q, K and V of posted tasks brought.
 pub const LOADER_WARPS: u32 = 3;
@@ -230,8 +231,8 @@ struct BoxCopies<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAGMENTS> {
-    /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: a box of whole rows for as many times eight rows as there are,
-    /// and before and behind them boxes that fit, for each panel.
+    /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: a box of whole rows for as many times eight rows as there are, or
+    /// one for each panel where it can have but one; and before and behind them boxes that fit, for each panel.
     #[inline(always)]
     unsafe fn copy(&self, mut slot: u32, mut row: u32, end: u32) {
         while row < end {
@@ -239,9 +240,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
             let whole_rows = to_eight == 8 && end - row >= 8;
             let log2 = 31 - (if whole_rows { end - row } else { core::cmp::min(end - row, to_eight) }).leading_zeros();
             let map = self.maps + u64::from(log2 * TENSOR_MAP_BYTES);
-            let boxes = if whole_rows { 1 } else { ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS };
+            let whole_boxes = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::WHOLE_BOXES;
+            let boxes = if whole_rows { whole_boxes } else { ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS };
             for panel in 0..boxes {
-                copy_box(self.tile.row(row, panel), map, [0, slot, panel, 0, self.kv_head], self.barrier);
+                let [element, of_panel] = origin_of_panel::<DIM_BLOCKS>(panel);
+                copy_box(self.tile.row(row, panel), map, [element, slot, of_panel, 0, self.kv_head], self.barrier);
             }
             slot += 1 << log2;
             row += 1 << log2;

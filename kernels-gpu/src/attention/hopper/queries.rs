@@ -7,6 +7,7 @@ use crate::attention::task::Task;
 use crate::ptx::memory::load_global;
 use crate::ptx::tma::copy_box;
 use crate::ptx::warp::{self, LANES};
+use crate::shared_tile::origin_of_panel;
 
 /// Has the copy engine bring the task's Q to `tile`. Rows past the tile's last keep what was there: nothing that is worked out from them is stored.
 ///
@@ -71,7 +72,8 @@ impl<const DIM_BLOCKS: usize> TokenBoxes<'_, DIM_BLOCKS> {
             let map = self.task.params.q_maps + u64::from(log2 * TENSOR_MAP_BYTES);
             for panel in 0..QueryTile::<DIM_BLOCKS>::PANELS {
                 let row = self.tile.panel_row(panel, tile_token * heads_per_group);
-                copy_box(row, map, [0, first_head, panel, token, 0], self.barrier);
+                let [element, of_panel] = origin_of_panel::<DIM_BLOCKS>(panel);
+                copy_box(row, map, [element, first_head, of_panel, token, 0], self.barrier);
             }
             token += 1 << log2;
             tile_token += 1 << log2;

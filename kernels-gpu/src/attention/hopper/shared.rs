@@ -2,7 +2,9 @@
 
 use core::ops::Range;
 
-use packinfer_abi::{AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, TileKind, WIDE_TILE_ROWS, WorkItem};
+use packinfer_abi::{
+    AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, TileKind, WIDE_TILE_ROWS, WorkItem, hopper_column_step,
+};
 
 use super::exchange::Exchange;
 use super::producer::{LOADER_WARPS, LONG_TASK_STEPS, POSTING_WARPS};
@@ -278,12 +280,14 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     /// Columns of a step.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
 
-    /// Steps that are as many bytes as one of head dimension 128, for which shared memory has room for five.
-    const STEPS_OF_D128: u32 = 16 / DIM_BLOCKS as u32;
-    /// Steps whose K is held.
-    const K_STAGES: u32 = 2 * Self::STEPS_OF_D128;
-    /// Steps whose V is held.
-    const V_STAGES: u32 = 3 * Self::STEPS_OF_D128;
+    /// Steps whose K is held, and steps whose V is: those that fit beside Q.
+    const STAGES: [u32; 2] = match DIM_BLOCKS {
+        8 => [4, 6],
+        12 | 16 => [2, 3],
+        _ => [2, 2],
+    };
+    const K_STAGES: u32 = Self::STAGES[0];
+    const V_STAGES: u32 = Self::STAGES[1];
 
     const K: u32 = QueryTile::<DIM_BLOCKS>::BYTES;
     const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
@@ -306,10 +310,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const NEAR_END_BARRIER: u32 = Self::ITEM_BARRIERS + Ring::bytes(TASKS);
     const END: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
     const FITS: () = assert!(Self::END <= HOPPER_SHARED_BYTES);
+    const STEP_IS_THE_PLANS: () = assert!(Self::STEP == hopper_column_step(8 * DIM_BLOCKS as u32));
 
     #[inline(always)]
     pub fn at(base: u32) -> Self {
-        const { Self::FITS };
+        const { (Self::FITS, Self::STEP_IS_THE_PLANS) };
         Self { base }
     }
 

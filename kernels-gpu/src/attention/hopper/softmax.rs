@@ -30,36 +30,46 @@ impl LazySoftmax {
     /// Nothing seen yet.
     pub const NOTHING: Self = Self { offset: [NOTHING_SEEN; ROWS_PER_LANE], sum: [0.0; ROWS_PER_LANE] };
 
-    /// Moves the origins of rows, if some of these scores are out of range.
-    ///
-    /// # Safety
-    ///
-    /// As [`Self::move_origins`].
-    #[inline(always)]
-    pub unsafe fn make_room<const FRAGMENTS: usize>(&mut self, scale_log2: f32, scores: &[Fragment; FRAGMENTS]) -> Option<OfRows> {
-        let greatest = greatest_of_lane(scores);
-        let is_out_of_range = |half: usize| greatest[half] * scale_log2 > RANGE_LOG2 - self.offset[half];
-        if warp::any(is_out_of_range(0) || is_out_of_range(1)) { Some(self.move_up(scale_log2, greatest)) } else { None }
-    }
-
-    /// Moves the origins of rows up to the greatest of these scores, where they are not above it. What was summed up before is then multiplied by the factors that
-    /// are returned; so must the output be.
+    /// Moves the origins of rows that have scores out of range, if there are any in the warp. What was summed up before is then multiplied by the factors that are
+    /// returned; so must the output be. Each row goes by its own scores alone: those past the tile's last hold anything.
     ///
     /// # Safety
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn move_origins<const FRAGMENTS: usize>(&mut self, scale_log2: f32, scores: &[Fragment; FRAGMENTS]) -> OfRows {
-        self.move_up(scale_log2, greatest_of_lane(scores))
+    pub unsafe fn make_room<const FRAGMENTS: usize>(
+        &mut self,
+        scale_log2: f32,
+        scores: &[Fragment; FRAGMENTS],
+    ) -> Option<OfRows> {
+        let greatest = greatest_of_lane(scores);
+        let is_out_of_range = |half: usize, score: f32| score * scale_log2 > RANGE_LOG2 - self.offset[half];
+        if !warp::any(is_out_of_range(0, greatest[0]) || is_out_of_range(1, greatest[1])) {
+            return None;
+        }
+        let greatest = [warp::quad_max(greatest[0]), warp::quad_max(greatest[1])];
+        let is_out = [is_out_of_range(0, greatest[0]), is_out_of_range(1, greatest[1])];
+        Some(self.move_up(scale_log2, [0, 1].map(|half| if is_out[half] { greatest[half] } else { f32::NEG_INFINITY })))
     }
 
-    /// As [`Self::move_origins`], for the greatest scores that the lane has.
+    /// Moves the origins of all rows to the greatest of these scores, the first of their tile.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp.
     #[inline(always)]
-    unsafe fn move_up(&mut self, scale_log2: f32, greatest_of_lane: OfRows) -> OfRows {
+    pub unsafe fn find_origins<const FRAGMENTS: usize>(&mut self, scale_log2: f32, scores: &[Fragment; FRAGMENTS]) {
+        let greatest = greatest_of_lane(scores);
+        self.move_up(scale_log2, [warp::quad_max(greatest[0]), warp::quad_max(greatest[1])]);
+    }
+
+    /// Moves origins up to scores that are above them.
+    #[inline(always)]
+    fn move_up(&mut self, scale_log2: f32, scores: OfRows) -> OfRows {
         let mut factors = [1.0; ROWS_PER_LANE];
         for half in 0..ROWS_PER_LANE {
             let before = self.offset[half];
-            self.offset[half] = math::min(before, -warp::quad_max(greatest_of_lane[half]) * scale_log2);
+            self.offset[half] = math::min(before, -scores[half] * scale_log2);
             // Of a row that has seen nothing before, sum and output are zero.
             factors[half] = if before == NOTHING_SEEN { 1.0 } else { math::exp2(self.offset[half] - before) };
             self.sum[half] *= factors[half];

@@ -54,10 +54,12 @@ impl Step {
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS> {
-    /// Whether a wide tile comes next that these rows see from its first step on.
+    /// Whether a wide tile comes next that these rows see from its first step on, and whose Q can arrive before that of this one is let go.
     #[inline(always)]
     unsafe fn has_tile_that_follows(&self) -> bool {
-        self.next_kind() == Some(TileKind::Wide) && self.shared.seen_steps(self.tasks.stage(), self.index()).before == 0
+        Self::HOLDS_QUERIES
+            && self.next_kind() == Some(TileKind::Wide)
+            && self.shared.seen_steps(self.tasks.stage(), self.index()).before == 0
     }
 
     /// The first step of the next tile, which is left, and how many steps of the tile come before it.
@@ -80,10 +82,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
             .skip(self.k.stage() * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
         wgmma::fence();
         for block in (0..DIM_BLOCKS).step_by(2) {
-            let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
             let (panel, byte) = ((block / PANEL_BLOCKS) as u32, (block % PANEL_BLOCKS * 16) as u32);
             let k = k.skip(panel * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANEL_BYTES + byte);
-            scores.add_product_along([a, b, c, d], k, block > 0);
+            self.add_scores::<E>(queries, scores, block, k);
         }
         wgmma::commit_group();
     }
@@ -140,7 +141,13 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
     unsafe fn store<E: Element>(&mut self, slot: u32, output: &[[Fragment; DIM_BLOCKS]; 1]) {
         let (task, lane, first_row) = (self.shared.task(self.params, slot), self.lane(), self.first_row());
         if task.is_direct() {
-            epilogue::direct::<E, DIM_BLOCKS>(&task, lane, first_row, self.shared.exchange().staging(opaque(self.warp)), &output[0]);
+            epilogue::direct::<E, DIM_BLOCKS>(
+                &task,
+                lane,
+                first_row,
+                self.shared.exchange().staging(opaque(self.warp)),
+                &output[0],
+            );
             self.note_end(task.index);
         } else {
             let rows = task.rows.of_lane::<1>(first_row, lane);
@@ -228,26 +235,28 @@ struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 ///
 /// Reached by all threads of the consumers.
 #[inline(always)]
-pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>)
-where
+pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool>(
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>,
+) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
     let (mut step, before) = consumer.next_tile();
     let queries = consumer.take_queries(consumer.first_row());
     consumer.skip(before);
-    let mut state = consumer.first_step::<E>(&step, queries);
+    let mut state = consumer.first_step::<E, CAPPED>(&step, queries);
     loop {
         while !step.is_last() {
             step.column += Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP;
-            consumer.further_step::<E>(&step, &mut state);
+            consumer.further_step::<E, CAPPED>(&step, &mut state);
         }
+        consumer.release_queries();
         let (done, values) = (step, state.values);
         let follows = done.behind == 0 && consumer.has_tile_that_follows();
         let factors = if follows {
             (step, _) = consumer.next_tile();
             state.queries = consumer.take_queries(consumer.first_row());
-            consumer.first_step_of_next::<E>(&step, done.slot, &mut state)
+            consumer.first_step_of_next::<E, CAPPED>(&step, done.slot, &mut state)
         } else {
             consumer.last_output::<E>(&mut state);
             consumer.finish(done.slot, &state.softmax)
@@ -266,7 +275,11 @@ where
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS> {
     /// The scores of a first step, and what comes of them, with no output of a step before to go along with.
     #[inline(always)]
-    unsafe fn first_step<E: Element>(&mut self, step: &Step, queries: Queries<DIM_BLOCKS>) -> State<DIM_BLOCKS, FRAGMENTS>
+    unsafe fn first_step<E: Element, const CAPPED: bool>(
+        &mut self,
+        step: &Step,
+        queries: Queries<DIM_BLOCKS>,
+    ) -> State<DIM_BLOCKS, FRAGMENTS>
     where
         [Fragment; FRAGMENTS]: Accumulator<E>,
     {
@@ -281,8 +294,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         wgmma::wait_group::<0>();
         scores.hold();
         self.k.release(self.lane());
+        self.cap::<CAPPED, FRAGMENTS>(&mut scores);
         self.mask(sees_all, step, &mut scores);
-        softmax.move_origins(self.params.scale_log2, &scores);
+        softmax.find_origins(self.params.scale_log2, &scores);
         softmax.take_in(self.params.scale_log2, &mut scores);
         let weights = weights_of::<E, FRAGMENTS>(&scores);
         let values = self.v.take_full();
@@ -291,7 +305,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
 
     /// A step of the same tile as the step before, whose output is made meanwhile.
     #[inline(always)]
-    unsafe fn further_step<E: Element>(&mut self, step: &Step, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
+    unsafe fn further_step<E: Element, const CAPPED: bool>(&mut self, step: &Step, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
     where
         [Fragment; FRAGMENTS]: Accumulator<E>,
         [Fragment; DIM_BLOCKS]: Accumulator<E>,
@@ -302,6 +316,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         wgmma::wait_group::<1>();
         scores.hold();
         self.k.release(self.lane());
+        self.cap::<CAPPED, FRAGMENTS>(&mut scores);
         self.mask(sees_all, step, &mut scores);
         let factors = state.softmax.make_room(self.params.scale_log2, &scores);
         let values = state.values;
@@ -315,7 +330,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
 
     /// The first step of a tile that follows another, whose last output is made meanwhile. Returns what that output is to be multiplied with at the end.
     #[inline(always)]
-    unsafe fn first_step_of_next<E: Element>(
+    unsafe fn first_step_of_next<E: Element, const CAPPED: bool>(
         &mut self,
         step: &Step,
         done: u32,
@@ -333,8 +348,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         wgmma::wait_group::<1>();
         scores.hold();
         self.k.release(self.lane());
+        self.cap::<CAPPED, FRAGMENTS>(&mut scores);
         self.mask(sees_all, step, &mut scores);
-        state.softmax.move_origins(self.params.scale_log2, &scores);
+        state.softmax.find_origins(self.params.scale_log2, &scores);
         self.take_in_around_output::<E>(state, &mut scores);
         factors
     }
@@ -352,7 +368,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         self.take_turn();
         state.output[0].hold();
         hold_words(&mut state.weights);
-        hold_words(&mut state.queries);
+        Self::hold(&mut state.queries);
         scores.hold();
         self.start_scores::<E>(&state.queries, scores);
         self.start_output::<E>(&mut state.output[0], state.is_first, &state.weights, state.values);
@@ -361,8 +377,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
 
     /// Turns scores into weights, the first half of them while the output of the step before is still being made.
     #[inline(always)]
-    unsafe fn take_in_around_output<E: Element>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>, scores: &mut [Fragment; FRAGMENTS])
-    where
+    unsafe fn take_in_around_output<E: Element>(
+        &mut self,
+        state: &mut State<DIM_BLOCKS, FRAGMENTS>,
+        scores: &mut [Fragment; FRAGMENTS],
+    ) where
         [Fragment; FRAGMENTS]: Accumulator<E>,
         [Fragment; DIM_BLOCKS]: Accumulator<E>,
     {
