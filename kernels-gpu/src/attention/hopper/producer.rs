@@ -152,11 +152,12 @@ unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let (mut queries, mut tasks) = (shared.query_ring(), shared.task_ring());
     for_each_task(params, shared, |task| {
         tasks.wait_empty();
+        // Q first: it is what is waited for, where tiles have more than one step.
+        queries::load(task, &mut queries, shared.queries(), lane);
         if task.item.tile.rows() > CONSUMER_ROWS {
             write_rows(params, shared, task, tasks.stage(), 1, lane);
         }
         tasks.fill();
-        queries::load(task, &mut queries, shared.queries(), lane);
     });
     tasks.wait_empty();
     tasks.fill();
