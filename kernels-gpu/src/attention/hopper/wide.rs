@@ -24,7 +24,7 @@ use crate::ptx::{control, warp, warpgroup};
 use crate::shared_tile::PANEL_BLOCKS;
 use crate::softmax::{ROWS_PER_LANE, element_of_lane, mask, scale_rows};
 
-/// Rows that a warp merges at once: it may have 16 of them.
+/// Rows that a warp merges at once: it may have 16 of them, but partials of four at once leave no registers for the next tile's Q and weights.
 const MERGED_ROWS_AT_ONCE: usize = 2;
 /// Partials of each that are loaded at once.
 const PARTIALS_AHEAD: usize = 4;
@@ -333,7 +333,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
     unsafe fn first_step_of_next<E: Element, const CAPPED: bool>(
         &mut self,
         step: &Step,
-        done: u32,
+        done_slot: u32,
         state: &mut State<DIM_BLOCKS, FRAGMENTS>,
     ) -> [f32; ROWS_PER_LANE]
     where
@@ -343,7 +343,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         let mut scores = [[0f32; 4]; FRAGMENTS];
         self.start_step::<E>(state, &mut scores);
         let sees_all = self.sees_all(step);
-        let factors = self.finish(done, &state.softmax);
+        let factors = self.finish(done_slot, &state.softmax);
         state.softmax = LazySoftmax::NOTHING;
         wgmma::wait_group::<1>();
         scores.hold();
