@@ -81,10 +81,14 @@ impl DevicePlan {
         if soft_cap { PlanKernels::new(&self.shared, &self.layout, soft_cap) } else { Ok(self.kernels) }
     }
 
-    /// Thread blocks of the attention kernel: one for each task, or one for each multiprocessor, which take tasks in turn.
-    pub(crate) fn attention_blocks(&self) -> u32 {
-        let tasks = self.layout.attention_tasks;
-        if self.kernel_family() == KernelFamily::Sm90a { tasks.min(self.shared.info.multiprocessors) } else { tasks }
+    /// Thread blocks of an attention kernel: one for each task; or one for each multiprocessor, which take tasks in turn, of both queues at a time if they do tasks `beside` others.
+    pub(crate) fn attention_blocks(&self, beside: bool) -> u32 {
+        let Layout { attention_tasks: tasks, front_tasks, .. } = self.layout;
+        match self.kernel_family() {
+            KernelFamily::Sm90a if beside => front_tasks.max(tasks - front_tasks).min(self.shared.info.multiprocessors),
+            KernelFamily::Sm90a => tasks.min(self.shared.info.multiprocessors),
+            _ => tasks,
+        }
     }
 
     /// Heads, head dimension, element type.
@@ -132,6 +136,8 @@ pub(crate) struct Layout {
     pub front_tasks: u32,
     /// Lanes that begin with the tasks behind these.
     back_lanes: u32,
+    /// Whether tasks behind the front may be done beside those of the front.
+    pub beside: bool,
     /// Rows of O that are merged: thread blocks of the merge kernel, or counters of those that merge in the attention kernel.
     pub merged_rows: u32,
     pub items: usize,
@@ -166,6 +172,7 @@ impl Layout {
             attention_tasks: num_blocks("the attention kernel", plan.items().len(), heads.num_groups)?,
             front_tasks: num_blocks("the attention kernel", plan.num_front_items() as usize, heads.num_groups)?,
             back_lanes: plan.back_lanes(),
+            beside: plan.is_beside(),
             merged_rows: num_blocks("the merge kernel", plan.merge_tokens().len(), heads.num_qo_heads)?,
             items: place(bytes_of(plan.items())),
             segments: place(bytes_of(plan.segments())),
@@ -207,6 +214,8 @@ fn num_blocks(kernel: &'static str, tasks: usize, heads: u32) -> Result<u32, Eng
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PlanKernels {
     pub attention: Kernel,
+    /// Whether it does tasks behind the front beside those of the front.
+    pub beside: bool,
     /// What merges partials, if the attention kernel does not.
     pub merge: Option<Kernel>,
 }
@@ -222,12 +231,14 @@ impl PlanKernels {
     }
 
     fn new(shared: &Shared, layout: &Layout, soft_cap: bool) -> Result<Self, EngineError> {
-        let attention = shared.kernels.get(KernelSource::attention(layout.family, layout.shape, soft_cap))?;
+        let beside = if layout.beside && !soft_cap { KernelSource::attention_beside(layout.shape) } else { None };
+        let source = beside.unwrap_or_else(|| KernelSource::attention(layout.family, layout.shape, soft_cap));
+        let attention = shared.kernels.get(source)?;
         let merge = match layout.family {
             KernelFamily::Sm90a => None,
             _ => Some(shared.kernels.get(KernelSource::merge(layout.shape, shared.can_overlap))?),
         };
-        Ok(Self { attention, merge })
+        Ok(Self { attention, beside: beside.is_some(), merge })
     }
 }
 

@@ -8,8 +8,9 @@ use std::sync::{Mutex, PoisonError};
 use cust::module::Module;
 use cust::sys::{self, CUfunction, CUfunction_attribute};
 use packinfer_abi::{
-    ATTENTION_SHARED_BYTES, ATTENTION_THREADS, HOPPER_SHARED_BYTES, HOPPER_THREADS, KV_APPEND_THREADS, KV_MOVE_THREADS,
-    MERGE_SHARED_BYTES, MERGE_THREADS, MMA_RATE_THREADS, WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
+    ATTENTION_SHARED_BYTES, ATTENTION_THREADS, BESIDE_SHARED_BYTES, BESIDE_THREADS, HOPPER_SHARED_BYTES, HOPPER_THREADS,
+    KV_APPEND_THREADS, KV_MOVE_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS, MMA_RATE_THREADS, WGMMA_RATE_SHARED_BYTES,
+    WGMMA_RATE_THREADS,
 };
 use packinfer_batch::{AttentionShape, DType, KvDType};
 
@@ -92,6 +93,22 @@ impl KernelSource {
             (_, DType::F16, 96) => sm_80!("attention_f16_d96"),
             (_, DType::F16, 128) => sm_80!("attention_f16_d128"),
             (_, DType::F16, _) => sm_80!("attention_f16_d256"),
+        }
+    }
+
+    /// The kernel that does narrow work items beside wide ones, if there is one.
+    pub fn attention_beside(shape: AttentionShape) -> Option<Self> {
+        macro_rules! beside {
+            ($name:literal) => {
+                kernel!("sm_90a", $name, BESIDE_THREADS, BESIDE_SHARED_BYTES)
+            };
+        }
+        match (shape.kv_dtype(), shape.dtype(), shape.head_dim()) {
+            (KvDType::Same, DType::Bf16, 64) => Some(beside!("attention_bf16_d64_beside")),
+            (KvDType::Same, DType::Bf16, 128) => Some(beside!("attention_bf16_d128_beside")),
+            (KvDType::Same, DType::F16, 64) => Some(beside!("attention_f16_d64_beside")),
+            (KvDType::Same, DType::F16, 128) => Some(beside!("attention_f16_d128_beside")),
+            _ => None,
         }
     }
 
@@ -264,6 +281,7 @@ mod tests {
                     let with_and_without =
                         |family| [false, true].map(|soft_cap| KernelSource::attention(family, shape, soft_cap));
                     sources.extend(families.flat_map(with_and_without));
+                    sources.extend(KernelSource::attention_beside(shape));
                 }
                 sources.extend([false, true].map(|overlaps| KernelSource::merge(shape, overlaps)));
             }

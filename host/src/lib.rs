@@ -101,8 +101,8 @@ pub use packinfer_kv::{
     SequenceMove, SlotCopy, SlotPool, Trigger, balance_groups, imbalance,
 };
 pub use packinfer_planner::{
-    AppendError, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan, PlanError,
-    Planner,
+    AppendError, BesideTimes, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, Packing, Plan,
+    PlanError, Planner,
 };
 pub use run::{RunOptions, Tensors};
 pub use stamps::Stamps;

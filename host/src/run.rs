@@ -64,7 +64,8 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         return Ok(());
     }
     let parts = workspace.parts(plan, stream)?;
-    let (kernels, attention_blocks) = (plan.kernels(options.logit_soft_cap.is_some())?, plan.attention_blocks());
+    let kernels = plan.kernels(options.logit_soft_cap.is_some())?;
+    let attention_blocks = plan.attention_blocks(kernels.beside);
     let (q_maps, kv_maps) = match layout.family {
         KernelFamily::Sm90a => {
             (workspace.q_maps(stream, tensors.queries(layout))?, workspace.kv_maps(stream, tensors.kv(layout))?)
@@ -100,7 +101,7 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         num_runs: layout.num_runs,
         scheduler: parts.scheduler,
         front_tasks: layout.front_tasks,
-        back_blocks: layout.back_blocks(attention_blocks),
+        back_blocks: if kernels.beside { 0 } else { layout.back_blocks(attention_blocks) },
         scale_log2,
         soft_cap_log2,
         sinks,

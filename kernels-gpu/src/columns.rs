@@ -185,6 +185,12 @@ impl RunWindow {
         self.window_end >= column
     }
 
+    /// The slot of a column of the lane's run.
+    #[inline(always)]
+    pub fn slot_of(&self, column: u32) -> u32 {
+        self.slot.wrapping_add(column.wrapping_sub(self.begin))
+    }
+
     /// On to the next 32 runs.
     ///
     /// # Safety

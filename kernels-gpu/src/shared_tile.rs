@@ -269,6 +269,13 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> PanelTile<DIM_BLOCKS, ROW
         SharedTile::at(self.base + panel as u32 * Self::PANEL_BYTES)
     }
 
+    /// As [`Self::panel`], of a panel that is known at run time only.
+    #[cfg(feature = "sm_90a")]
+    #[inline(always)]
+    pub fn panel_of(self, panel: u32) -> SharedTile<PANEL_BLOCKS> {
+        SharedTile::at(self.base + panel * Self::PANEL_BYTES)
+    }
+
     /// Address of row `row` of panel `panel`.
     #[cfg(feature = "sm_90a")]
     #[inline(always)]

@@ -54,6 +54,11 @@ pub const HOPPER_THREADS: u32 = 384;
 /// Dynamic shared memory of the `sm_90a` attention kernel: tiles of Q, K and V (192 KiB), an exchange for narrow tiles (17.5 KiB for a head dimension of 128), four row
 /// tables, barriers. One block an `sm_90` multiprocessor, which has 227 KiB.
 pub const HOPPER_SHARED_BYTES: u32 = 220 * 1024;
+/// Threads of a block of the `sm_90a` kernel that does narrow tiles beside wide ones: a warpgroup more.
+pub const BESIDE_THREADS: u32 = HOPPER_THREADS + 128;
+/// Dynamic shared memory of that kernel: tiles of Q, K and V of wide tiles (160 KiB for a head dimension of 128), and of narrow ones (56 KiB), row tables, room to
+/// store O through, barriers.
+pub const BESIDE_SHARED_BYTES: u32 = 227 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds tiles.
 pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds the row table.
@@ -208,6 +213,8 @@ pub type DeviceAddress = u64;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadGroups {
+    /// Rows of a wide tile.
+    pub wide_tile_rows: u32,
     /// Query heads of Q and O.
     pub num_qo_heads: u32,
     /// KV heads of K and V.
@@ -216,8 +223,6 @@ pub struct HeadGroups {
     pub heads_per_group: u32,
     /// Number of groups.
     pub num_groups: u32,
-    /// Rows of a wide tile.
-    pub wide_tile_rows: u32,
 }
 
 impl HeadGroups {

@@ -120,7 +120,7 @@ fn item_errors(plan: &Plan, model: &DeviceModel, achieved: &Schedule) -> Vec<Ite
                 columns: item.column_end - item.column_begin,
                 steps: work.steps,
                 partial: item.partial_row != DIRECT,
-                predicted_us: cost.times(&work).full() * 1e-3,
+                predicted_us: cost.times(&work).full() * plan.factor_of(item.tile, model) * 1e-3,
                 achieved_us: taken_ns as f64 * 1e-3 / tasks.len() as f64,
             });
         }

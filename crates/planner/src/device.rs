@@ -12,6 +12,8 @@ use crate::{Calibration, KernelFamily};
 const MOST_COUNT: f64 = 65_536.0;
 /// Bytes and operations a second, from a small part of the slowest device to more than the fastest can do.
 const PLAUSIBLE_RATES: RangeInclusive<f64> = 1e9..=1e18;
+/// What items take beside others, as a part of what they take without: from half to ten times.
+const PLAUSIBLE_FACTORS: RangeInclusive<f64> = 0.5..=10.0;
 /// Nanoseconds of what is not in proportion to an item's work: up to a millisecond.
 const PLAUSIBLE_TIMES: RangeInclusive<f64> = 0.0..=1e6;
 
@@ -47,6 +49,19 @@ pub struct DeviceModel {
     pub launch_ns: f64,
     /// Nanoseconds that merging takes besides its traffic: with `sm_80`, one more launch, which waits for the attention kernel.
     pub merge_ns: f64,
+    /// How long items take where narrow ones are done beside wide ones; nothing if they cannot be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beside: Option<BesideTimes>,
+}
+
+/// What items take where a multiprocessor does a narrow one and a wide one at the same time, as parts of what they take where it does one at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BesideTimes {
+    /// Wide items.
+    pub wide: f64,
+    /// Narrow items, where all multiprocessors do some.
+    pub narrow: f64,
 }
 
 /// What a thread block takes for tiles of one kind, where it does not wait for its share of the memory.
@@ -74,6 +89,7 @@ impl DeviceModel {
         narrow: TileTimes { setup_ns: 2500.0, step_ns: 500.0 },
         launch_ns: 4000.0,
         merge_ns: 3000.0,
+        beside: None,
     };
 
     /// NVIDIA H200 SXM: an H100 with faster memory.
@@ -114,6 +130,7 @@ impl DeviceModel {
             flops_per_s: self.flops_per_s * PRODUCTS,
             wide: TileTimes { setup_ns: 2500.0, step_ns: 100.0 },
             narrow: TileTimes { setup_ns: 1500.0, step_ns: 500.0 },
+            beside: Some(BesideTimes { wide: 1.23, narrow: 1.7 }),
             ..self
         }
     }
@@ -195,11 +212,14 @@ impl DeviceModel {
             ("launch_ns", self.launch_ns),
             ("merge_ns", self.merge_ns),
         ];
+        let beside = self.beside.unwrap_or(BesideTimes { wide: 1.0, narrow: 1.0 });
+        let factors = [("beside.wide", beside.wide), ("beside.narrow", beside.narrow)];
         let counts = counts.map(|(name, count)| (name, f64::from(count))).into_iter();
         let mut wrong = counts.filter(|(_, count)| !(1.0..=MOST_COUNT).contains(count));
         let mut wrong_rates = rates.into_iter().filter(|(_, rate)| !PLAUSIBLE_RATES.contains(rate));
         let mut wrong_times = times.into_iter().filter(|(_, time)| !PLAUSIBLE_TIMES.contains(time));
-        wrong.next().or_else(|| wrong_rates.next()).or_else(|| wrong_times.next())
+        let mut wrong_factors = factors.into_iter().filter(|(_, factor)| !PLAUSIBLE_FACTORS.contains(factor));
+        wrong.next().or_else(|| wrong_rates.next()).or_else(|| wrong_times.next()).or_else(|| wrong_factors.next())
     }
 
     /// Nanoseconds that a batch takes at least: its bytes or its products, whichever takes longer.

@@ -67,6 +67,15 @@ impl Plan {
         self.times_of(0..self.items.len(), model).map(|times| times.full_ns() as f64 * 1e-3)
     }
 
+    /// What items of a kind take in this plan, as a part of what they take where a multiprocessor does one at a time.
+    pub(crate) fn factor_of(&self, tile: TileKind, model: &DeviceModel) -> f64 {
+        match (model.beside.filter(|_| self.beside), tile) {
+            (Some(times), TileKind::Wide) => times.wide,
+            (Some(times), TileKind::Narrow) => times.narrow,
+            (None, _) => 1.0,
+        }
+    }
+
     /// What each work item has to do for one head group with the kernels of `model`, in the order of the items.
     pub fn work(&self, model: &DeviceModel) -> impl Iterator<Item = ItemWork> {
         let cost = CostModel::new(model, self.shape, self.heads);
@@ -97,7 +106,8 @@ impl Plan {
         // The last item to end begins when lanes are free on average, or before.
         let full_ns = || times.iter().map(|times| times.full());
         let average_ns = full_ns().sum::<f64>() * f64::from(self.heads.num_groups) / f64::from(model.lanes());
-        average_ns + full_ns().fold(0.0, f64::max) + self.besides_items_ns(model)
+        let factor = [TileKind::Wide, TileKind::Narrow].map(|tile| self.factor_of(tile, model)).into_iter().fold(1.0, f64::max);
+        factor * (average_ns + full_ns().fold(0.0, f64::max)) + self.besides_items_ns(model)
     }
 
     /// What `model` expects of the launch and of merging.

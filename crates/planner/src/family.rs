@@ -48,6 +48,11 @@ impl KernelFamily {
         }
     }
 
+    /// Whether there is a kernel that does narrow tiles beside wide ones, on the same multiprocessor at the same time.
+    pub(crate) fn does_narrow_beside_wide(self, head_dim: u32) -> bool {
+        self == Self::Sm90a && matches!(head_dim, 64 | 128)
+    }
+
     /// Whether a device of a compute capability, major and minor number, can run them.
     pub fn runs_on(self, compute_capability: (u32, u32)) -> bool {
         match self {

@@ -66,6 +66,11 @@ impl Lanes {
         kept.min().map_or(self.least(), |lane| load_and_number(lane).0)
     }
 
+    /// Has no lane be free before `load`.
+    pub fn raise_max(&mut self, load: Ns) {
+        self.max = self.max.max(load);
+    }
+
     /// When all lanes are free that were given an item.
     pub fn max(&self) -> Ns {
         self.max

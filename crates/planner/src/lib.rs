@@ -63,7 +63,7 @@ pub use append::{AppendError, Headroom};
 pub use calibration::{Calibration, CalibrationError};
 pub use compare::{Comparison, ItemError, KindError};
 pub use cost::ItemWork;
-pub use device::{DeviceModel, TileTimes};
+pub use device::{BesideTimes, DeviceModel, TileTimes};
 pub use error::PlanError;
 pub use explain::Explanation;
 pub use family::KernelFamily;

@@ -25,6 +25,7 @@ pub struct Plan {
     pub(crate) shared: Vec<bool>,
     pub(crate) num_front_items: u32,
     pub(crate) back_lanes: u32,
+    pub(crate) beside: bool,
     pub(crate) merge_tokens: Vec<MergeToken>,
     pub(crate) merge_sources: Vec<u32>,
     pub(crate) merge_of_partial: Vec<u32>,
@@ -49,6 +50,7 @@ impl Plan {
             shared: Vec::new(),
             num_front_items: 0,
             back_lanes: 0,
+            beside: false,
             merge_tokens: Vec::new(),
             merge_sources: Vec::new(),
             merge_of_partial: Vec::new(),
@@ -72,7 +74,7 @@ impl Plan {
         self.merge_tokens.clear();
         self.merge_sources.clear();
         self.merge_of_partial.clear();
-        (self.num_front_items, self.back_lanes) = (0, 0);
+        (self.num_front_items, self.back_lanes, self.beside) = (0, 0, false);
         self.num_partial_rows = 0;
         self.num_query_tokens = batch.num_query_tokens();
         self.num_slots = batch.num_slots();
@@ -130,6 +132,12 @@ impl Plan {
     /// memory while others compute. Only persistent blocks take their tasks like that.
     pub fn back_lanes(&self) -> u32 {
         self.back_lanes
+    }
+
+    /// Whether each multiprocessor can do the items behind the [front](Self::num_front_items), which are narrow, beside those of the front, which are wide. Where a kernel can do
+    /// that, it is faster than [lanes that begin behind the front](Self::back_lanes).
+    pub fn is_beside(&self) -> bool {
+        self.beside
     }
 
     /// Row segments of all tiles.

@@ -6,11 +6,11 @@ use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind};
 use packinfer_batch::Batch;
 
 use crate::cost::{CostModel, Ns, WorkTimes};
-use crate::device::{LanesOfGroups, LeastWork};
+use crate::device::{BesideTimes, LanesOfGroups, LeastWork};
 use crate::items::{Item, Merger, make_items};
 use crate::lanes::Lanes;
 use crate::pack::Packer;
-use crate::queues::Queues;
+use crate::queues::{Arrangement, Queues};
 use crate::share::Sharing;
 use crate::split::Splitter;
 use crate::tile::{self, Tile};
@@ -252,6 +252,7 @@ impl Planner {
     /// items of shared columns go by these. Items whose columns nobody else reads are packs by themselves. Persistent blocks have two queues, if
     /// there are wide items and narrow ones.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
+        let mut has_queues = false;
         if self.packing == Packing::PerRequest {
             self.order.clear();
             self.order.extend((0..self.items.len() as u32).map(|item| Place { longest: 0, pack: 0, rank: 0, item }));
@@ -259,12 +260,17 @@ impl Planner {
             self.find_times(plan, cost);
             self.sort();
             if plan.model.kernel_family == KernelFamily::Sm90a {
-                plan.back_lanes = self.make_queues(plan.model.lanes_of_groups(plan.heads.num_groups));
+                let can_be_beside = plan.model.kernel_family.does_narrow_beside_wide(plan.shape.head_dim());
+                let beside = plan.model.beside.filter(|_| can_be_beside);
+                let queues = self.make_queues(plan.model.lanes_of_groups(plan.heads.num_groups), beside);
+                has_queues = queues.is_some();
+                let Arrangement { back_lanes, beside } = queues.unwrap_or_default();
+                (plan.back_lanes, plan.beside) = (back_lanes, beside);
             }
         }
         let Self { order, items, tiles, .. } = self;
         let in_order = || order.iter().map(|place| &items[place.item as usize]);
-        let is_front = |item: &&Item| plan.back_lanes == 0 || item.item.tile == TileKind::Wide;
+        let is_front = |item: &&Item| !has_queues || item.item.tile == TileKind::Wide;
         plan.num_front_items = in_order().filter(is_front).count() as u32;
         plan.items.extend(in_order().map(|item| item.item));
         plan.fresh.extend(in_order().map(|item| tiles[item.tile as usize].fresh));
@@ -318,16 +324,16 @@ impl Planner {
     }
 
     /// Puts narrow items, which memory limits, behind wide ones, which products limit, each kind in its order, if there is much of both; and
-    /// returns how many of the device's lanes should begin with them.
-    fn make_queues(&mut self, device: LanesOfGroups) -> u32 {
+    /// returns how the device should go about them.
+    fn make_queues(&mut self, device: LanesOfGroups, beside: Option<BesideTimes>) -> Option<Arrangement> {
         let Self { items, order, narrow, times, queues, .. } = self;
         let is_narrow = |place: &Place| items[place.item as usize].item.tile == TileKind::Narrow;
         queues.fill(order.iter().map(|place| (items[place.item as usize].item.tile, times[place.item as usize])));
-        let Some(back_lanes) = queues.back_lanes(device) else { return 0 };
+        let arrangement = queues.arrange(device, beside)?;
         narrow.clear();
         narrow.extend(order.iter().filter(|place| is_narrow(place)));
         order.retain(|place| !is_narrow(place));
         order.append(narrow);
-        back_lanes
+        Some(arrangement)
     }
 }

@@ -10,7 +10,7 @@ use std::iter::{once, repeat_n};
 use packinfer_abi::TileKind;
 
 use crate::cost::{Ns, WorkTimes, memory_need, memory_needed};
-use crate::device::LanesOfGroups;
+use crate::device::{BesideTimes, LanesOfGroups};
 use crate::lanes::Lanes;
 
 /// Below this part of the time of all items, one kind hardly matters.
@@ -24,6 +24,15 @@ const MOST_GIVEN: u32 = 1 << 13;
 const NEAR_BALANCE: (f64, f64) = (0.5, 1.25);
 /// In so many rounds that number is found.
 const BALANCING_ROUNDS: u32 = 6;
+
+/// How a device goes about two queues of items, wide ones in front and narrow ones behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Arrangement {
+    /// Lanes that begin with narrow items, if they are not done beside wide ones; the others begin with wide ones.
+    pub back_lanes: u32,
+    /// Whether narrow items are done beside wide ones, where there is a kernel for that.
+    pub beside: bool,
+}
 
 /// What the items of a plan take, by kind. It keeps its memory from plan to plan.
 #[derive(Clone, Debug, Default)]
@@ -52,9 +61,8 @@ impl Queues {
         self.wide_ns = self.wide.iter().map(|times| times.full()).sum();
     }
 
-    /// How many lanes of the device should begin with narrow items so that the call ends first, if the others begin with wide ones. Zero if all
-    /// should begin with wide ones; nothing if there is hardly any work of one kind, so that queues do not matter.
-    pub fn back_lanes(&mut self, device: LanesOfGroups) -> Option<u32> {
+    /// How the device should go about both kinds of items so that the call ends first; nothing if there is hardly any work of one kind, so that queues do not matter.
+    pub fn arrange(&mut self, device: LanesOfGroups, beside: Option<BesideTimes>) -> Option<Arrangement> {
         let narrow_ns = self.narrow_full_ns();
         if self.wide_ns.min(narrow_ns) <= WORTHWHILE * (self.wide_ns + narrow_ns) {
             return None;
@@ -72,7 +80,16 @@ impl Queues {
                 (best, best_end_ns) = (back_lanes, end_ns);
             }
         }
-        Some(device.of_device(best))
+        let beside = beside.is_some_and(|times| self.beside_end_ns(times, device) < best_end_ns);
+        Some(Arrangement { back_lanes: device.of_device(best), beside })
+    }
+
+    /// When the call ends, in nanoseconds, if narrow items are done beside wide ones.
+    fn beside_end_ns(&mut self, times: BesideTimes, device: LanesOfGroups) -> f64 {
+        self.give_out_wide(0, 0, device);
+        let wide_ns = self.lanes.max() as f64 * times.wide;
+        let narrow_ns = f64::from(device.copies) * self.narrow_full_ns() / f64::from(device.lanes) * times.narrow;
+        wide_ns.max(narrow_ns)
     }
 
     /// What narrow items take if there are no others.
@@ -184,30 +201,44 @@ mod tests {
         let queues = |narrow_items| filled(&[90e3; 520], &vec![20e3; narrow_items]);
         // Together with the narrow items, which take a quarter of their time beside wide ones, this is five rounds of 132 lanes.
         for narrow_items in [2400, 2520, 2700] {
-            let back_lanes = queues(narrow_items).back_lanes(device(132, 1)).expect("much of both");
+            let back_lanes =
+                queues(narrow_items).arrange(device(132, 1), None).map(|queues| queues.back_lanes).expect("much of both");
             assert!((26..=28).contains(&back_lanes), "{back_lanes} lanes for {narrow_items} narrow items");
         }
         // The same for each of eight head groups, of which two share 33 lanes.
         let queues = |narrow_items| filled(&[90e3; 65], &vec![20e3; narrow_items]);
         for narrow_items in [300, 315, 337] {
-            assert_eq!(queues(narrow_items).back_lanes(device(132, 8)), Some(28), "{narrow_items} narrow items");
+            assert_eq!(
+                queues(narrow_items).arrange(device(132, 8), None).map(|queues| queues.back_lanes),
+                Some(28),
+                "{narrow_items} narrow items"
+            );
         }
     }
 
     #[test]
     fn hardly_any_of_one_kind_needs_no_queue() {
-        assert_eq!(filled(&[], &[]).back_lanes(device(132, 8)), None);
-        assert_eq!(filled(&[50e3; 100], &[]).back_lanes(device(132, 8)), None);
-        assert_eq!(filled(&[], &[50e3; 100]).back_lanes(device(132, 8)), None);
-        assert_eq!(filled(&[50e3; 100], &[50e3; 4]).back_lanes(device(132, 8)), None);
-        assert_eq!(filled(&[50e3; 4], &[50e3; 100]).back_lanes(device(132, 8)), None);
-        assert!(filled(&[5e3; 1000], &[5e3; 100]).back_lanes(device(132, 8)).is_some_and(|back_lanes| back_lanes > 0));
+        assert_eq!(filled(&[], &[]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
+        assert_eq!(filled(&[50e3; 100], &[]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
+        assert_eq!(filled(&[], &[50e3; 100]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
+        assert_eq!(filled(&[50e3; 100], &[50e3; 4]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
+        assert_eq!(filled(&[50e3; 4], &[50e3; 100]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
+        assert!(
+            filled(&[5e3; 1000], &[5e3; 100])
+                .arrange(device(132, 8), None)
+                .map(|queues| queues.back_lanes)
+                .is_some_and(|back_lanes| back_lanes > 0)
+        );
     }
 
     #[test]
     fn more_narrow_work_needs_more_lanes() {
-        let back_lanes =
-            |narrow_items| filled(&[5e3; 1000], &vec![5e3; narrow_items]).back_lanes(device(132, 1)).expect("much of both");
+        let back_lanes = |narrow_items| {
+            filled(&[5e3; 1000], &vec![5e3; narrow_items])
+                .arrange(device(132, 1), None)
+                .map(|queues| queues.back_lanes)
+                .expect("much of both")
+        };
         let numbers = [100, 400, 1000, 2000].map(back_lanes);
         assert!(numbers.is_sorted_by(|a, b| a < b), "{numbers:?}");
         // A quarter of the lanes reads as fast as all: more are there only because the others have little to do.
@@ -218,16 +249,19 @@ mod tests {
     fn any_device_is_planned_for() {
         for (lanes, num_groups) in [(1, 1), (1, 8), (2, 1), (2, 3), (7, 64), (132, 7), (132, 200), (1 << 16, 1), (132, u32::MAX)]
         {
-            let back_lanes = filled(&[50e3; 20], &[50e3; 20]).back_lanes(device(lanes, num_groups)).expect("much of both");
+            let back_lanes = filled(&[50e3; 20], &[50e3; 20])
+                .arrange(device(lanes, num_groups), None)
+                .map(|queues| queues.back_lanes)
+                .expect("much of both");
             assert!(back_lanes < lanes, "{back_lanes} of {lanes} lanes");
         }
-        assert_eq!(filled(&[50e3; 20], &[50e3; 20]).back_lanes(device(132, 200)), Some(0));
+        assert_eq!(filled(&[50e3; 20], &[50e3; 20]).arrange(device(132, 200), None).map(|queues| queues.back_lanes), Some(0));
     }
 
     #[test]
     fn huge_times_saturate() {
         for time in [1e30, f64::MAX, f64::INFINITY] {
-            let back_lanes = filled(&[time; 20], &[time; 20]).back_lanes(device(132, 8));
+            let back_lanes = filled(&[time; 20], &[time; 20]).arrange(device(132, 8), None).map(|queues| queues.back_lanes);
             assert!(back_lanes.is_none_or(|back_lanes| back_lanes < 132), "{back_lanes:?}");
         }
     }

@@ -3,7 +3,7 @@
 use std::iter::repeat_n;
 use std::ops::Range;
 
-use packinfer_abi::TaskStamp;
+use packinfer_abi::{TaskStamp, TileKind};
 use serde::Serialize;
 
 use crate::cost::{Ns, memory_need, memory_needed};
@@ -77,7 +77,7 @@ impl Schedule {
             let end_ns = begin_ns.saturating_add(taken_ns);
             tasks[index] = TaskTime { sm: lane % num_sms, lane: lane / num_sms, begin_ns, end_ns, taken_ns };
         });
-        Self { num_sms, lanes_per_sm: num_lanes.div_ceil(num_sms), tasks }
+        Self { num_sms, lanes_per_sm: lanes_per_sm(plan, model), tasks }
     }
 
     /// What the attention kernel noted of a call of the plan, on the device of `model`.
@@ -103,15 +103,18 @@ impl Schedule {
         let most_sm = stamps.iter().map(|stamp| stamp.sm + 1).max().unwrap_or(0);
         let mut schedule = Self {
             num_sms: model.num_sms.clamp(1, MOST_SMS).max(most_sm),
-            lanes_per_sm: model.lanes().div_ceil(model.num_sms.max(1)).max(1),
+            lanes_per_sm: lanes_per_sm(plan, model),
             tasks: stamps.iter().map(task).collect(),
         };
-        schedule.find_lanes();
+        let first_beside =
+            if plan.is_beside() { plan.num_front_items() as usize * plan.heads().num_groups as usize } else { needed };
+        schedule.find_lanes(first_beside);
         Ok(schedule)
     }
 
-    /// Gives each task to the lane of its multiprocessor that ended first, and to each the time until the lane's next begins.
-    fn find_lanes(&mut self) {
+    /// Gives each task to the lane of its multiprocessor that ended first, and to each the time until the lane's next begins. Tasks from `first_beside` on are done beside the
+    /// others, on the last lane.
+    fn find_lanes(&mut self, first_beside: usize) {
         let mut order: Vec<usize> = (0..self.tasks.len()).collect();
         order.sort_unstable_by_key(|&task| (self.tasks[task].begin_ns, task));
         // For each lane, when its last task ended, and which it was.
@@ -119,7 +122,10 @@ impl Schedule {
         for index in order {
             let TaskTime { sm, begin_ns, end_ns, .. } = self.tasks[index];
             let lanes = &mut last[(sm * self.lanes_per_sm) as usize..][..self.lanes_per_sm as usize];
-            let Some((lane, before)) = lanes.iter_mut().enumerate().min_by_key(|(_, (end, _))| *end) else { continue };
+            let others = if first_beside < self.tasks.len() { lanes.len() - 1 } else { lanes.len() };
+            let of_kind = if index < first_beside { 0..others } else { others..lanes.len() };
+            let lanes = lanes.iter_mut().enumerate().filter(|(lane, _)| of_kind.contains(lane));
+            let Some((lane, before)) = lanes.min_by_key(|(_, (end, _))| *end) else { continue };
             if let Some(before) = before.1.replace(index) {
                 let before = &mut self.tasks[before];
                 before.taken_ns = begin_ns - before.begin_ns;
@@ -190,6 +196,12 @@ impl Schedule {
     }
 }
 
+/// Lanes of a multiprocessor, with one for what is done beside others.
+fn lanes_per_sm(plan: &Plan, model: &DeviceModel) -> u32 {
+    let beside = u32::from(plan.is_beside() && model.beside.is_some());
+    model.lanes().div_ceil(model.num_sms.max(1)).max(1) + beside
+}
+
 /// A task that a lane was given.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Given {
@@ -200,7 +212,39 @@ pub(crate) struct Given {
 
 impl Plan {
     /// Gives all tasks to the lanes of a device, as [`Schedule::predicted`] says, and tells of each. Leaves the loads of the device's blocks in `lanes`.
-    pub(crate) fn give_out(&self, model: &DeviceModel, lanes: &mut Lanes, mut tell: impl FnMut(usize, Given)) {
+    pub(crate) fn give_out(&self, model: &DeviceModel, lanes: &mut Lanes, tell: impl FnMut(usize, Given)) {
+        if self.beside && model.beside.is_some() {
+            self.give_out_beside(model, lanes, tell);
+        } else {
+            self.give_out_in_turn(model, lanes, tell);
+        }
+    }
+
+    /// The same where a lane does narrow tasks beside wide ones: they have lanes of their own, behind the others.
+    fn give_out_beside(&self, model: &DeviceModel, lanes: &mut Lanes, mut tell: impl FnMut(usize, Given)) {
+        let (num_lanes, groups) = (model.lanes(), self.heads.num_groups as usize);
+        let front_items = self.num_front_items as usize;
+        let mut narrow_end = 0;
+        for (items, first_lane, tile) in
+            [(front_items..self.items.len(), num_lanes, TileKind::Narrow), (0..front_items, 0, TileKind::Wide)]
+        {
+            let factor = self.factor_of(tile, model);
+            lanes.reset(num_lanes);
+            let first_task = items.start * groups;
+            let tasks = self.times_of(items, model).flat_map(|times| repeat_n(times, groups));
+            for (index, times) in (first_task..).zip(tasks) {
+                let Some((begin_ns, lane)) = lanes.first() else { break };
+                let taken_ns = (times.full() * factor) as Ns;
+                tell(index, Given { lane: first_lane + lane, begin_ns, taken_ns });
+                lanes.add(taken_ns);
+            }
+            narrow_end = lanes.max().max(narrow_end);
+        }
+        lanes.raise_max(narrow_end);
+    }
+
+    /// The same where a lane does one task at a time.
+    fn give_out_in_turn(&self, model: &DeviceModel, lanes: &mut Lanes, mut tell: impl FnMut(usize, Given)) {
         let num_lanes = model.lanes();
         let back_lanes = self.back_lanes.min(num_lanes);
         let front_items = self.num_front_items as usize;
@@ -263,11 +307,10 @@ pub struct ScheduleSummary {
 
 #[cfg(test)]
 mod tests {
-    use packinfer_abi::TileKind;
     use packinfer_batch::{AttentionShape, Batch, DType, Mask};
 
     use super::*;
-    use crate::{KernelFamily, Planner};
+    use crate::{BesideTimes, KernelFamily, Planner};
 
     fn plan(requests: u32) -> Plan {
         let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape");
@@ -304,8 +347,13 @@ mod tests {
         assert_eq!(Schedule::predicted(&self::plan(0), &model).summary().span_us, 0.0);
     }
 
-    /// A prompt beside decodes, for persistent blocks.
+    /// A prompt beside decodes, for persistent blocks that do one task at a time.
     fn mixed_plan() -> (Plan, DeviceModel) {
+        mixed_plan_beside(None)
+    }
+
+    /// The same for a device where narrow items can be done beside wide ones, and take so long.
+    fn mixed_plan_beside(beside: Option<BesideTimes>) -> (Plan, DeviceModel) {
         let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape");
         let mut batch = Batch::new(shape, Mask::Causal);
         batch.push_contiguous(2048, 4096, 0).expect("a good request");
@@ -314,6 +362,7 @@ mod tests {
         }
         let models = DeviceModel::all_for_device("H100", (9, 0), 132);
         let model = models.into_iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("there is one");
+        let model = DeviceModel { beside, ..model };
         (Planner::new(model).plan(&batch).expect("a batch that can be planned"), model)
     }
 
@@ -326,6 +375,35 @@ mod tests {
                 (plan.predicted_ns(&model, &mut Lanes::default()), plan.predicted_at_most_ns(&model, &times));
             assert!((0.5 * most_ns..=most_ns).contains(&predicted_ns), "{predicted_ns} ns, at most {most_ns}");
         }
+    }
+
+    #[test]
+    fn narrow_tasks_are_done_beside_wide_ones_where_that_is_faster() {
+        let (plan, model) = mixed_plan_beside(Some(BesideTimes { wide: 1.2, narrow: 1.1 }));
+        assert!(plan.is_beside());
+        let schedule = Schedule::predicted(&plan, &model);
+        assert_eq!((schedule.num_sms, schedule.lanes_per_sm), (132, 2));
+        let (front, back) = schedule.tasks.split_at(plan.num_front_items() as usize * 8);
+        assert!(front.iter().all(|task| task.lane == 0) && back.iter().all(|task| task.lane == 1));
+        // Both begin at once, and the call ends with the last of either.
+        let at_begin = |tasks: &[TaskTime]| tasks.iter().filter(|task| task.begin_ns == 0).count();
+        assert_eq!((at_begin(front), at_begin(back)), (132, 132));
+        let end = |tasks: &[TaskTime]| tasks.iter().map(|task| task.end_ns).max().expect("there are tasks");
+        let predicted_ns = plan.predicted_ns(&model, &mut Lanes::default());
+        assert_eq!(predicted_ns, end(front).max(end(back)) as f64 + model.launch_ns);
+        // Faster than one after the other, or it would not have been chosen.
+        let (in_turn, one_kind) = mixed_plan();
+        assert!(!in_turn.is_beside() && predicted_ns < in_turn.predicted_ns(&one_kind, &mut Lanes::default()));
+        // Stamps of a call give the same lanes.
+        let achieved = Schedule::achieved(&plan, &model, &stamps(&schedule, 5)).expect("good stamps");
+        assert_eq!(
+            achieved.tasks.iter().map(|task| task.lane).collect::<Vec<_>>(),
+            schedule.tasks.iter().map(|task| task.lane).collect::<Vec<_>>()
+        );
+        // Not if it takes too long, nor where there is hardly anything to be done beside.
+        assert!(!mixed_plan_beside(Some(BesideTimes { wide: 3.0, narrow: 1.0 })).0.is_beside());
+        assert!(!mixed_plan_beside(Some(BesideTimes { wide: 1.0, narrow: 9.0 })).0.is_beside());
+        assert!(!self::plan(100).is_beside());
     }
 
     #[test]

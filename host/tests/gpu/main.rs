@@ -1,5 +1,6 @@
 //! The engine against float64 attention. Skipped, with the reason on standard error, where there is no device.
 
+mod beside;
 mod case;
 mod graph;
 mod kv;

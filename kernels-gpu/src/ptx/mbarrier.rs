@@ -55,6 +55,17 @@ pub unsafe fn arrive_expecting(barrier: u32, bytes: u32) {
     asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1};", in(reg32) barrier, in(reg32) bytes, options(nostack));
 }
 
+/// As [`arrive_expecting`] where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+///
+/// # Safety
+///
+/// `barrier` was initialised.
+#[inline(always)]
+pub unsafe fn arrive_expecting_if(barrier: u32, bytes: u32, condition: bool) {
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {2}, 0; @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1}; }}",
+        in(reg32) barrier, in(reg32) bytes, in(reg32) condition as u32, options(nostack));
+}
+
 /// Lets the phase end only after the copy engine has brought `bytes` more bytes; does not arrive.
 ///
 /// # Safety

@@ -183,6 +183,18 @@ pub unsafe fn store_global_x4(address: u64, [a, b, c, d]: [u32; 4]) {
         in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
 }
 
+/// Stores 16 bytes where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+///
+/// # Safety
+///
+/// As [`store_global_x4`], where the condition holds.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn store_global_x4_if(address: u64, [a, b, c, d]: [u32; 4], condition: bool) {
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {5}, 0; @p st.global.v4.u32 [{0}], {{{1}, {2}, {3}, {4}}}; }}",
+        in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, in(reg32) condition as u32, options(nostack));
+}
+
 /// Stores four words that are not needed again soon: caches give them up first.
 ///
 /// # Safety
@@ -251,6 +263,18 @@ pub unsafe fn load_shared_x4(address: u32) -> [u32; 4] {
 #[inline(always)]
 pub unsafe fn store_shared(address: u32, value: u32) {
     asm!("st.shared.u32 [{0}], {1};", in(reg32) address, in(reg32) value, options(nostack));
+}
+
+/// Stores 4 bytes to shared memory where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+///
+/// # Safety
+///
+/// As [`store_shared`], where the condition holds.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn store_shared_if(address: u32, value: u32, condition: bool) {
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {2}, 0; @p st.shared.u32 [{0}], {1}; }}",
+        in(reg32) address, in(reg32) value, in(reg32) condition as u32, options(nostack));
 }
 
 /// Stores four words to shared memory.

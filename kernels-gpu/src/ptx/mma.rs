@@ -50,6 +50,18 @@ pub unsafe fn store_matrices(row: u32, [a, b, c, d]: [u32; 4]) {
         in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, in(reg32) row, options(nostack));
 }
 
+/// As [`store_matrices`], each matrix transposed.
+///
+/// # Safety
+///
+/// As [`load_matrices`].
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn store_matrices_transposed(row: u32, [a, b, c, d]: [u32; 4]) {
+    asm!("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{4}], {{{0}, {1}, {2}, {3}}};",
+        in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, in(reg32) row, options(nostack));
+}
+
 macro_rules! mma {
     ($(#[doc = $doc:literal])* $name:ident, $ty:literal) => {
         $(#[doc = $doc])*

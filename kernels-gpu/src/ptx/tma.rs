@@ -25,3 +25,14 @@ pub unsafe fn copy_box(destination: u32, map: u64, at: [u32; 5], barrier: u32) {
         in(reg32) at[0], in(reg32) at[1], in(reg32) at[2], in(reg32) at[3], in(reg32) at[4],
         options(nostack));
 }
+
+/// Starts to bring a box of a five-dimensional tensor to the L2 cache. PTX ISA, Data Movement and Conversion Instructions: `cp.async.bulk.prefetch.tensor`.
+///
+/// # Safety
+///
+/// `map` is the address of a tensor map.
+#[inline(always)]
+pub unsafe fn prefetch_box(map: u64, at: [u32; 5]) {
+    asm!("cp.async.bulk.prefetch.tensor.5d.L2.global [{0}, {{{1}, {2}, {3}, {4}, {5}}}];",
+        in(reg64) map, in(reg32) at[0], in(reg32) at[1], in(reg32) at[2], in(reg32) at[3], in(reg32) at[4], options(nostack));
+}

@@ -146,6 +146,32 @@ pub unsafe fn quad_sum(value: f32) -> f32 {
     value + shuffle_xor(value, 2)
 }
 
+/// The greatest value of the eight lanes that hold one column of an accumulator fragment.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn column_max(value: f32) -> f32 {
+    let value = super::math::max(value, shuffle_xor(value, 4));
+    let value = super::math::max(value, shuffle_xor(value, 8));
+    super::math::max(value, shuffle_xor(value, 16))
+}
+
+/// The sum over the eight lanes that hold one column of an accumulator fragment.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn column_sum(value: f32) -> f32 {
+    let value = value + shuffle_xor(value, 4);
+    let value = value + shuffle_xor(value, 8);
+    value + shuffle_xor(value, 16)
+}
+
 /// Waits for all lanes, and orders their memory accesses. PTX ISA, Parallel Synchronization and Communication Instructions: `bar.warp.sync`.
 ///
 /// # Safety

@@ -111,6 +111,13 @@ pub trait Accumulator<E> {
     /// Reached by all threads of the warpgroup, between [`fence`] and [`commit_group`]; both operands are in shared memory until waited for.
     unsafe fn add_product_shared(&mut self, a: Descriptor, b: Descriptor, accumulate: bool);
 
+    /// As [`Self::add_product_shared`], with A across the sum: 16 of its rows, 64 elements of each, are summed over.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::add_product_shared`].
+    unsafe fn add_product_shared_across(&mut self, a: Descriptor, b: Descriptor, accumulate: bool);
+
     /// Starts `self += a · b`, or `self = a · b` where not `accumulate`: A in registers, B along the sum in shared memory, 16 elements summed
     /// over.
     ///
@@ -155,6 +162,9 @@ macro_rules! registers {
             "{32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}"
         )
     };
+    (8) => {
+        "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}"
+    };
     (32) => {
         concat!(
             "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
@@ -186,6 +196,14 @@ macro_rules! accumulator {
             }
 
             #[inline(always)]
+            unsafe fn add_product_shared_across(&mut self, a: Descriptor, b: Descriptor, accumulate: bool) {
+                asm!(concat!("{{ .reg .pred p; setp.ne.b32 p, {", $a2, "}, 0; wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $ty, ".", $ty,
+                        " {{", registers!($registers), "}}, {", $a0, "}, {", $a1, "}, p, 1, 1, 1, 0; }}"),
+                    $(inout(reg32) self[$block][0], inout(reg32) self[$block][1], inout(reg32) self[$block][2], inout(reg32) self[$block][3],)*
+                    in(reg64) a.bits(), in(reg64) b.bits(), in(reg32) accumulate as u32, options(nomem, nostack));
+            }
+
+            #[inline(always)]
             unsafe fn add_product_along(&mut self, a: OperandA, b: Descriptor, accumulate: bool) {
                 asm!(concat!("{{ .reg .pred p; setp.ne.b32 p, {", $a5, "}, 0; wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $ty, ".",
                         $ty, " {{", registers!($registers), "}}, {{{", $a0, "}, {", $a1, "}, {", $a2, "}, {", $a3, "}}}, {", $a4,
@@ -212,6 +230,8 @@ accumulator!(Bf16, "bf16", 32, 256, 128, operands 128 129 130 131 132 133, [0 1 
 accumulator!(Bf16, "bf16", 16, 128, 64, operands 64 65 66 67 68 69, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
 accumulator!(Bf16, "bf16", 12, 96, 48, operands 48 49 50 51 52 53, [0 1 2 3 4 5 6 7 8 9 10 11]);
 accumulator!(Bf16, "bf16", 8, 64, 32, operands 32 33 34 35 36 37, [0 1 2 3 4 5 6 7]);
+accumulator!(Bf16, "bf16", 2, 16, 8, operands 8 9 10 11 12 13, [0 1]);
+accumulator!(F16, "f16", 2, 16, 8, operands 8 9 10 11 12 13, [0 1]);
 accumulator!(F16, "f16", 32, 256, 128, operands 128 129 130 131 132 133, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31]);
 accumulator!(F16, "f16", 16, 128, 64, operands 64 65 66 67 68 69, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
 accumulator!(F16, "f16", 12, 96, 48, operands 48 49 50 51 52 53, [0 1 2 3 4 5 6 7 8 9 10 11]);

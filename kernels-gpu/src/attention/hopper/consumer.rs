@@ -24,9 +24,9 @@ const WARPS: u32 = warpgroup::THREADS / warp::LANES;
 pub type Queries<const DIM_BLOCKS: usize> = [[u32; 2]; DIM_BLOCKS];
 
 /// A consuming warp's place and its side of the rings.
-pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
+pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> {
     pub params: &'a AttentionParams,
-    pub shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    pub shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
     pub tasks: Ring,
     pub queries: Ring,
     pub k: Ring,
@@ -35,13 +35,13 @@ pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     pub warp: u32,
 }
 
-impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCKS, FRAGMENTS> {
-    /// Whether Q is held in registers. Where O leaves no room for it there, products take it from shared memory, and it is let go only when the tile's last
-    /// scores are there.
-    pub const HOLDS_QUERIES: bool = DIM_BLOCKS <= 16;
+impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consumer<'a, DIM_BLOCKS, FRAGMENTS, BESIDE> {
+    /// Whether Q is held in registers. Where O leaves no room for it there, or readers need them, products take it from shared memory, and it is let go only when the
+    /// tile's last scores are there.
+    pub const HOLDS_QUERIES: bool = DIM_BLOCKS <= 16 && !BESIDE;
 
     /// Columns of a step.
-    pub const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
+    pub const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS, BESIDE>::STEP;
 
     /// A warp that has consumed nothing yet.
     ///
@@ -49,7 +49,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'a, DIM_BLOCK
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn new(params: &'a AttentionParams, shared: Shared<DIM_BLOCKS, FRAGMENTS>) -> Self {
+    pub unsafe fn new(params: &'a AttentionParams, shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>) -> Self {
         Self {
             params,
             shared,

@@ -3,47 +3,55 @@
 use crate::attention::task::Task;
 use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::cp_async::CHUNK_BYTES;
-use crate::ptx::memory::{load_shared_x4, store_global_x4};
+use crate::ptx::memory::{load_shared_x4, store_global_x4, store_global_x4_if};
 use crate::ptx::mma::Fragment;
 use crate::ptx::warp;
 use crate::rows::NO_ROW;
-use crate::shared_tile::{PANEL_BLOCKS, SharedTile};
+use crate::shared_tile::SharedTile;
 
-/// Stores the 16 rows of a warp, the tile's from `first_row` on, through shared memory, so that its lanes store 128 bytes of a row together.
+/// The most times that a warp goes through rows, to store 16 of them: those of 128 bytes.
+const MOST_ROUNDS: usize = 4;
+
+/// Stores the 16 rows of a warp, the tile's from `first_row` on, through shared memory, so that its lanes store 128 bytes of a row together, or 64: blocks of 8 elements,
+/// `STAGED_BLOCKS` at a time.
 ///
 /// # Safety
 ///
 /// Reached by all lanes of the warp; no other warp uses `staging`, which holds 16 rows.
 #[inline(always)]
-pub unsafe fn direct<E: Element, const DIM_BLOCKS: usize>(
+pub unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const STAGED_BLOCKS: usize>(
     task: &Task,
     lane: u32,
     first_row: u32,
-    staging: SharedTile<PANEL_BLOCKS>,
+    staging: SharedTile<STAGED_BLOCKS>,
     output: &[Fragment; DIM_BLOCKS],
 ) {
-    type Panel = SharedTile<PANEL_BLOCKS>;
-    const ROUNDS: usize = (16 / Panel::ROWS_AT_ONCE) as usize;
     let chunk = staging.chunk_of_lane(lane);
-    let mut indices = [NO_ROW; ROUNDS];
-    for (round, index) in indices.iter_mut().enumerate() {
-        *index = task.rows.index(first_row + round as u32 * Panel::ROWS_AT_ONCE + Panel::row_of_lane(lane));
+    let rows_at_once = SharedTile::<STAGED_BLOCKS>::ROWS_AT_ONCE;
+    let rounds = (16 / rows_at_once) as usize;
+    let mut indices = [NO_ROW; MOST_ROUNDS];
+    for (round, index) in indices[..rounds].iter_mut().enumerate() {
+        *index = task.rows.index(first_row + round as u32 * rows_at_once + SharedTile::<STAGED_BLOCKS>::row_of_lane(lane));
     }
-    for first in (0..DIM_BLOCKS).step_by(PANEL_BLOCKS) {
+    for first in (0..DIM_BLOCKS).step_by(STAGED_BLOCKS) {
         warp::sync(); // all lanes have read what was there
-        for block in (first..core::cmp::min(first + PANEL_BLOCKS, DIM_BLOCKS)).step_by(2) {
+        for block in (first..core::cmp::min(first + STAGED_BLOCKS, DIM_BLOCKS)).step_by(2) {
             let word = |i: usize, half: usize| E::pack(output[block + i][2 * half], output[block + i][2 * half + 1]);
             let words = [word(0, 0), word(0, 1), word(1, 0), word(1, 1)];
-            Panel::store_operand_a(staging.rows_by_lane(lane), block - first, words);
+            SharedTile::<STAGED_BLOCKS>::store_operand_a(staging.rows_by_lane(lane), block - first, words);
         }
-        // The last panel may hold less of a row than others.
-        let byte = first as u32 * CHUNK_BYTES + Panel::byte_of_lane(lane);
+        // The last part may hold less of a row than others.
+        let byte = first as u32 * CHUNK_BYTES + SharedTile::<STAGED_BLOCKS>::byte_of_lane(lane);
         let is_in_row = byte < DIM_BLOCKS as u32 * CHUNK_BYTES;
         warp::sync();
-        for (round, &index) in indices.iter().enumerate() {
-            if index != NO_ROW && is_in_row {
-                let row = task.params.o + u64::from(index) * (8 * DIM_BLOCKS as u64 * u64::from(ELEMENT_BYTES));
-                store_global_x4(row + u64::from(byte), load_shared_x4(chunk.rows_on(round as u32 * Panel::ROWS_AT_ONCE)));
+        for (round, &index) in indices[..rounds].iter().enumerate() {
+            let row = || task.params.o + u64::from(index) * (8 * DIM_BLOCKS as u64 * u64::from(ELEMENT_BYTES));
+            let shared = chunk.rows_on(round as u32 * rows_at_once);
+            if rounds == 1 {
+                // Without a branch: what decides it is the same for all parts, so the compiler would take the whole loop, barriers included, into both branches.
+                store_global_x4_if(row() + u64::from(byte), load_shared_x4(shared), index != NO_ROW && is_in_row);
+            } else if index != NO_ROW && is_in_row {
+                store_global_x4(row() + u64::from(byte), load_shared_x4(shared));
             }
         }
     }

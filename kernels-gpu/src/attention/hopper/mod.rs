@@ -16,6 +16,7 @@ mod merge;
 mod narrow;
 mod producer;
 mod queries;
+mod reader;
 mod shared;
 mod softmax;
 mod wide;
@@ -41,12 +42,20 @@ const CONSUMER_THREADS: u32 = 32 * CONSUMER_WARPS;
 const PRODUCER_REGISTERS: u32 = 40;
 const CONSUMER_REGISTERS: u32 = 232;
 
+/// Warps of the readers, where there are any.
+const READER_WARPS: u32 = 4;
+/// Registers of a consumer's and of a reader's thread where there are readers: 128 at the launch, and 128 · (40 + 88) + 256 · 192 = 512 · 128.
+const CONSUMER_REGISTERS_BESIDE: u32 = 192;
+const READER_REGISTERS: u32 = 88;
+
 /// Barriers among warpgroups; 0 is the whole block's.
 mod barrier {
     /// The turn of consumer 0 to start products, and after it that of consumer 1.
     pub const TURN: u32 = 1;
     /// Between the warps of both consumers.
     pub const CONSUMERS: u32 = TURN + 2;
+    /// Between the warps of the readers.
+    pub const READERS: u32 = CONSUMERS + 1;
 }
 
 /// Attention for a head dimension of `8 * DIM_BLOCKS`, in steps of `8 * FRAGMENTS` columns, of which a warp takes `8 * NARROW_FRAGMENTS` where the
@@ -65,13 +74,9 @@ unsafe fn attention<
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
-    let shared = Shared::<DIM_BLOCKS, FRAGMENTS>::at(dynamic_shared());
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, false>::at(dynamic_shared());
     let thread = thread_index();
-    let warpgroup = warp::uniform(thread / THREADS);
-    if thread == 0 {
-        shared.init_barriers();
-    }
-    sync_block();
+    let warpgroup = begin(shared, thread);
     if warpgroup == 0 {
         give_registers::<PRODUCER_REGISTERS>();
         producer::run(&params, shared, thread);
@@ -79,6 +84,51 @@ unsafe fn attention<
         take_registers::<CONSUMER_REGISTERS>();
         consume::<E, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED>(&params, shared);
     }
+}
+
+/// The same for launches of wide tiles and narrow ones, which a fourth warpgroup does beside the others.
+#[inline(always)]
+unsafe fn attention_beside<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(params: AttentionParams)
+where
+    [Fragment; FRAGMENTS]: Accumulator<E>,
+    [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    reader::Transposed: Accumulator<E>,
+{
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, true>::at(dynamic_shared());
+    let thread = thread_index();
+    match begin(shared, thread) {
+        0 => {
+            give_registers::<PRODUCER_REGISTERS>();
+            producer::run(&params, shared, thread);
+        }
+        1 | 2 => {
+            take_registers::<CONSUMER_REGISTERS_BESIDE>();
+            let mut consumer = Consumer::new(&params, shared);
+            consumer.begin_turns();
+            while consumer.next_kind().is_some() {
+                wide::tiles::<E, DIM_BLOCKS, FRAGMENTS, false, true>(&mut consumer);
+            }
+            consumer.end_turns();
+        }
+        _ => {
+            give_registers::<READER_REGISTERS>();
+            reader::run::<E, DIM_BLOCKS, FRAGMENTS>(&params, shared, thread - THREADS - CONSUMER_THREADS);
+        }
+    }
+}
+
+/// Makes the block's barriers, and returns the thread's warpgroup.
+#[inline(always)]
+unsafe fn begin<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
+    thread: u32,
+) -> u32 {
+    let warpgroup = warp::uniform(thread / THREADS);
+    if thread == 0 {
+        shared.init_barriers();
+    }
+    sync_block();
+    warpgroup
 }
 
 /// Does a consumer's part until no task is left.
@@ -91,7 +141,7 @@ unsafe fn consume<
     const CAPPED: bool,
 >(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, false>,
 ) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
@@ -105,7 +155,7 @@ unsafe fn consume<
                 if kind_before == TileKind::Narrow {
                     consumer.meet(); // all have read what was exchanged: it lies where O is staged
                 }
-                wide::tiles::<E, DIM_BLOCKS, FRAGMENTS, CAPPED>(&mut consumer);
+                wide::tiles::<E, DIM_BLOCKS, FRAGMENTS, CAPPED, false>(&mut consumer);
             }
             TileKind::Narrow => narrow::tile::<E, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED>(&mut consumer),
         }
@@ -115,6 +165,20 @@ unsafe fn consume<
 }
 
 kernel! {
+    /// Attention in bf16, head dimension 64, narrow tiles beside wide ones.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 15, "wgmma.mma_async" = 44)]
+    fn attention_bf16_d64_beside(params: AttentionParams) {
+        attention_beside::<Bf16, 8, 16>(params)
+    }
+
+    /// Attention in bf16, head dimension 128, narrow tiles beside wide ones.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 15, "wgmma.mma_async" = 64)]
+    fn attention_bf16_d128_beside(params: AttentionParams) {
+        attention_beside::<Bf16, 16, 16>(params)
+    }
+
     /// Attention in bf16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 36, "mma.sync" = 16)]
@@ -169,6 +233,20 @@ kernel! {
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
     fn attention_bf16_d256_capped(params: AttentionParams) {
         attention::<Bf16, 32, 8, 1, true>(params)
+    }
+
+    /// Attention in f16, head dimension 64, narrow tiles beside wide ones.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 15, "wgmma.mma_async" = 44)]
+    fn attention_f16_d64_beside(params: AttentionParams) {
+        attention_beside::<F16, 8, 16>(params)
+    }
+
+    /// Attention in f16, head dimension 128, narrow tiles beside wide ones.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 15, "wgmma.mma_async" = 64)]
+    fn attention_f16_d128_beside(params: AttentionParams) {
+        attention_beside::<F16, 16, 16>(params)
     }
 
     /// Attention in f16, head dimension 64.

@@ -14,10 +14,10 @@ use crate::attention::task::Task;
 use crate::columns::RunWindow;
 use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
-use crate::ptx::tma::{copy_box, prefetch_map};
+use crate::ptx::tma::{copy_box, prefetch_box, prefetch_map};
 use crate::ptx::warp::{self, LANES};
 use crate::rows::WarpView;
-use crate::shared_tile::origin_of_panel;
+use crate::shared_tile::{BoxTile, origin_of_panel};
 
 /// Warps that have Q, K and V of posted tasks brought.
 pub const LOADER_WARPS: u32 = 3;
@@ -36,7 +36,7 @@ const NO_TASK: u32 = u32::MAX;
 const CONSUMER_ROWS: u32 = WIDE_TILE_ROWS / 2;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
-const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
+pub const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
 
 /// Does the producer's part until no task is left.
 ///
@@ -44,9 +44,9 @@ const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
 ///
 /// Reached by all threads of the producer's warpgroup.
 #[inline(always)]
-pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
     thread: u32,
 ) {
     let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
@@ -77,9 +77,9 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 
 /// Does something for every task that is posted.
 #[inline(always)]
-unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
     mut load: impl FnMut(&Task),
 ) {
     let mut items = shared.item_ring();
@@ -95,14 +95,17 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 
 /// Takes tasks, posts them and works out the rows of consumer 0, until none is left.
 #[inline(always)]
-unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
     lane: u32,
 ) {
     let (mut items, mut tasks, mut near_end) = (shared.item_ring(), shared.task_ring(), shared.near_end());
     let leads = lane == 0;
-    let mut next = Some(Queue::of_block(params).first_task(params));
+    let mut next = Queue::of_block(params).first_task(params);
+    if BESIDE && block_index() >= params.front_tasks {
+        next = None;
+    }
     while let Some(index) = next {
         items.wait_empty();
         tasks.wait_empty();
@@ -127,7 +130,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
                 near_end.receive();
                 ticket = Queue::of_block(params).draw(params);
             }
-            after = task_of_ticket(params, ticket).unwrap_or(NO_TASK);
+            after = task_of_ticket::<BESIDE>(params, ticket).unwrap_or(NO_TASK);
         }
         let after = warp::uniform(after);
         next = if after == NO_TASK { None } else { Some(after) };
@@ -136,7 +139,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     tasks.wait_empty();
     if leads {
         shared.post_task(tasks.stage(), None);
-        leave(params);
+        leave::<BESIDE>(params);
     }
     items.fill_by(leads);
     tasks.fill();
@@ -144,9 +147,9 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 
 /// Has Q of all tasks brought, and works out the rows of consumer 1.
 #[inline(always)]
-unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
     lane: u32,
 ) {
     let (mut queries, mut tasks) = (shared.query_ring(), shared.task_ring());
@@ -165,9 +168,9 @@ unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 
 /// Works out the rows of a consumer, and what they see.
 #[inline(always)]
-unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
     task: &Task,
     stage: u32,
     consumer: u32,
@@ -195,7 +198,7 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     lane: u32,
     at_step: impl Fn(u32),
 ) {
-    let columns = Shared::<DIM_BLOCKS, FRAGMENTS>::STEP;
+    let columns = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
     let item = &task.item;
     let mut window = RunWindow::new(&task.params, item, lane);
     let mut step = item.column_begin;
@@ -208,34 +211,79 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
             copies.copy(NO_SLOT, end - step, columns); // zeros where no column is left
             at_step((item.column_end - step).div_ceil(columns));
         }
-        loop {
-            let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
-            if begin < end_of_run {
-                copies.copy(window.slot.wrapping_add(begin - window.begin), begin - step, end_of_run - step);
-            }
-            if window.reaches(end) {
-                break;
-            }
-            window.advance(&task.params, item, lane);
-        }
+        copies.copy_window(task, &mut window, step, end, lane);
         ring.advance();
         step += columns;
     }
 }
 
 /// How boxes get to a tile.
-struct BoxCopies<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
-    tile: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
-    maps: u64,
-    kv_head: u32,
-    barrier: u32,
+pub struct BoxCopies<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
+    pub tile: BoxTile<DIM_BLOCKS, FRAGMENTS>,
+    /// The tensor maps of K, or of V.
+    pub maps: u64,
+    pub kv_head: u32,
+    /// Counts the bytes that have come.
+    pub barrier: u32,
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAGMENTS> {
+    /// Starts copies of columns `step .. end` to the tile's first rows, where `window` holds them; it goes on as far as they do.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp; nobody uses the tile until its barrier says so.
+    #[inline(always)]
+    pub unsafe fn copy_window(&self, task: &Task, window: &mut RunWindow, step: u32, end: u32, lane: u32) {
+        loop {
+            let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
+            if begin < end_of_run {
+                self.copy(window.slot_of(begin), begin - step, end_of_run - step);
+            }
+            if window.reaches(end) {
+                break;
+            }
+            window.advance(&task.params, &task.item, lane);
+        }
+    }
+
+    /// Starts a copy of `2^log2` slots from `slot` on to rows from `row` on, a box or one for each panel; as many rows as that, or a multiple of eight, come before.
+    ///
+    /// # Safety
+    ///
+    /// Nobody uses the tile until its barrier says so.
+    #[inline(always)]
+    pub unsafe fn copy_rows(&self, slot: u32, row: u32, log2: u32) {
+        let map = self.maps + u64::from(log2 * TENSOR_MAP_BYTES);
+        let whole_boxes = BoxTile::<DIM_BLOCKS, FRAGMENTS>::WHOLE_BOXES;
+        let boxes = if log2 >= 3 { whole_boxes } else { BoxTile::<DIM_BLOCKS, FRAGMENTS>::PANELS };
+        for panel in 0..boxes {
+            let [element, of_panel] = origin_of_panel::<DIM_BLOCKS>(panel);
+            copy_box(self.tile.row(row, panel), map, [element, slot, of_panel, 0, self.kv_head], self.barrier);
+        }
+    }
+
+    /// Has `2^log2` slots from `slot` on, at least eight, brought to the L2 cache.
+    ///
+    /// # Safety
+    ///
+    /// `maps` are those of K, or of V.
+    #[inline(always)]
+    pub unsafe fn prefetch_rows(maps: u64, slot: u32, kv_head: u32, log2: u32) {
+        for panel in 0..BoxTile::<DIM_BLOCKS, FRAGMENTS>::WHOLE_BOXES {
+            let [element, of_panel] = origin_of_panel::<DIM_BLOCKS>(panel);
+            prefetch_box(maps + u64::from(log2 * TENSOR_MAP_BYTES), [element, slot, of_panel, 0, kv_head]);
+        }
+    }
+
     /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: a box of whole rows for as many times eight rows as there are, or
     /// one for each panel where it can have but one; and before and behind them boxes that fit, for each panel.
+    ///
+    /// # Safety
+    ///
+    /// Nobody uses the tile until its barrier says so.
     #[inline(always)]
-    unsafe fn copy(&self, mut slot: u32, mut row: u32, end: u32) {
+    pub unsafe fn copy(&self, mut slot: u32, mut row: u32, end: u32) {
         while row < end {
             let to_eight = 8 - row % 8;
             let whole_rows = to_eight == 8 && end - row >= 8;
@@ -255,8 +303,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
 
 /// The task that a ticket of the block's queue stands for, or if that queue is empty, one of the other.
 #[inline(always)]
-unsafe fn task_of_ticket(params: &AttentionParams, ticket: u32) -> Option<u32> {
+unsafe fn task_of_ticket<const BESIDE: bool>(params: &AttentionParams, ticket: u32) -> Option<u32> {
     let queue = Queue::of_block(params);
+    if BESIDE {
+        return queue.task(params, ticket);
+    }
     queue.task(params, ticket).or_else(|| queue.other().task(params, queue.other().draw(params)))
 }
 
@@ -276,11 +327,11 @@ impl Queue {
 
     /// The first task of this block, which no other has.
     #[inline(always)]
-    fn first_task(self, params: &AttentionParams) -> u32 {
-        match self {
+    fn first_task(self, params: &AttentionParams) -> Option<u32> {
+        Some(match self {
             Self::Front => block_index(),
             Self::Back => params.front_tasks + block_index() - (num_blocks() - params.back_blocks),
-        }
+        })
     }
 
     #[inline(always)]
@@ -311,11 +362,16 @@ impl Queue {
     }
 }
 
-/// Says that this block takes no more tasks. The last to say so makes the scheduler ready for the next launch.
+/// Says that this block takes no more tasks; where tasks are taken by its readers too, each of the two does. The last to say so makes the scheduler ready for the next launch.
+///
+/// # Safety
+///
+/// Reached by one thread of the producer, and one of the readers, if there are any.
 #[inline(always)]
-unsafe fn leave(params: &AttentionParams) {
+pub unsafe fn leave<const BESIDE: bool>(params: &AttentionParams) {
     let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
-    if fetch_add_global(finished, 1) == num_blocks() - 1 {
+    let leaving = if BESIDE { 2 * num_blocks() } else { num_blocks() };
+    if fetch_add_global(finished, 1) == leaving - 1 {
         let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
         store_global(taken, 0);
         store_global(taken + size_of::<u32>() as u64, 0);

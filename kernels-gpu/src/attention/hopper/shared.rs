@@ -3,21 +3,23 @@
 use core::ops::Range;
 
 use packinfer_abi::{
-    AttentionParams, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, TileKind, WIDE_TILE_ROWS, WorkItem, hopper_column_step,
+    AttentionParams, BESIDE_SHARED_BYTES, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, TileKind, WIDE_TILE_ROWS, WorkItem,
+    hopper_column_step,
 };
 
 use super::exchange::Exchange;
 use super::producer::{LOADER_WARPS, LONG_TASK_STEPS, POSTING_WARPS};
+use super::reader::ReaderMemory;
 use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
 use crate::ptx::memory::{load_shared, load_shared_x4, store_shared_x4};
 use crate::ptx::warp::LANES as WARP_LANES;
 use crate::rows::{RowTable, WarpView};
-use crate::shared_tile::{BoxTile, PanelTile};
+use crate::shared_tile::{BoxTile, PanelTile, SharedTile};
 
-/// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
-pub const TASKS: u32 = 4;
+/// Blocks of 8 elements that a consuming warp stages of its rows of O at a time, where there is no exchange.
+pub const STAGED_BLOCKS: usize = 2;
 
 /// Q of a task.
 pub type QueryTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, { WIDE_TILE_ROWS as usize / 8 }>;
@@ -182,6 +184,25 @@ impl Ring {
         stage
     }
 
+    /// Emptying side: on to the next part, which is [waited for later](Self::wait_taken). Returns the part.
+    #[inline(always)]
+    pub fn take_early(&mut self) -> u32 {
+        let stage = self.stage;
+        self.advance();
+        stage
+    }
+
+    /// Emptying side: waits until part `stage` is full, the last that was taken; at once if it was waited for before. For `zero`, see [`Self::take_full_after`].
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::wait_full`], before the next part is taken.
+    #[inline(always)]
+    pub unsafe fn wait_taken(&self, stage: u32, zero: u32) {
+        let parity = self.parity ^ u32::from(self.stage == 0);
+        mbarrier::wait(self.barriers + stage * mbarrier::BYTES, parity + zero);
+    }
+
     /// Emptying side, every warp, its lanes having done with the part: on to the next.
     ///
     /// # Safety
@@ -270,30 +291,40 @@ pub struct SeenSteps {
     pub behind: u32,
 }
 
-/// Where the parts lie, in this order: Q, K, V, row tables, exchange, task slots, barriers.
+/// Where the parts lie, in this order: Q, K, V, tiles of the readers, row tables, exchange, task slots, barriers, the rest of what the readers have. Where narrow tiles are
+/// done `BESIDE` wide ones, by readers, these take the place of the exchange, of which what is left is room for each consuming warp to store rows of O through.
 #[derive(Clone, Copy)]
-pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
+pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> {
     base: u32,
 }
 
-impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMENTS> {
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Shared<DIM_BLOCKS, FRAGMENTS, BESIDE> {
     /// Columns of a step.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
 
     /// Steps whose K is held, and steps whose V is: those that fit beside Q.
-    const STAGES: [u32; 2] = match DIM_BLOCKS {
-        8 => [4, 6],
-        12 | 16 => [2, 3],
+    const STAGES: [u32; 2] = match (DIM_BLOCKS, BESIDE) {
+        (8, false) => [4, 6],
+        (8, true) => [4, 4],
+        (12 | 16, false) => [2, 3],
         _ => [2, 2],
     };
     const K_STAGES: u32 = Self::STAGES[0];
-    const V_STAGES: u32 = Self::STAGES[1];
+    pub const V_STAGES: u32 = Self::STAGES[1];
 
     const K: u32 = QueryTile::<DIM_BLOCKS>::BYTES;
     const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
-    const ROWS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
-    const EXCHANGE: u32 = Self::ROWS + TASKS * ROW_TABLE_BYTES;
-    const SLOTS: u32 = Self::EXCHANGE + Exchange::<DIM_BLOCKS>::BYTES;
+    const READERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
+    const ROWS: u32 = Self::READERS + if BESIDE { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { 0 };
+    /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
+    const TASKS: u32 = if BESIDE { 2 } else { 4 };
+    /// Row tables of these tasks, and of the readers' task.
+    const ROW_TABLES: u32 = Self::TASKS + if BESIDE { 1 } else { 0 };
+    const EXCHANGE: u32 = Self::ROWS + Self::ROW_TABLES * ROW_TABLE_BYTES;
+    const EXCHANGE_BYTES: u32 = if BESIDE { CONSUMER_WARPS * Self::STAGING_BYTES } else { Exchange::<DIM_BLOCKS>::BYTES };
+    const SLOTS: u32 = Self::EXCHANGE + Self::EXCHANGE_BYTES;
+    /// Bytes that a consuming warp stages rows of O in, where there is no exchange.
+    const STAGING_BYTES: u32 = 16 * SharedTile::<STAGED_BLOCKS>::ROW_BYTES;
     /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, and in which steps. The words on the task are one more than the
     /// tile's kind, or zero if no task is left; the head group; the KV head; the task's index.
     const SLOT_ITEM: u32 = 0;
@@ -302,14 +333,15 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     const SLOT_STEPS: u32 = Self::SLOT_VIEWS + 2 * 16;
     /// Bytes of a task slot.
     const SLOT_BYTES: u32 = Self::SLOT_STEPS + 2 * 16;
-    const BARRIERS: u32 = Self::SLOTS + TASKS * Self::SLOT_BYTES;
+    const BARRIERS: u32 = Self::SLOTS + Self::TASKS * Self::SLOT_BYTES;
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::bytes(1);
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::bytes(Self::K_STAGES);
     const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::bytes(Self::V_STAGES);
-    const ITEM_BARRIERS: u32 = Self::TASK_BARRIERS + Ring::bytes(TASKS);
-    const NEAR_END_BARRIER: u32 = Self::ITEM_BARRIERS + Ring::bytes(TASKS);
-    const END: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
-    const FITS: () = assert!(Self::END <= HOPPER_SHARED_BYTES);
+    const ITEM_BARRIERS: u32 = Self::TASK_BARRIERS + Ring::bytes(Self::TASKS);
+    const NEAR_END_BARRIER: u32 = Self::ITEM_BARRIERS + Ring::bytes(Self::TASKS);
+    const READER_WORDS: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
+    const END: u32 = Self::READER_WORDS + if BESIDE { ReaderMemory::<DIM_BLOCKS>::WORD_BYTES } else { 0 };
+    const FITS: () = assert!(Self::END <= if BESIDE { BESIDE_SHARED_BYTES } else { HOPPER_SHARED_BYTES });
     const STEP_IS_THE_PLANS: () = assert!(Self::STEP == hopper_column_step(8 * DIM_BLOCKS as u32));
 
     #[inline(always)]
@@ -330,6 +362,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
         self.item_ring().init(1, LOADER_WARPS * WARP_LANES);
         self.task_ring().init(POSTING_WARPS * WARP_LANES, CONSUMER_THREADS);
         mbarrier::init(self.base + Self::NEAR_END_BARRIER, 1);
+        if BESIDE {
+            self.reader_memory().init();
+        }
         mbarrier::fence_init();
     }
 
@@ -351,13 +386,13 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     /// Tasks with their rows, for the consumers.
     #[inline(always)]
     pub fn task_ring(&self) -> Ring {
-        Ring::at(self.base + Self::TASK_BARRIERS, TASKS)
+        Ring::at(self.base + Self::TASK_BARRIERS, Self::TASKS)
     }
 
     /// The same tasks before their rows are worked out, for those who have Q, K and V brought.
     #[inline(always)]
     pub fn item_ring(&self) -> Ring {
-        Ring::at(self.base + Self::ITEM_BARRIERS, TASKS)
+        Ring::at(self.base + Self::ITEM_BARRIERS, Self::TASKS)
     }
 
     /// That loads of a long task are near its end: the next is to be taken.
@@ -389,6 +424,24 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Shared<DIM_BLOCKS, FRAGMEN
     #[inline(always)]
     pub fn exchange(&self) -> Exchange<DIM_BLOCKS> {
         Exchange::at(self.base + Self::EXCHANGE)
+    }
+
+    /// Where a consuming warp may put 16 rows of [`STAGED_BLOCKS`] blocks, where there is no exchange.
+    #[inline(always)]
+    pub fn staging(&self, warp: u32) -> SharedTile<STAGED_BLOCKS> {
+        SharedTile::at(self.base + Self::EXCHANGE + warp * Self::STAGING_BYTES)
+    }
+
+    /// What the readers have.
+    #[inline(always)]
+    pub fn reader_memory(&self) -> ReaderMemory<DIM_BLOCKS> {
+        ReaderMemory::at(self.base + Self::READERS, self.base + Self::READER_WORDS)
+    }
+
+    /// Rows of the readers' task.
+    #[inline(always)]
+    pub fn reader_rows(&self) -> RowTable {
+        self.rows(Self::TASKS)
     }
 
     #[inline(always)]

@@ -9,7 +9,7 @@ use crate::ptx::{math, warp};
 use crate::softmax::{ROWS_PER_LANE, RowSum};
 
 /// Base 2 logarithm of the greatest exponential that is in range: far from what float16 can hold.
-const RANGE_LOG2: f32 = 8.0;
+pub const RANGE_LOG2: f32 = 8.0;
 
 /// The offset of a row that has seen nothing: any score at all is then out of range, but for −∞, whose exponential is zero.
 const NOTHING_SEEN: f32 = f32::MAX;

@@ -12,7 +12,7 @@
 use packinfer_abi::TileKind;
 
 use super::consumer::{Consumer, Queries, WARP_ROWS};
-use super::shared::{ColumnTile, SeenSteps};
+use super::shared::{ColumnTile, STAGED_BLOCKS, SeenSteps, Shared};
 use super::softmax::LazySoftmax;
 use super::{CONSUMER_THREADS, barrier, epilogue, merge};
 use crate::attention::store;
@@ -53,11 +53,18 @@ impl Step {
     }
 }
 
-impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS> {
-    /// Whether a wide tile comes next that these rows see from its first step on, and whose Q can arrive before that of this one is let go.
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consumer<'_, DIM_BLOCKS, FRAGMENTS, BESIDE> {
+    /// Whether V of a step comes so late that it is waited for only when its product is to be started, and is let go as soon as that has ended: where there is room for
+    /// two of them.
+    const V_IS_LATE: bool = Shared::<DIM_BLOCKS, FRAGMENTS, BESIDE>::V_STAGES == 2;
+
+    /// Whether tiles can follow each other: where O takes so many registers that those for the step from one to the next are not there, they cannot.
+    const FOLLOW: bool = DIM_BLOCKS <= 16;
+
+    /// Whether a wide tile comes next that these rows see from its first step on.
     #[inline(always)]
     unsafe fn has_tile_that_follows(&self) -> bool {
-        Self::HOLDS_QUERIES
+        Self::FOLLOW
             && self.next_kind() == Some(TileKind::Wide)
             && self.shared.seen_steps(self.tasks.stage(), self.index()).before == 0
     }
@@ -141,13 +148,13 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
     unsafe fn store<E: Element>(&mut self, slot: u32, output: &[[Fragment; DIM_BLOCKS]; 1]) {
         let (task, lane, first_row) = (self.shared.task(self.params, slot), self.lane(), self.first_row());
         if task.is_direct() {
-            epilogue::direct::<E, DIM_BLOCKS>(
-                &task,
-                lane,
-                first_row,
-                self.shared.exchange().staging(opaque(self.warp)),
-                &output[0],
-            );
+            if BESIDE {
+                let staging = self.shared.staging(opaque(self.warp));
+                epilogue::direct::<E, DIM_BLOCKS, STAGED_BLOCKS>(&task, lane, first_row, staging, &output[0]);
+            } else {
+                let staging = self.shared.exchange().staging(opaque(self.warp));
+                epilogue::direct::<E, DIM_BLOCKS, PANEL_BLOCKS>(&task, lane, first_row, staging, &output[0]);
+            }
             self.note_end(task.index);
         } else {
             let rows = task.rows.of_lane::<1>(first_row, lane);
@@ -235,8 +242,8 @@ struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 ///
 /// Reached by all threads of the consumers.
 #[inline(always)]
-pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool>(
-    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS>,
+pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool, const BESIDE: bool>(
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, BESIDE>,
 ) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
@@ -247,10 +254,9 @@ pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize,
     let mut state = consumer.first_step::<E, CAPPED>(&step, queries);
     loop {
         while !step.is_last() {
-            step.column += Consumer::<DIM_BLOCKS, FRAGMENTS>::STEP;
+            step.column += Consumer::<DIM_BLOCKS, FRAGMENTS, BESIDE>::STEP;
             consumer.further_step::<E, CAPPED>(&step, &mut state);
         }
-        consumer.release_queries();
         let (done, values) = (step, state.values);
         let follows = done.behind == 0 && consumer.has_tile_that_follows();
         let factors = if follows {
@@ -261,7 +267,9 @@ pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize,
             consumer.last_output::<E>(&mut state);
             consumer.finish(done.slot, &state.softmax)
         };
-        consumer.v.release_stage(values, consumer.lane());
+        if !follows || !Consumer::<DIM_BLOCKS, FRAGMENTS, BESIDE>::V_IS_LATE {
+            consumer.v.release_stage(values, consumer.lane());
+        }
         state.is_first = true;
         scale_rows(&mut state.output, &[factors]);
         consumer.store::<E>(done.slot, &state.output);
@@ -272,7 +280,7 @@ pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize,
     consumer.skip(step.behind);
 }
 
-impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS> {
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consumer<'_, DIM_BLOCKS, FRAGMENTS, BESIDE> {
     /// The scores of a first step, and what comes of them, with no output of a step before to go along with.
     #[inline(always)]
     unsafe fn first_step<E: Element, const CAPPED: bool>(
@@ -294,13 +302,22 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         wgmma::wait_group::<0>();
         scores.hold();
         self.k.release(self.lane());
+        self.release_queries_after(step);
         self.cap::<CAPPED, FRAGMENTS>(&mut scores);
         self.mask(sees_all, step, &mut scores);
         softmax.find_origins(self.params.scale_log2, &scores);
         softmax.take_in(self.params.scale_log2, &mut scores);
         let weights = weights_of::<E, FRAGMENTS>(&scores);
-        let values = self.v.take_full();
+        let values = if Self::V_IS_LATE { self.v.take_early() } else { self.v.take_full() };
         State { queries, softmax, weights, values, output: [[[0f32; 4]; DIM_BLOCKS]], is_first: true, next_k_is_full: false }
+    }
+
+    /// Lets the tile's Q go, if it is not in registers and the scores of the tile's last step are there.
+    #[inline(always)]
+    unsafe fn release_queries_after(&mut self, step: &Step) {
+        if !Self::HOLDS_QUERIES && step.is_last() {
+            self.release_queries();
+        }
     }
 
     /// A step of the same tile as the step before, whose output is made meanwhile.
@@ -316,12 +333,15 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         wgmma::wait_group::<1>();
         scores.hold();
         self.k.release(self.lane());
+        self.release_queries_after(step);
         self.cap::<CAPPED, FRAGMENTS>(&mut scores);
         self.mask(sees_all, step, &mut scores);
         let factors = state.softmax.make_room(self.params.scale_log2, &scores);
         let values = state.values;
         self.take_in_around_output::<E>(state, &mut scores);
-        self.v.release_stage(values, self.lane());
+        if !Self::V_IS_LATE {
+            self.v.release_stage(values, self.lane());
+        }
         state.is_first = false;
         if let Some(factors) = factors {
             scale_rows(&mut state.output, &[factors]);
@@ -348,6 +368,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         wgmma::wait_group::<1>();
         scores.hold();
         self.k.release(self.lane());
+        self.release_queries_after(step);
         self.cap::<CAPPED, FRAGMENTS>(&mut scores);
         self.mask(sees_all, step, &mut scores);
         state.softmax.find_origins(self.params.scale_log2, &scores);
@@ -371,8 +392,17 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         Self::hold(&mut state.queries);
         scores.hold();
         self.start_scores::<E>(&state.queries, scores);
+        self.wait_for_late_v(state.values);
         self.start_output::<E>(&mut state.output[0], state.is_first, &state.weights, state.values);
         self.pass_turn();
+    }
+
+    /// Waits for V of a step whose product is to be started, where that was not done before.
+    #[inline(always)]
+    unsafe fn wait_for_late_v(&self, values: u32) {
+        if Self::V_IS_LATE {
+            self.v.wait_taken(values, 0);
+        }
     }
 
     /// Turns scores into weights, the first half of them while the output of the step before is still being made.
@@ -387,11 +417,21 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
     {
         let scale_log2 = self.params.scale_log2;
         state.softmax.take_in(scale_log2, &mut scores[..FRAGMENTS / 2]);
-        state.values = self.v.take_full_after(state.softmax.zero_after());
+        let zero = state.softmax.zero_after();
+        let values_before = state.values;
+        if Self::V_IS_LATE {
+            self.v.wait_taken(values_before, zero);
+            state.values = self.v.take_early();
+        } else {
+            state.values = self.v.take_full_after(zero);
+        }
         wgmma::wait_group::<0>();
         state.output[0].hold();
         hold_words(&mut state.weights);
         scores.hold();
+        if Self::V_IS_LATE {
+            self.v.release_stage(values_before, self.lane());
+        }
         control::fence_arithmetic(state.values, self.v.stages());
         state.next_k_is_full = self.k.is_full();
         state.softmax.take_in(scale_log2, &mut scores[FRAGMENTS / 2..]);
@@ -404,6 +444,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
     where
         [Fragment; DIM_BLOCKS]: Accumulator<E>,
     {
+        self.wait_for_late_v(state.values);
         state.output[0].hold();
         hold_words(&mut state.weights);
         self.start_output::<E>(&mut state.output[0], state.is_first, &state.weights, state.values);

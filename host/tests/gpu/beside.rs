@@ -1,0 +1,123 @@
+//! Narrow work items beside wide ones, on the same multiprocessor at the same time.
+
+use half::{bf16, f16};
+use packinfer::{BesideTimes, DeviceModel, Engine, KernelFamily, Mask, Packing, Plan, Planner};
+use packinfer_abi::{DIRECT, KvRun, TileKind};
+
+use crate::case::{Case, Element, contiguous, engine, paged, shape};
+
+/// Query heads of a KV head.
+const GQA_RATIOS: [u32; 4] = [1, 4, 7, 16];
+/// Head dimensions that there are such kernels for.
+const HEAD_DIMS: [u32; 2] = [64, 128];
+
+/// Prompts and chunks of prompts beside decodes of all lengths.
+fn lengths() -> Vec<(u32, u32)> {
+    let decodes = (0..40).map(|request| (1, 1 + request * request * 3 % 4000));
+    [(300, 900), (128, 128), (700, 1500), (64, 64)].into_iter().chain(decodes).collect()
+}
+
+/// A plan with the kernels for Hopper, if the engine has them; it does narrow items beside wide ones.
+fn plan_beside<E: Element>(engine: &Engine, case: &Case<E>, change: impl Fn(DeviceModel) -> DeviceModel) -> Option<Plan> {
+    let models = engine.device().models().into_iter().filter(|model| model.kernel_family == KernelFamily::Sm90a);
+    // Whether it is faster is not what is tested.
+    let beside = Some(BesideTimes { wide: 0.5, narrow: 0.5 });
+    let models: Vec<_> = models.map(|model| DeviceModel { beside, ..change(model) }).collect();
+    if models.is_empty() || !engine.kernel_families().contains(&KernelFamily::Sm90a) {
+        return None;
+    }
+    let plan = Planner::choosing(models).plan(&case.batch).expect("the batch can be planned");
+    assert!(plan.is_beside(), "{:?}", case.batch.shape());
+    Some(plan)
+}
+
+/// Runs a plan twice, which must give the same, and compares it with exact attention.
+fn check<E: Element + PartialEq>(engine: &Engine, case: &Case<E>, plan: &Plan) {
+    let first = case.run_plan(engine, plan);
+    case.check(&first);
+    assert!(case.run_plan(engine, plan) == first, "a second run gave something else");
+}
+
+fn check_shapes<E: Element + PartialEq>() {
+    let Some(engine) = engine() else { return };
+    for head_dim in HEAD_DIMS {
+        for gqa_ratio in GQA_RATIOS {
+            let shape = shape::<E>(gqa_ratio, head_dim);
+            let cases = [1, 3, 16, 100].map(|page_size| paged(shape, Mask::Causal, &lengths(), page_size));
+            for batch in cases.into_iter().chain([contiguous(shape, Mask::Causal, &lengths())]) {
+                let case = Case::<E>::new(batch);
+                let Some(plan) = plan_beside(engine, &case, |model| model) else { return };
+                check(engine, &case, &plan);
+            }
+        }
+    }
+}
+
+#[test]
+fn all_shapes_in_bf16() {
+    check_shapes::<bf16>();
+}
+
+#[test]
+fn all_shapes_in_f16() {
+    check_shapes::<f16>();
+}
+
+/// Two tokens of a request, and several requests, in tiles of sixteen rows; windows and sinks.
+#[test]
+fn several_tokens_windows_and_sinks() {
+    let Some(engine) = engine() else { return };
+    let drafts = (0..30).map(|request| (2, 2 + request * 97 % 1800));
+    let lengths: Vec<_> = lengths().into_iter().chain(drafts).collect();
+    for mask in [Mask::Causal, Mask::None, Mask::Window(200.try_into().expect("not zero"))] {
+        for head_dim in HEAD_DIMS {
+            let shape = shape::<bf16>(4, head_dim);
+            let mut case = Case::<bf16>::new(paged(shape, mask, &lengths, 16));
+            case.sinks = Some((0..shape.num_qo_heads()).map(|head| 3.0 * head as f32 - 9.0).collect());
+            let Some(plan) = plan_beside(engine, &case, |model| model) else { return };
+            check(engine, &case, &plan);
+        }
+    }
+}
+
+/// Partials of both kinds of tiles, merged by whoever stores the last of them.
+#[test]
+fn partials_are_merged() {
+    let Some(engine) = engine() else { return };
+    for head_dim in HEAD_DIMS {
+        for gqa_ratio in GQA_RATIOS {
+            let mut batch = contiguous(shape::<f16>(gqa_ratio, head_dim), Mask::Causal, &lengths());
+            let runs = (0..300).rev().map(|run| KvRun { first_slot: 50 * run, num_slots: 30 + run % 20 });
+            let runs: Vec<_> = runs.collect();
+            batch.push_runs(1, runs.iter().map(|run| run.num_slots).sum(), runs).expect("good runs");
+            let case = Case::<f16>::new(batch);
+            let slow_memory = |model| DeviceModel { bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..model };
+            let Some(plan) = plan_beside(engine, &case, slow_memory) else { return };
+            let splits = |kind| plan.items().iter().any(|item| item.partial_row != DIRECT && item.tile == kind);
+            assert!(splits(TileKind::Narrow), "no narrow item is split");
+            check(engine, &case, &plan);
+        }
+    }
+}
+
+/// The same plan without and with a soft-cap, for which there is no such kernel, and others before and after it, with one workspace.
+#[test]
+fn other_kernels_take_turns_with_it() {
+    let Some(engine) = engine() else { return };
+    let shape = shape::<bf16>(4, 128);
+    let decodes: Vec<_> = (1..50).map(|request| (1, 40 * request)).collect();
+    let mut mixed = Case::<bf16>::new(paged(shape, Mask::Causal, &lengths(), 16));
+    let Some(plan) = plan_beside(engine, &mixed, |model| model) else { return };
+    let decode = Case::<bf16>::new(paged(shape, Mask::Causal, &decodes, 16));
+    let stream = engine.stream().expect("a stream");
+    let mut workspace = engine.workspace().expect("there is room");
+    let plans = [&plan, &decode.plan(engine, Packing::Packed)].map(|plan| engine.upload(plan, &stream).expect("the plan fits"));
+    for soft_cap in [None, Some(2.0), None] {
+        mixed.logit_soft_cap = soft_cap;
+        for (case, plan) in [&mixed, &decode].into_iter().zip(&plans) {
+            let mut device = case.on_device(engine);
+            device.run(engine, plan, &mut workspace, &stream).expect("the run is right");
+            case.check(&device.results());
+        }
+    }
+}

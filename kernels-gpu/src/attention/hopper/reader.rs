@@ -1,0 +1,743 @@
+//! The readers: a warpgroup that does narrow tiles while the consumers beside it do wide ones.
+//!
+//! Narrow tiles wait for memory, and wide ones for the tensor cores. A multiprocessor that does both at a time uses both. So the readers have little of anything else:
+//! few registers, a quarter of shared memory, and no part in what the producer and the consumers tell each other. They take their own tasks, and have the copy engine bring
+//! K and V, each warp 16 of a step's 64 columns.
+//!
+//! Rows are few, so products are transposed: columns, and then elements of O, are the 64 rows of `wgmma`, and the tile's rows its 16 columns.
+//!
+//! ```text
+//! Sᵀ = K Qᵀ      64 columns × 16 rows: lane l of a warp has its columns l / 4 and l / 4 + 8, of rows 2 (l % 4), the next, and both eight on
+//! Oᵀ += Vᵀ Pᵀ    64 elements × 16 rows, the same way
+//! ```
+
+use packinfer_abi::{AttentionParams, NARROW_TILE_ROWS, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES};
+
+use super::producer::{BoxCopies, NO_SLOT, leave};
+use super::shared::Shared;
+use super::softmax::RANGE_LOG2;
+use super::{READER_WARPS, barrier, merge};
+use crate::attention::store;
+use crate::attention::task::{Stamper, Task};
+use crate::columns::RunWindow;
+use crate::element::{ELEMENT_BYTES, Element};
+use crate::ptx::math::opaque;
+use crate::ptx::memory::{
+    fetch_add_global, load_global_x4, load_shared, load_shared_f32, store_global, store_global_f32x2, store_shared,
+    store_shared_if, store_shared_x4,
+};
+use crate::ptx::mma::{Fragment, store_matrices_transposed};
+use crate::ptx::special::{block_index, num_blocks};
+use crate::ptx::warp::{self, LANES};
+use crate::ptx::wgmma::{self, Accumulator, Descriptor};
+use crate::ptx::{math, mbarrier, warpgroup};
+use crate::rows::{NO_ROW, Row, RowTable, WarpView};
+use crate::shared_tile::{BoxTile, PANEL_BLOCKS, PANEL_ROW_BYTES, PanelTile, SharedTile};
+use crate::softmax::RowSum;
+
+/// The index of a task that there is not.
+const NO_TASK: u32 = u32::MAX;
+
+/// Columns of a step.
+const STEP: u32 = 64;
+/// Columns of a step that a warp brings.
+const WARP_COLUMNS: u32 = STEP / READER_WARPS;
+/// Base 2 logarithm of the slots of boxes that bring all of these, and half of them.
+const ALL_COLUMNS: u32 = WARP_COLUMNS.ilog2();
+const HALF_OF_COLUMNS: u32 = ALL_COLUMNS - 1;
+
+/// Rows that each warp sees to the merging of.
+const ROWS_OF_WARP: u32 = NARROW_TILE_ROWS / READER_WARPS;
+/// Rows that a warp merges at once.
+const MERGED_ROWS_AT_ONCE: usize = 1;
+/// Partials of each that are loaded at once.
+const PARTIALS_AHEAD: usize = 8;
+
+/// K or V of a step.
+type StepTile<const DIM_BLOCKS: usize> = BoxTile<DIM_BLOCKS, { STEP as usize / 8 }>;
+/// How boxes get to such a tile.
+type StepCopies<const DIM_BLOCKS: usize> = BoxCopies<DIM_BLOCKS, { STEP as usize / 8 }>;
+/// Q.
+type QueryRows<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, ROW_BLOCKS>;
+/// Exponentials of a step, row by row.
+type Weights = SharedTile<PANEL_BLOCKS>;
+/// Blocks of 8 rows of a tile.
+const ROW_BLOCKS: usize = NARROW_TILE_ROWS as usize / 8;
+/// The lane's part of 64 columns, or elements, of all rows: transposed, so that a fragment's columns are rows of the tile.
+pub type Transposed = [Fragment; ROW_BLOCKS];
+/// A number for each row that the lane holds a part of: of each block of 8 rows `2 (l % 4)` and the next.
+type OfRows = [[f32; 2]; ROW_BLOCKS];
+
+/// Of the rows that the lane holds parts of, row `i` of those of a block.
+#[inline(always)]
+fn row_of_lane(block: usize, i: usize, lane: u32) -> u32 {
+    8 * block as u32 + lane % 4 * 2 + i as u32
+}
+
+/// The readers' shared memory: K and V of steps in turn, Q, exponentials of two steps, and what warps tell each other.
+#[derive(Clone, Copy)]
+pub struct ReaderMemory<const DIM_BLOCKS: usize> {
+    tiles: u32,
+    words: u32,
+}
+
+impl<const DIM_BLOCKS: usize> ReaderMemory<DIM_BLOCKS> {
+    /// Steps whose K, or whose V, is held.
+    const STAGES: u32 = if DIM_BLOCKS <= 8 { 6 } else { 3 };
+    /// Whether what comes after these is brought to the L2 cache meanwhile: where they are few.
+    const PREFETCHES: bool = Self::STAGES == 3;
+    const QUERIES: u32 = Self::STAGES * StepTile::<DIM_BLOCKS>::BYTES;
+    const WEIGHTS: u32 = Self::QUERIES + QueryRows::<DIM_BLOCKS>::BYTES;
+    const WEIGHTS_BYTES: u32 = NARROW_TILE_ROWS * PANEL_ROW_BYTES;
+    /// Bytes of tiles, which are aligned to eight rows of a panel.
+    pub const TILE_BYTES: u32 = Self::WEIGHTS + 2 * Self::WEIGHTS_BYTES;
+
+    const SLOTS: u32 = Self::STAGES * mbarrier::BYTES;
+    const OF_ROWS: u32 = Self::SLOTS + 4 * STEP;
+    const FLAGS: u32 = Self::OF_ROWS + 4 * READER_WARPS * NARROW_TILE_ROWS;
+    const NEXT_TASK: u32 = Self::FLAGS + 2 * 4;
+    /// Bytes of the rest, which is aligned to 8 bytes.
+    pub const WORD_BYTES: u32 = Self::NEXT_TASK + 8;
+
+    /// The memory whose tiles, and whose other parts, lie at these addresses.
+    #[inline(always)]
+    pub fn at(tiles: u32, words: u32) -> Self {
+        Self { tiles, words }
+    }
+
+    /// Makes the barriers.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread, before a barrier of the whole block.
+    pub unsafe fn init(&self) {
+        for stage in 0..Self::STAGES {
+            mbarrier::init(self.words + stage * mbarrier::BYTES, READER_WARPS);
+        }
+        store_shared(self.flag(0), 0);
+        store_shared(self.flag(1), 0);
+    }
+
+    #[inline(always)]
+    fn queries(&self) -> QueryRows<DIM_BLOCKS> {
+        QueryRows::<DIM_BLOCKS>::at(self.tiles + Self::QUERIES)
+    }
+
+    /// Exponentials of a step.
+    #[inline(always)]
+    fn weights(&self, step: u32) -> Weights {
+        Weights::at(self.tiles + Self::WEIGHTS + step % 2 * Self::WEIGHTS_BYTES)
+    }
+
+    /// Slots of a warp's columns.
+    #[inline(always)]
+    fn slots(&self, warp: u32) -> u32 {
+        self.words + Self::SLOTS + 4 * WARP_COLUMNS * warp
+    }
+
+    /// A warp's number for a row.
+    #[inline(always)]
+    fn of_row(&self, warp: u32, row: u32) -> u32 {
+        self.words + Self::OF_ROWS + 4 * (warp * NARROW_TILE_ROWS + row)
+    }
+
+    /// Whether a score of a step is out of range.
+    #[inline(always)]
+    fn flag(&self, step: u32) -> u32 {
+        self.words + Self::FLAGS + step % 2 * 4
+    }
+
+    /// The next task.
+    #[inline(always)]
+    fn next_task(&self) -> u32 {
+        self.words + Self::NEXT_TASK
+    }
+}
+
+/// The stage of K and V whose turn it is.
+#[derive(Clone, Copy)]
+struct Stage<const DIM_BLOCKS: usize> {
+    memory: ReaderMemory<DIM_BLOCKS>,
+    index: u32,
+    /// Parity of the phase of its barrier.
+    parity: u32,
+}
+
+impl<const DIM_BLOCKS: usize> Stage<DIM_BLOCKS> {
+    #[inline(always)]
+    fn barrier(&self) -> u32 {
+        self.memory.words + self.index * mbarrier::BYTES
+    }
+
+    #[inline(always)]
+    fn tile(&self) -> StepTile<DIM_BLOCKS> {
+        StepTile::<DIM_BLOCKS>::at(self.memory.tiles).skip_tiles(self.index)
+    }
+
+    /// Waits until it is full.
+    #[inline(always)]
+    unsafe fn wait_full(&self) {
+        mbarrier::wait(self.barrier(), self.parity);
+    }
+
+    /// On to the next.
+    #[inline(always)]
+    fn advance(&mut self) {
+        let wraps = self.index + 1 == ReaderMemory::<DIM_BLOCKS>::STAGES;
+        self.index = if wraps { 0 } else { self.index + 1 };
+        self.parity ^= u32::from(wraps);
+    }
+}
+
+/// What brings the warp's columns of K and V, step after step.
+struct Loader<'a, const DIM_BLOCKS: usize> {
+    task: &'a Task,
+    window: RunWindow,
+    /// The stage that is filled next.
+    stage: Stage<DIM_BLOCKS>,
+    warp: u32,
+    lane: u32,
+    /// First column of the step whose K is to be brought next.
+    step: u32,
+    /// The slots of the step whose K was brought last: of the warp's columns, one a lane.
+    slot: u32,
+    /// Those of the step after it.
+    next_slot: u32,
+}
+
+impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
+    /// Has K of the next step brought, if there is one.
+    #[inline(always)]
+    unsafe fn load_k(&mut self) {
+        if self.step < self.task.item.column_end {
+            self.slot = self.next_slot;
+            self.fill(self.task.params.kv_maps);
+            if self.step + STEP < self.task.item.column_end {
+                self.find_slots(self.step + STEP);
+            }
+        }
+        self.step += STEP;
+    }
+
+    /// Has V brought of the step whose K was brought last, if there was one.
+    #[inline(always)]
+    unsafe fn load_v(&mut self) {
+        if self.step < self.task.item.column_end + STEP {
+            self.fill(self.v_maps());
+        }
+    }
+
+    #[inline(always)]
+    fn v_maps(&self) -> u64 {
+        self.task.params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES)
+    }
+
+    /// Finds the slots of the warp's columns of a step, and has their K and V brought to the L2 cache if one run holds all of them: there is more room there than in shared
+    /// memory. Behind the last column, slots are such where there are zeros.
+    #[inline(always)]
+    unsafe fn find_slots(&mut self, step: u32) {
+        let v_maps = self.v_maps();
+        let Self { task, lane, window, .. } = self;
+        let (lane, begin) = (opaque(*lane), step + self.warp * WARP_COLUMNS);
+        let holds_all = window.begin <= begin && window.end >= begin + WARP_COLUMNS;
+        if warp::any(holds_all) {
+            let holder = warp::lanes_where(holds_all).trailing_zeros();
+            let first = warp::uniform(warp::shuffle_from(window.slot_of(begin), holder));
+            self.next_slot = first + lane;
+            if lane == 0 && ReaderMemory::<DIM_BLOCKS>::PREFETCHES {
+                let k_maps = task.params.kv_maps;
+                StepCopies::<DIM_BLOCKS>::prefetch_rows(k_maps, first, task.kv_head, ALL_COLUMNS);
+                StepCopies::<DIM_BLOCKS>::prefetch_rows(v_maps, first, task.kv_head, ALL_COLUMNS);
+            }
+            return;
+        }
+        let (slots, end) = (self.stage.memory.slots(self.warp), core::cmp::min(begin + WARP_COLUMNS, task.item.column_end));
+        loop {
+            for column in 0..WARP_COLUMNS {
+                let is_of_run = begin + column >= window.begin && begin + column < window.end;
+                store_shared_if(slots + 4 * column, window.slot_of(begin + column), is_of_run);
+            }
+            if window.reaches(end) {
+                break;
+            }
+            window.advance(&task.params, &task.item, lane);
+        }
+        warp::sync();
+        let of_lane = load_shared(slots + 4 * (lane % WARP_COLUMNS));
+        self.next_slot = if begin + lane < end { of_lane } else { NO_SLOT + lane };
+        warp::sync();
+    }
+
+    /// Has the copy engine fill the warp's part of the stage: by one box if the slots follow each other, by a box for each half where only these do, else by one for each
+    /// slot.
+    #[inline(always)]
+    unsafe fn fill(&mut self, maps: u64) {
+        let Self { task, stage, slot, .. } = *self;
+        let lane = opaque(self.lane);
+        let copies = BoxCopies { tile: stage.tile(), maps, kv_head: task.kv_head, barrier: stage.barrier() };
+        let first_row = self.warp * WARP_COLUMNS;
+        mbarrier::arrive_expecting_if(copies.barrier, StepTile::<DIM_BLOCKS>::BYTES / READER_WARPS, lane == 0);
+        let follows = slot == warp::shuffle_up(slot, 1).wrapping_add(1);
+        if !warp::any(!follows && lane > 0 && lane < WARP_COLUMNS) {
+            // With what is the same for all lanes, as the compiler can see.
+            let first = warp::uniform(slot);
+            if lane == 0 {
+                copies.copy_rows(first, first_row, ALL_COLUMNS);
+            }
+        } else {
+            // No box before the barrier knows of its bytes.
+            warp::sync();
+            let half_follows = warp::lanes_where(follows) >> (lane & 8) & 0xfe == 0xfe;
+            let log2 = if half_follows { HALF_OF_COLUMNS } else { 0 };
+            if lane < WARP_COLUMNS && (!half_follows || lane % 8 == 0) {
+                copies.copy_rows(slot, first_row + lane, log2);
+            }
+            warp::sync();
+        }
+        self.stage.advance();
+    }
+}
+
+/// The softmax of a tile, whose columns the warps share: an origin of each row, the same in all of them, that seldom moves (see [`LazySoftmax`](super::softmax::LazySoftmax)),
+/// and the sums of the lane's exponentials.
+struct Softmax {
+    /// What is added to scaled scores: minus the origin, or [`NOTHING_SEEN`](Self::NOTHING_SEEN).
+    offset: OfRows,
+    sum: OfRows,
+}
+
+impl Softmax {
+    /// The offset of a row that has seen nothing: any score at all is then out of range.
+    const NOTHING_SEEN: f32 = f32::MAX;
+    const NOTHING: Self = Self { offset: [[Self::NOTHING_SEEN; 2]; ROW_BLOCKS], sum: [[0.0; 2]; ROW_BLOCKS] };
+
+    #[inline(always)]
+    fn is_out_of_range(offset: f32, scaled: f32) -> bool {
+        scaled > RANGE_LOG2 - offset
+    }
+
+    /// Whether a scaled score of the lane is out of range.
+    #[inline(always)]
+    fn any_out_of_range(&self, scale_log2: f32, scores: &Transposed) -> bool {
+        let mut any = false;
+        for (block, fragment) in scores.iter().enumerate() {
+            for i in 0..2 {
+                let greatest = math::max(fragment[i], fragment[2 + i]);
+                any |= Self::is_out_of_range(self.offset[block][i], greatest * scale_log2);
+            }
+        }
+        any
+    }
+
+    /// The exponentials of scores.
+    #[inline(always)]
+    fn exponentials(&self, scale_log2: f32, scores: &Transposed) -> Transposed {
+        let mut exponentials = *scores;
+        for (block, fragment) in exponentials.iter_mut().enumerate() {
+            let [a, b] = self.offset[block];
+            let exp = |score: f32, offset: f32| math::exp2(math::fma(score, scale_log2, offset));
+            *fragment = [exp(fragment[0], a), exp(fragment[1], b), exp(fragment[2], a), exp(fragment[3], b)];
+        }
+        exponentials
+    }
+
+    /// Moves the origins of rows that have scores out of range; returns what sums and output are multiplied with.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all threads of the readers.
+    #[inline(always)]
+    unsafe fn make_room<const DIM_BLOCKS: usize>(
+        &mut self,
+        memory: ReaderMemory<DIM_BLOCKS>,
+        scale_log2: f32,
+        scores: &Transposed,
+        warp: u32,
+        lane: u32,
+    ) -> OfRows {
+        for (block, fragment) in scores.iter().enumerate() {
+            for i in 0..2 {
+                let greatest = warp::column_max(math::max(fragment[i], fragment[2 + i]));
+                store_shared_if(memory.of_row(warp, row_of_lane(block, i, lane)), greatest.to_bits(), lane < 4);
+            }
+        }
+        meet();
+        let mut factors = [[1.0; 2]; ROW_BLOCKS];
+        for block in 0..ROW_BLOCKS {
+            for i in 0..2 {
+                let of_warp = |warp| load_shared_f32(memory.of_row(warp, row_of_lane(block, i, lane)));
+                let greatest = math::max(math::max(of_warp(0), of_warp(1)), math::max(of_warp(2), of_warp(3))) * scale_log2;
+                let before = self.offset[block][i];
+                // Each row goes by its own scores alone.
+                if Self::is_out_of_range(before, greatest) {
+                    self.offset[block][i] = math::min(before, -greatest);
+                }
+                if before != Self::NOTHING_SEEN {
+                    factors[block][i] = math::exp2(self.offset[block][i] - before);
+                }
+                self.sum[block][i] *= factors[block][i];
+            }
+        }
+        factors
+    }
+
+    /// Takes exponentials in.
+    #[inline(always)]
+    fn add(&mut self, exponentials: &Transposed) {
+        for (block, fragment) in exponentials.iter().enumerate() {
+            self.sum[block][0] += fragment[0] + fragment[2];
+            self.sum[block][1] += fragment[1] + fragment[3];
+        }
+    }
+
+    /// The sums of the rows, when all columns were taken in.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all threads of the readers.
+    #[inline(always)]
+    unsafe fn finish<const DIM_BLOCKS: usize>(
+        &self,
+        memory: ReaderMemory<DIM_BLOCKS>,
+        warp: u32,
+        lane: u32,
+    ) -> [[RowSum; 2]; ROW_BLOCKS] {
+        for block in 0..ROW_BLOCKS {
+            for i in 0..2 {
+                let sum = warp::column_sum(self.sum[block][i]);
+                store_shared_if(memory.of_row(warp, row_of_lane(block, i, lane)), sum.to_bits(), lane < 4);
+            }
+        }
+        meet();
+        let mut sums = [[RowSum::NOTHING; 2]; ROW_BLOCKS];
+        for block in 0..ROW_BLOCKS {
+            for i in 0..2 {
+                let of_warp = |warp| load_shared_f32(memory.of_row(warp, row_of_lane(block, i, lane)));
+                let total = of_warp(0) + of_warp(1) + (of_warp(2) + of_warp(3));
+                sums[block][i] = RowSum::new(total, -self.offset[block][i]);
+            }
+        }
+        sums
+    }
+}
+
+/// Does narrow tasks until none is left.
+///
+/// # Safety
+///
+/// Reached by all threads of the readers, of which this is `thread`.
+#[inline(always)]
+pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    params: &AttentionParams,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, true>,
+    thread: u32,
+) where
+    Transposed: Accumulator<E>,
+{
+    let warp = warp::uniform(thread / LANES);
+    let memory = shared.reader_memory();
+    let mut stage = Stage { memory, index: 0, parity: 0 };
+    let mut index = task_or_none(params, params.front_tasks + block_index());
+    while index != NO_TASK {
+        let task = Task::load(*params, index, shared.reader_rows());
+        // Opaque, here and below: what depends on the lane is worked out again where it is used, and not kept in registers and predicates.
+        tile::<E, DIM_BLOCKS>(&task, &mut stage, warp, opaque(thread % LANES));
+        meet();
+        index = load_shared(memory.next_task());
+    }
+    if thread == 0 {
+        leave::<true>(params);
+    }
+}
+
+/// The task of this index, if there is one.
+#[inline(always)]
+fn task_or_none(params: &AttentionParams, index: u32) -> u32 {
+    if index < params.num_items * params.heads.num_groups { index } else { NO_TASK }
+}
+
+/// Waits for all warps of the readers.
+#[inline(always)]
+unsafe fn meet() {
+    warpgroup::sync(barrier::READERS, warpgroup::THREADS);
+}
+
+/// Does a task, whose first K and V go to `stage`.
+#[inline(always)]
+unsafe fn tile<E: Element, const DIM_BLOCKS: usize>(task: &Task, stage: &mut Stage<DIM_BLOCKS>, warp: u32, lane: u32)
+where
+    Transposed: Accumulator<E>,
+{
+    let stages = const { ReaderMemory::<DIM_BLOCKS>::STAGES };
+    let (item, memory, rows) = (&task.item, stage.memory, task.rows);
+    if let Some(stamper) = Stamper::of(&task.params).filter(|_| warp == 0 && lane == 0) {
+        stamper.begin(task.index);
+    }
+    let window = RunWindow::new(&task.params, item, lane);
+    let (step, slot) = (item.column_begin, NO_SLOT);
+    let mut loader = Loader { task, window, stage: *stage, warp, lane, step, slot, next_slot: slot };
+    loader.find_slots(step);
+    for _ in 0..stages / 2 {
+        loader.load_k();
+        loader.load_v();
+    }
+    if stages % 2 == 1 {
+        loader.load_k();
+    }
+    let view = begin(task, memory, warp, opaque(lane));
+
+    let scale_log2 = task.params.scale_log2;
+    let mut softmax = Softmax::NOTHING;
+    let mut output = [[[0f32; 4]; ROW_BLOCKS]; MOST_PANELS];
+    let columns = item.column_begin..item.column_end;
+    // Of most tiles every row sees every column, and only what lies behind the last is masked.
+    let masked_from = if view.sees_all(columns.start, columns.end - columns.start) {
+        columns.end - (columns.end - columns.start) % STEP
+    } else {
+        columns.start
+    };
+    let mut column = columns.start;
+    let mut step = 0;
+    while column < columns.end {
+        stage.wait_full();
+        let mut scores = score::<E, DIM_BLOCKS>(memory, stage.tile());
+        stage.advance();
+        if column >= masked_from {
+            mask(&mut scores, rows, column + warp * WARP_COLUMNS, opaque(lane));
+        }
+        let lane = opaque(lane);
+        let is_out_of_range = warp::any(softmax.any_out_of_range(scale_log2, &scores));
+        store_shared_if(memory.flag(step), 1, is_out_of_range && lane == 0);
+        let mut exponentials = softmax.exponentials(scale_log2, &scores);
+        write_weights::<E>(memory.weights(step), &exponentials, warp, lane);
+        wgmma::fence_shared_writes();
+        meet();
+        if load_shared(memory.flag(step)) != 0 {
+            let factors = softmax.make_room(memory, scale_log2, &scores, warp, lane);
+            for output in &mut output {
+                for (fragment, [a, b]) in output.iter_mut().zip(&factors) {
+                    *fragment = [fragment[0] * a, fragment[1] * b, fragment[2] * a, fragment[3] * b];
+                }
+            }
+            exponentials = softmax.exponentials(scale_log2, &scores);
+            write_weights::<E>(memory.weights(step), &exponentials, warp, lane);
+            wgmma::fence_shared_writes();
+            meet();
+            if warp == 0 && lane == 0 {
+                store_shared(memory.flag(step), 0);
+            }
+        }
+        softmax.add(&exponentials);
+        // All warps have done with this step's K, and with V of the step before: what comes as many stages behind takes their places.
+        if stages % 2 == 1 {
+            if step > 0 {
+                loader.load_k();
+            }
+            loader.load_v();
+        } else {
+            if step > 0 {
+                loader.load_v();
+            }
+            loader.load_k();
+        }
+        stage.wait_full();
+        accumulate::<E, DIM_BLOCKS>(&mut output, memory.weights(step), stage.tile(), step > 0);
+        stage.advance();
+        column += STEP;
+        step += 1;
+    }
+
+    let lane = opaque(lane);
+    let sums = softmax.finish(memory, warp, lane);
+    finish::<E, DIM_BLOCKS>(task, &output, &sums, warp, lane);
+    if let Some(stamper) = Stamper::of(&task.params).filter(|_| opaque(warp) == 0 && lane == 0) {
+        stamper.end(task.index);
+    }
+    if !task.is_direct() {
+        meet(); // all have stored their parts of the rows
+        let row = warp + READER_WARPS * (lane % ROWS_OF_WARP);
+        merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(task, lane, row, lane < ROWS_OF_WARP);
+    }
+}
+
+/// Works out the task's rows, brings Q, and tells of the next task. Returns what the rows see.
+#[inline(always)]
+unsafe fn begin<const DIM_BLOCKS: usize>(task: &Task, memory: ReaderMemory<DIM_BLOCKS>, warp: u32, lane: u32) -> WarpView {
+    let params = &task.params;
+    if warp == 0 && lane < NARROW_TILE_ROWS {
+        task.rows.write(params, &task.item, task.head_group, lane);
+    }
+    warp::sync();
+    meet();
+    // The next ticket is on its way together with Q.
+    let leads = warp == 0 && lane == 0;
+    let mut ticket = 0;
+    if leads {
+        ticket = fetch_add_global(params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64 + 4, 1);
+    }
+    let row_chunks = const { DIM_BLOCKS as u32 };
+    let mut chunk = warp * LANES + lane;
+    while chunk < NARROW_TILE_ROWS * row_chunks {
+        let (row, chunk_of_row) = (chunk / row_chunks, chunk % row_chunks);
+        let index = task.rows.index(row);
+        let mut words = [0; 4];
+        if index != NO_ROW {
+            let bytes = 8 * ELEMENT_BYTES;
+            words = load_global_x4(params.q + u64::from(index) * u64::from(row_chunks * bytes) + u64::from(chunk_of_row * bytes));
+        }
+        let panel = memory.queries().panel_of(chunk_of_row / PANEL_BLOCKS as u32);
+        store_shared_x4(panel.chunk(row, chunk_of_row % PANEL_BLOCKS as u32), words);
+        chunk += warpgroup::THREADS;
+    }
+    if leads {
+        store_shared(memory.next_task(), task_or_none(params, params.front_tasks + num_blocks() + ticket));
+    }
+    let view = WarpView::of(task.rows.read(lane % NARROW_TILE_ROWS));
+    wgmma::fence_shared_writes();
+    meet();
+    view
+}
+
+/// Scores of a step.
+#[inline(always)]
+unsafe fn score<E, const DIM_BLOCKS: usize>(memory: ReaderMemory<DIM_BLOCKS>, k: StepTile<DIM_BLOCKS>) -> Transposed
+where
+    Transposed: Accumulator<E>,
+{
+    let mut scores = [[0f32; 4]; ROW_BLOCKS];
+    let k = Descriptor::along_sum(k.row(0, 0), StepTile::<DIM_BLOCKS>::EIGHT_ROWS_BYTES);
+    let queries = Descriptor::along_sum(memory.queries().row(0), 8 * PANEL_ROW_BYTES);
+    scores.hold();
+    wgmma::fence();
+    for block in (0..DIM_BLOCKS).step_by(2) {
+        let (panel, byte) = ((block / PANEL_BLOCKS) as u32, (block % PANEL_BLOCKS * 16) as u32);
+        let k = k.skip(panel * StepTile::<DIM_BLOCKS>::PANEL_BYTES + byte);
+        let queries = queries.skip(panel * QueryRows::<DIM_BLOCKS>::PANEL_BYTES + byte);
+        scores.add_product_shared(k, queries, block > 0);
+    }
+    wgmma::commit_group();
+    wgmma::wait_group::<0>();
+    scores.hold();
+    scores
+}
+
+/// Masks the scores of the warp's columns, from `column` on.
+#[inline(always)]
+unsafe fn mask(scores: &mut Transposed, rows: RowTable, column: u32, lane: u32) {
+    let columns = [column + lane / 4, column + lane / 4 + 8];
+    let masked = |score: f32, Row { begin, end, .. }: Row, column: u32| {
+        if column >= begin && column < end { score } else { f32::NEG_INFINITY }
+    };
+    for (block, fragment) in scores.iter_mut().enumerate() {
+        let [a, b] = [rows.read(row_of_lane(block, 0, lane)), rows.read(row_of_lane(block, 1, lane))];
+        *fragment = [
+            masked(fragment[0], a, columns[0]),
+            masked(fragment[1], b, columns[0]),
+            masked(fragment[2], a, columns[1]),
+            masked(fragment[3], b, columns[1]),
+        ];
+    }
+}
+
+/// Writes down the exponentials of the warp's columns, row by row.
+#[inline(always)]
+unsafe fn write_weights<E: Element>(weights: Weights, exponentials: &Transposed, warp: u32, lane: u32) {
+    let [first, second] = exponentials.map(|fragment| [E::pack(fragment[0], fragment[1]), E::pack(fragment[2], fragment[3])]);
+    // Matrix `lane / 8`: the block of 8 rows, and the half of the warp's columns.
+    let (block, half) = (lane / 16, lane / 8 % 2);
+    let row = weights.chunk(8 * block + lane % 8, warp * (WARP_COLUMNS / 8) + half);
+    store_matrices_transposed(row, [first[0], first[1], second[0], second[1]]);
+}
+
+/// The most panels of a head dimension.
+const MOST_PANELS: usize = 2;
+
+/// Adds Vᵀ Pᵀ of a step to the output, or replaces it.
+#[inline(always)]
+unsafe fn accumulate<E, const DIM_BLOCKS: usize>(
+    output: &mut [Transposed; MOST_PANELS],
+    weights: Weights,
+    v: StepTile<DIM_BLOCKS>,
+    accumulate: bool,
+) where
+    Transposed: Accumulator<E>,
+{
+    let panels = const { StepTile::<DIM_BLOCKS>::PANELS as usize };
+    let (eight_rows_bytes, panel_bytes) =
+        const { (StepTile::<DIM_BLOCKS>::EIGHT_ROWS_BYTES, StepTile::<DIM_BLOCKS>::PANEL_BYTES) };
+    let v = Descriptor::across_sum(v.row(0, 0), panel_bytes, eight_rows_bytes);
+    let weights = Descriptor::along_sum(weights.chunk(0, 0), 8 * PANEL_ROW_BYTES);
+    for output in &mut output[..panels] {
+        output.hold();
+    }
+    wgmma::fence();
+    for panel in 0..panels {
+        for block in (0..STEP / 8).step_by(2) {
+            let v = v.skip(panel as u32 * panel_bytes + block * eight_rows_bytes);
+            output[panel].add_product_shared_across(v, weights.skip(block * 16), accumulate || block > 0);
+        }
+    }
+    wgmma::commit_group();
+    wgmma::wait_group::<0>();
+    for output in &mut output[..panels] {
+        output.hold();
+    }
+}
+
+/// Stores the rows of the tile, and their log-sum-exp.
+#[inline(always)]
+unsafe fn finish<E: Element, const DIM_BLOCKS: usize>(
+    task: &Task,
+    output: &[Transposed; MOST_PANELS],
+    sums: &[[RowSum; 2]; ROW_BLOCKS],
+    warp: u32,
+    lane: u32,
+) {
+    let (dim, panels) = const { (8 * DIM_BLOCKS as u64, StepTile::<DIM_BLOCKS>::PANELS as usize) };
+    let mut inverse = [[0f32; 2]; ROW_BLOCKS];
+    for block in 0..ROW_BLOCKS {
+        for i in 0..2 {
+            let row = row_of_lane(block, i, lane);
+            let (index, mut sum) = (task.rows.index(row), sums[block][i]);
+            if task.has_sinks() && index != NO_ROW {
+                sum = sum.with_sink(store::sink_log2(task, index));
+            }
+            if task.stores_lse() && index != NO_ROW && warp == 0 && lane < 4 {
+                store::lse(task, row, index, sum.lse_log2);
+            }
+            inverse[block][i] = sum.inverse;
+        }
+    }
+    // Two lanes that hold neighbouring elements of the same two rows exchange one each, so that either has both elements of one row.
+    let is_odd = lane / 4 % 2 == 1;
+    let mut pairs = [[[[0f32; 2]; 2]; ROW_BLOCKS]; MOST_PANELS];
+    for panel in 0..panels {
+        for block in 0..ROW_BLOCKS {
+            for half in 0..2 {
+                let fragment = &output[panel][block];
+                let (a, b) = (fragment[2 * half] * inverse[block][0], fragment[2 * half + 1] * inverse[block][1]);
+                let received = warp::shuffle_xor(if is_odd { a } else { b }, 4);
+                pairs[panel][block][half] = if is_odd { [received, b] } else { [a, received] };
+            }
+        }
+    }
+    let first_element = 16 * warp + lane / 4 - u32::from(is_odd);
+    for block in 0..ROW_BLOCKS {
+        let row = row_of_lane(block, 0, lane) + u32::from(is_odd);
+        let index = task.rows.index(row);
+        for panel in 0..panels {
+            for half in 0..2 {
+                let [a, b] = pairs[panel][block][half];
+                let element = u64::from(64 * panel as u32 + 8 * half as u32 + first_element);
+                if index == NO_ROW || element >= dim {
+                    continue;
+                }
+                if task.is_direct() {
+                    store_global(task.params.o + (u64::from(index) * dim + element) * u64::from(ELEMENT_BYTES), E::pack(a, b));
+                } else {
+                    store_global_f32x2(task.params.partial_o + (task.partial_index(row) * dim + element) * 4, a, b);
+                }
+            }
+        }
+    }
+}
