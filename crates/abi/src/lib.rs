@@ -249,11 +249,11 @@ impl HeadGroups {
 ///
 /// Task `t` is work item `t / num_groups` for head group `t % num_groups`. The tasks are two queues: the first
 /// [`front_tasks`](AttentionParams::front_tasks), and those behind them. Every block begins with its own queue, and goes on with the other when that is
-/// empty.
+/// empty. The kernel that does narrow tasks beside wide ones takes from both at a time.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scheduler {
-    /// Blocks that have finished.
+    /// Blocks that have finished; where a block takes from both queues at a time, it counts for each.
     pub finished: u32,
     /// Tasks taken of each queue, beyond the first of each block.
     pub taken: [u32; 2],
@@ -273,7 +273,7 @@ pub struct TaskStamp {
     pub unused: u32,
 }
 
-/// Parameters of the attention kernel.
+/// Parameters of the attention kernels.
 ///
 /// The `sm_80` kernel is launched with a block for each task; the `sm_90a` kernel with as many blocks as the device holds at a time, and merges the partials too.
 #[repr(C)]
@@ -330,7 +330,7 @@ pub struct AttentionParams {
     /// Tasks of the front queue; `sm_90a` only.
     pub front_tasks: u32,
     /// Blocks whose queue is the one behind it: the last of the launch. They are no more than that has tasks, and the others no more than the front has; `sm_90a`
-    /// only.
+    /// only. None where every block takes from both.
     pub back_blocks: u32,
     /// What the exponent to base 2 of a score is: softmax scale times log2(e); with a soft-cap, the cap times log2(e).
     pub scale_log2: f32,

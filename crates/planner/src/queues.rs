@@ -1,4 +1,5 @@
-//! How many of the persistent blocks begin with what memory limits, while the others begin with what products limit.
+//! How a device goes about what memory limits and what products limit: how many of the persistent blocks begin with the one, while the others begin with the
+//! other; or whether each does both at a time.
 //!
 //! Narrow items leave the tensor cores idle, wide ones the memory: if some lanes do the one while the others do the other, both are used.
 //! Wide items are few and long, so it matters in how many rounds they are done: one lane less for them can cost a whole round. Several numbers

@@ -45,13 +45,14 @@ pub unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const STAGED_BLOCKS: u
         let is_in_row = byte < DIM_BLOCKS as u32 * CHUNK_BYTES;
         warp::sync();
         for (round, &index) in indices[..rounds].iter().enumerate() {
-            let row = || task.params.o + u64::from(index) * (8 * DIM_BLOCKS as u64 * u64::from(ELEMENT_BYTES));
-            let shared = chunk.rows_on(round as u32 * rows_at_once);
             if rounds == 1 {
                 // Without a branch: what decides it is the same for all parts, so the compiler would take the whole loop, barriers included, into both branches.
-                store_global_x4_if(row() + u64::from(byte), load_shared_x4(shared), index != NO_ROW && is_in_row);
+                let row = task.params.o + u64::from(index) * (8 * DIM_BLOCKS as u64 * u64::from(ELEMENT_BYTES));
+                let words = load_shared_x4(chunk.rows_on(round as u32 * rows_at_once));
+                store_global_x4_if(row + u64::from(byte), words, index != NO_ROW && is_in_row);
             } else if index != NO_ROW && is_in_row {
-                store_global_x4(row() + u64::from(byte), load_shared_x4(shared));
+                let row = task.params.o + u64::from(index) * (8 * DIM_BLOCKS as u64 * u64::from(ELEMENT_BYTES));
+                store_global_x4(row + u64::from(byte), load_shared_x4(chunk.rows_on(round as u32 * rows_at_once)));
             }
         }
     }

@@ -300,11 +300,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
         self.pass_turn();
         let sees_all = self.sees_all(step);
         wgmma::wait_group::<0>();
-        scores.hold();
-        self.k.release(self.lane());
-        self.release_queries_after(step);
-        self.cap::<CAPPED, FRAGMENTS>(&mut scores);
-        self.mask(sees_all, step, &mut scores);
+        self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
         softmax.find_origins(self.params.scale_log2, &scores);
         softmax.take_in(self.params.scale_log2, &mut scores);
         let weights = weights_of::<E, FRAGMENTS>(&scores);
@@ -312,12 +308,19 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
         State { queries, softmax, weights, values, output: [[[0f32; 4]; DIM_BLOCKS]], is_first: true, next_k_is_full: false }
     }
 
-    /// Lets the tile's Q go, if it is not in registers and the scores of the tile's last step are there.
+    /// What comes first when the scores of a step are there: their K is let go, and with the last of a tile its Q.
     #[inline(always)]
-    unsafe fn release_queries_after(&mut self, step: &Step) {
-        if !Self::HOLDS_QUERIES && step.is_last() {
+    unsafe fn take_scores<E, const CAPPED: bool>(&mut self, step: &Step, sees_all: bool, scores: &mut [Fragment; FRAGMENTS])
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+    {
+        scores.hold();
+        self.k.release(self.lane());
+        if step.is_last() {
             self.release_queries();
         }
+        self.cap::<CAPPED, FRAGMENTS>(scores);
+        self.mask(sees_all, step, scores);
     }
 
     /// A step of the same tile as the step before, whose output is made meanwhile.
@@ -331,11 +334,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
         self.start_step::<E>(state, &mut scores);
         let sees_all = self.sees_all(step);
         wgmma::wait_group::<1>();
-        scores.hold();
-        self.k.release(self.lane());
-        self.release_queries_after(step);
-        self.cap::<CAPPED, FRAGMENTS>(&mut scores);
-        self.mask(sees_all, step, &mut scores);
+        self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
         let factors = state.softmax.make_room(self.params.scale_log2, &scores);
         let values = state.values;
         self.take_in_around_output::<E>(state, &mut scores);
@@ -366,11 +365,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
         let factors = self.finish(done_slot, &state.softmax);
         state.softmax = LazySoftmax::NOTHING;
         wgmma::wait_group::<1>();
-        scores.hold();
-        self.k.release(self.lane());
-        self.release_queries_after(step);
-        self.cap::<CAPPED, FRAGMENTS>(&mut scores);
-        self.mask(sees_all, step, &mut scores);
+        self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
         state.softmax.find_origins(self.params.scale_log2, &scores);
         self.take_in_around_output::<E>(state, &mut scores);
         factors
