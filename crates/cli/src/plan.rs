@@ -101,6 +101,7 @@ fn table_of(explained: &[Explained]) -> comfy_table::Table {
     row("tiles: split", &|e| e.plan.split_tiles.to_string());
     row("work items: wide", &|e| e.plan.wide_items.to_string());
     row("work items: narrow", &|e| e.plan.narrow_items.to_string());
+    row("narrow ones beside wide ones", &|e| if e.plan.narrow_beside_wide { "yes" } else { "no" }.to_owned());
     row("merged tokens", &|e| e.plan.merge_tokens.to_string());
     row("predicted µs", &|e| significant(e.plan.predicted_us));
     row("balance", &|e| significant(e.plan.balance));

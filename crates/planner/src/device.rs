@@ -54,7 +54,8 @@ pub struct DeviceModel {
     pub beside: Option<BesideTimes>,
 }
 
-/// What items take where a multiprocessor does a narrow one and a wide one at the same time, as parts of what they take where it does one at a time.
+/// What items take where a multiprocessor does a narrow one and a wide one at the same time, as parts of what they take where it does one at a time. They are by hand, from
+/// the times of whole batches: `packinfer calibrate` leaves them as they were.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BesideTimes {

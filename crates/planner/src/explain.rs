@@ -33,6 +33,8 @@ pub struct Explanation {
     pub wide_items: u32,
     /// Work items of narrow tiles.
     pub narrow_items: u32,
+    /// Whether narrow items may be done beside wide ones, on the same multiprocessor at the same time: see [`Plan::is_beside`].
+    pub narrow_beside_wide: bool,
     /// Query tokens that are merged from partials.
     pub merge_tokens: u32,
     /// Rows of partials, for each head group.
@@ -165,6 +167,7 @@ impl Plan {
             split_tiles,
             wide_items: items[TileKind::Wide as usize],
             narrow_items: items[TileKind::Narrow as usize],
+            narrow_beside_wide: self.beside,
             merge_tokens: self.merge_tokens.len() as u32,
             partial_rows: self.num_partial_rows,
             predicted_us: predicted_ns * 1e-3,
