@@ -81,14 +81,9 @@ impl DevicePlan {
         if soft_cap { PlanKernels::new(&self.shared, &self.layout, soft_cap) } else { Ok(self.kernels) }
     }
 
-    /// Thread blocks of an attention kernel: one for each task; or one for each multiprocessor, which take tasks in turn, of both queues at a time if they do tasks `beside` others.
+    /// Thread blocks of an attention kernel, which may do tasks `beside` others.
     pub(crate) fn attention_blocks(&self, beside: bool) -> u32 {
-        let Layout { attention_tasks: tasks, front_tasks, .. } = self.layout;
-        match self.kernel_family() {
-            KernelFamily::Sm90a if beside => front_tasks.max(tasks - front_tasks).min(self.shared.info.multiprocessors),
-            KernelFamily::Sm90a => tasks.min(self.shared.info.multiprocessors),
-            _ => tasks,
-        }
+        self.layout.attention_blocks(self.shared.info.multiprocessors, beside)
     }
 
     /// Heads, head dimension, element type.
@@ -182,6 +177,17 @@ impl Layout {
             merge_of_partial: place(bytes_of(plan.merge_of_partial())),
             num_bytes,
         })
+    }
+
+    /// Thread blocks of an attention kernel: one for each task; or persistent ones, as many as have a task to begin with, but no more than one for each multiprocessor.
+    /// Those that do tasks `beside` others begin with one of each queue, if there are so many.
+    fn attention_blocks(&self, multiprocessors: u32, beside: bool) -> u32 {
+        let Self { attention_tasks: tasks, front_tasks, .. } = *self;
+        match self.family {
+            KernelFamily::Sm90a if beside => front_tasks.max(tasks - front_tasks).min(multiprocessors),
+            KernelFamily::Sm90a => tasks.min(multiprocessors),
+            _ => tasks,
+        }
     }
 
     /// Of `blocks` persistent blocks, those that begin with the queue behind the front: as many as the plan says, but no more than there are tasks, in either queue.
@@ -279,7 +285,10 @@ mod tests {
             [(0, 0, 0), (1000, 0, 0), (1000, 1000, 40), (1000, 8, 40), (8, 1000, 40), (100, 100, 40), (8, 8, 40), (100, 20, 0)]
         {
             let layout = Layout { attention_tasks: front_tasks + back_tasks, front_tasks, back_lanes, ..layout };
-            let blocks = layout.attention_tasks.min(132);
+            let layout = Layout { family: KernelFamily::Sm90a, ..layout };
+            let blocks = layout.attention_blocks(132, false);
+            assert_eq!(blocks, (front_tasks + back_tasks).min(132));
+            assert_eq!(layout.attention_blocks(132, true), front_tasks.max(back_tasks).min(132));
             let back_blocks = layout.back_blocks(blocks);
             assert!(back_blocks <= back_tasks && blocks - back_blocks <= front_tasks, "{layout:?}");
             assert!(back_blocks == back_lanes || front_tasks < 132 || back_tasks < 132, "{layout:?}");
