@@ -66,7 +66,7 @@ impl Lanes {
         kept.min().map_or(self.least(), |lane| load_and_number(lane).0)
     }
 
-    /// Has no lane be free before `load`.
+    /// Has [`Self::max`] be at least the load of a lane that is not among these.
     pub fn raise_max(&mut self, load: Ns) {
         self.max = self.max.max(load);
     }

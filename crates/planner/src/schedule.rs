@@ -198,8 +198,7 @@ impl Schedule {
 
 /// Lanes of a multiprocessor, with one for what is done beside others.
 fn lanes_per_sm(plan: &Plan, model: &DeviceModel) -> u32 {
-    let beside = u32::from(plan.is_beside() && model.beside.is_some());
-    model.lanes().div_ceil(model.num_sms.max(1)).max(1) + beside
+    model.lanes().div_ceil(model.num_sms.max(1)).max(1) + u32::from(plan.is_beside())
 }
 
 /// A task that a lane was given.
@@ -213,7 +212,7 @@ pub(crate) struct Given {
 impl Plan {
     /// Gives all tasks to the lanes of a device, as [`Schedule::predicted`] says, and tells of each. Leaves the loads of the device's blocks in `lanes`.
     pub(crate) fn give_out(&self, model: &DeviceModel, lanes: &mut Lanes, tell: impl FnMut(usize, Given)) {
-        if self.beside && model.beside.is_some() {
+        if self.beside {
             self.give_out_beside(model, lanes, tell);
         } else {
             self.give_out_in_turn(model, lanes, tell);
@@ -224,7 +223,7 @@ impl Plan {
     fn give_out_beside(&self, model: &DeviceModel, lanes: &mut Lanes, mut tell: impl FnMut(usize, Given)) {
         let (num_lanes, groups) = (model.lanes(), self.heads.num_groups as usize);
         let front_items = self.num_front_items as usize;
-        let mut narrow_end = 0;
+        let mut latest_end = 0;
         for (items, first_lane, tile) in
             [(front_items..self.items.len(), num_lanes, TileKind::Narrow), (0..front_items, 0, TileKind::Wide)]
         {
@@ -238,9 +237,9 @@ impl Plan {
                 tell(index, Given { lane: first_lane + lane, begin_ns, taken_ns });
                 lanes.add(taken_ns);
             }
-            narrow_end = lanes.max().max(narrow_end);
+            latest_end = lanes.max().max(latest_end);
         }
-        lanes.raise_max(narrow_end);
+        lanes.raise_max(latest_end);
     }
 
     /// The same where a lane does one task at a time.

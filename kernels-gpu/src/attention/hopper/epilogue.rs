@@ -12,8 +12,8 @@ use crate::shared_tile::SharedTile;
 /// The most times that a warp goes through rows, to store 16 of them: those of 128 bytes.
 const MOST_ROUNDS: usize = 4;
 
-/// Stores the 16 rows of a warp, the tile's from `first_row` on, through shared memory, so that its lanes store 128 bytes of a row together, or 64: blocks of 8 elements,
-/// `STAGED_BLOCKS` at a time.
+/// Stores the 16 rows of a warp, the tile's from `first_row` on, through shared memory, so that its lanes store `STAGED_BLOCKS` blocks of 8
+/// elements of a row together: 128 bytes, or 32 where there is room for no more.
 ///
 /// # Safety
 ///

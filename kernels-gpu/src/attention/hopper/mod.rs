@@ -16,6 +16,7 @@ mod merge;
 mod narrow;
 mod producer;
 mod queries;
+mod queue;
 mod reader;
 mod shared;
 mod softmax;

@@ -6,14 +6,14 @@
 //! | 2 | Q: a box for each piece of a row segment; works out the rows of consumer 1 |
 //! | 3 | takes tasks, posts them, works out the rows of consumer 0 |
 
-use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, Scheduler, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
+use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
 
 use super::queries;
+use super::queue::{NO_TASK, Queue, leave};
 use super::shared::{ColumnTile, Ring, Shared};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
-use crate::ptx::memory::{fetch_add_global, prefetch_global, store_global};
-use crate::ptx::special::{block_index, num_blocks};
+use crate::ptx::memory::prefetch_global;
 use crate::ptx::tma::{copy_box, prefetch_box, prefetch_map};
 use crate::ptx::warp::{self, LANES};
 use crate::rows::WarpView;
@@ -28,9 +28,6 @@ pub const POSTING_WARPS: u32 = 2;
 /// Steps of a long task, of which the block takes the next only when so many are left to be loaded: early enough to begin with it in time, and late enough that
 /// no block has one in store that another would be free for. Of shorter tasks, the block takes some ahead.
 pub const LONG_TASK_STEPS: u32 = 2;
-
-/// The index of a task that there is not.
-const NO_TASK: u32 = u32::MAX;
 
 /// Rows of a tile that one consumer has.
 const CONSUMER_ROWS: u32 = WIDE_TILE_ROWS / 2;
@@ -102,10 +99,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESI
 ) {
     let (mut items, mut tasks, mut near_end) = (shared.item_ring(), shared.task_ring(), shared.near_end());
     let leads = lane == 0;
-    let mut next = Queue::of_block(params).first_task(params);
-    if BESIDE && block_index() >= params.front_tasks {
-        next = None;
-    }
+    let mut next = Queue::of_block(params).first_task::<BESIDE>(params);
     while let Some(index) = next {
         items.wait_empty();
         tasks.wait_empty();
@@ -211,7 +205,16 @@ unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
             copies.copy(NO_SLOT, end - step, columns); // zeros where no column is left
             at_step((item.column_end - step).div_ceil(columns));
         }
-        copies.copy_window(task, &mut window, step, end, lane);
+        loop {
+            let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
+            if begin < end_of_run {
+                copies.copy(window.slot_of(begin), begin - step, end_of_run - step);
+            }
+            if window.reaches(end) {
+                break;
+            }
+            window.advance(&task.params, item, lane);
+        }
         ring.advance();
         step += columns;
     }
@@ -228,30 +231,11 @@ pub struct BoxCopies<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAGMENTS> {
-    /// Starts copies of columns `step .. end` to the tile's first rows, where `window` holds them; it goes on as far as they do.
+    /// Starts a copy of `2^log2` slots from `slot` on to the tile's rows from `row` on: one box, or one for each panel, which it must be for less than eight slots.
     ///
     /// # Safety
     ///
-    /// Reached by all lanes of the warp; nobody uses the tile until its barrier says so.
-    #[inline(always)]
-    pub unsafe fn copy_window(&self, task: &Task, window: &mut RunWindow, step: u32, end: u32, lane: u32) {
-        loop {
-            let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
-            if begin < end_of_run {
-                self.copy(window.slot_of(begin), begin - step, end_of_run - step);
-            }
-            if window.reaches(end) {
-                break;
-            }
-            window.advance(&task.params, &task.item, lane);
-        }
-    }
-
-    /// Starts a copy of `2^log2` slots from `slot` on to rows from `row` on, a box or one for each panel; as many rows as that, or a multiple of eight, come before.
-    ///
-    /// # Safety
-    ///
-    /// Nobody uses the tile until its barrier says so.
+    /// `row` is a multiple of eight, or of the number of slots if these are fewer. Nobody uses the tile until its barrier says so.
     #[inline(always)]
     pub unsafe fn copy_rows(&self, slot: u32, row: u32, log2: u32) {
         let map = self.maps + u64::from(log2 * TENSOR_MAP_BYTES);
@@ -278,12 +262,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
 
     /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: a box of whole rows for as many times eight rows as there are, or
     /// one for each panel where it can have but one; and before and behind them boxes that fit, for each panel.
-    ///
-    /// # Safety
-    ///
-    /// Nobody uses the tile until its barrier says so.
     #[inline(always)]
-    pub unsafe fn copy(&self, mut slot: u32, mut row: u32, end: u32) {
+    unsafe fn copy(&self, mut slot: u32, mut row: u32, end: u32) {
         while row < end {
             let to_eight = 8 - row % 8;
             let whole_rows = to_eight == 8 && end - row >= 8;
@@ -301,7 +281,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
     }
 }
 
-/// The task that a ticket of the block's queue stands for, or if that queue is empty, one of the other.
+/// The task that a ticket of the block's queue stands for, or if that queue is empty, one of the other, unless readers take those.
 #[inline(always)]
 unsafe fn task_of_ticket<const BESIDE: bool>(params: &AttentionParams, ticket: u32) -> Option<u32> {
     let queue = Queue::of_block(params);
@@ -309,72 +289,4 @@ unsafe fn task_of_ticket<const BESIDE: bool>(params: &AttentionParams, ticket: u
         return queue.task(params, ticket);
     }
     queue.task(params, ticket).or_else(|| queue.other().task(params, queue.other().draw(params)))
-}
-
-/// The queue that a block takes its tasks from: see [`Scheduler`].
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Queue {
-    Front,
-    Back,
-}
-
-impl Queue {
-    /// The queue that this block begins with.
-    #[inline(always)]
-    fn of_block(params: &AttentionParams) -> Self {
-        if block_index() < num_blocks() - params.back_blocks { Self::Front } else { Self::Back }
-    }
-
-    /// The first task of this block, which no other has.
-    #[inline(always)]
-    fn first_task(self, params: &AttentionParams) -> Option<u32> {
-        Some(match self {
-            Self::Front => block_index(),
-            Self::Back => params.front_tasks + block_index() - (num_blocks() - params.back_blocks),
-        })
-    }
-
-    #[inline(always)]
-    fn other(self) -> Self {
-        match self {
-            Self::Front => Self::Back,
-            Self::Back => Self::Front,
-        }
-    }
-
-    /// Draws the next ticket.
-    #[inline(always)]
-    unsafe fn draw(self, params: &AttentionParams) -> u32 {
-        let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
-        fetch_add_global(taken + if self == Self::Front { 0 } else { size_of::<u32>() as u64 }, 1)
-    }
-
-    /// The task that a ticket stands for, if the queue has so many.
-    #[inline(always)]
-    fn task(self, params: &AttentionParams, ticket: u32) -> Option<u32> {
-        // Every block that begins with the queue has its first task without a ticket.
-        let (first, end) = match self {
-            Self::Front => (num_blocks() - params.back_blocks, params.front_tasks),
-            Self::Back => (params.front_tasks + params.back_blocks, params.num_items * params.heads.num_groups),
-        };
-        let task = first + ticket;
-        if task < end { Some(task) } else { None }
-    }
-}
-
-/// Says that this block takes no more tasks; where tasks are taken by its readers too, each of the two does. The last to say so makes the scheduler ready for the next launch.
-///
-/// # Safety
-///
-/// Reached by one thread of the producer, and one of the readers, if there are any.
-#[inline(always)]
-pub unsafe fn leave<const BESIDE: bool>(params: &AttentionParams) {
-    let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
-    let leaving = if BESIDE { 2 * num_blocks() } else { num_blocks() };
-    if fetch_add_global(finished, 1) == leaving - 1 {
-        let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
-        store_global(taken, 0);
-        store_global(taken + size_of::<u32>() as u64, 0);
-        store_global(finished, 0);
-    }
 }

@@ -11,11 +11,12 @@
 //! Oᵀ += Vᵀ Pᵀ    64 elements × 16 rows, the same way
 //! ```
 
-use packinfer_abi::{AttentionParams, NARROW_TILE_ROWS, NUM_KV_BOXES, Scheduler, TENSOR_MAP_BYTES};
+use packinfer_abi::{AttentionParams, NARROW_TILE_ROWS, NUM_KV_BOXES, TENSOR_MAP_BYTES};
 
-use super::producer::{BoxCopies, NO_SLOT, leave};
+use super::producer::{BoxCopies, NO_SLOT};
+use super::queue::{NO_TASK, ReaderQueue, leave};
 use super::shared::Shared;
-use super::softmax::RANGE_LOG2;
+use super::softmax::{NOTHING_SEEN, RANGE_LOG2};
 use super::{READER_WARPS, barrier, merge};
 use crate::attention::store;
 use crate::attention::task::{Stamper, Task};
@@ -23,20 +24,16 @@ use crate::columns::RunWindow;
 use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::math::opaque;
 use crate::ptx::memory::{
-    fetch_add_global, load_global_x4, load_shared, load_shared_f32, store_global, store_global_f32x2, store_shared,
-    store_shared_if, store_shared_x4,
+    load_global_x4, load_shared, load_shared_f32, store_global, store_global_f32x2, store_shared, store_shared_if,
+    store_shared_x4,
 };
 use crate::ptx::mma::{Fragment, store_matrices_transposed};
-use crate::ptx::special::{block_index, num_blocks};
 use crate::ptx::warp::{self, LANES};
 use crate::ptx::wgmma::{self, Accumulator, Descriptor};
 use crate::ptx::{math, mbarrier, warpgroup};
 use crate::rows::{NO_ROW, Row, RowTable, WarpView};
 use crate::shared_tile::{BoxTile, PANEL_BLOCKS, PANEL_ROW_BYTES, PanelTile, SharedTile};
 use crate::softmax::RowSum;
-
-/// The index of a task that there is not.
-const NO_TASK: u32 = u32::MAX;
 
 /// Columns of a step.
 const STEP: u32 = 64;
@@ -45,6 +42,9 @@ const WARP_COLUMNS: u32 = STEP / READER_WARPS;
 /// Base 2 logarithm of the slots of boxes that bring all of these, and half of them.
 const ALL_COLUMNS: u32 = WARP_COLUMNS.ilog2();
 const HALF_OF_COLUMNS: u32 = ALL_COLUMNS - 1;
+
+/// The most panels of a head dimension.
+const MOST_PANELS: usize = 2;
 
 /// Rows that each warp sees to the merging of.
 const ROWS_OF_WARP: u32 = NARROW_TILE_ROWS / READER_WARPS;
@@ -301,15 +301,13 @@ impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
 /// The softmax of a tile, whose columns the warps share: an origin of each row, the same in all of them, that seldom moves (see [`LazySoftmax`](super::softmax::LazySoftmax)),
 /// and the sums of the lane's exponentials.
 struct Softmax {
-    /// What is added to scaled scores: minus the origin, or [`NOTHING_SEEN`](Self::NOTHING_SEEN).
+    /// What is added to scaled scores: minus the origin, or [`NOTHING_SEEN`].
     offset: OfRows,
     sum: OfRows,
 }
 
 impl Softmax {
-    /// The offset of a row that has seen nothing: any score at all is then out of range.
-    const NOTHING_SEEN: f32 = f32::MAX;
-    const NOTHING: Self = Self { offset: [[Self::NOTHING_SEEN; 2]; ROW_BLOCKS], sum: [[0.0; 2]; ROW_BLOCKS] };
+    const NOTHING: Self = Self { offset: [[NOTHING_SEEN; 2]; ROW_BLOCKS], sum: [[0.0; 2]; ROW_BLOCKS] };
 
     #[inline(always)]
     fn is_out_of_range(offset: f32, scaled: f32) -> bool {
@@ -372,7 +370,7 @@ impl Softmax {
                 if Self::is_out_of_range(before, greatest) {
                     self.offset[block][i] = math::min(before, -greatest);
                 }
-                if before != Self::NOTHING_SEEN {
+                if before != NOTHING_SEEN {
                     factors[block][i] = math::exp2(self.offset[block][i] - before);
                 }
                 self.sum[block][i] *= factors[block][i];
@@ -437,7 +435,7 @@ pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let warp = warp::uniform(thread / LANES);
     let memory = shared.reader_memory();
     let mut stage = Stage { memory, index: 0, parity: 0 };
-    let mut index = task_or_none(params, params.front_tasks + block_index());
+    let mut index = ReaderQueue::first_task(params);
     while index != NO_TASK {
         let task = Task::load(*params, index, shared.reader_rows());
         // Opaque, here and below: what depends on the lane is worked out again where it is used, and not kept in registers and predicates.
@@ -448,12 +446,6 @@ pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     if thread == 0 {
         leave::<true>(params);
     }
-}
-
-/// The task of this index, if there is one.
-#[inline(always)]
-fn task_or_none(params: &AttentionParams, index: u32) -> u32 {
-    if index < params.num_items * params.heads.num_groups { index } else { NO_TASK }
 }
 
 /// Waits for all warps of the readers.
@@ -573,7 +565,7 @@ unsafe fn begin<const DIM_BLOCKS: usize>(task: &Task, memory: ReaderMemory<DIM_B
     let leads = warp == 0 && lane == 0;
     let mut ticket = 0;
     if leads {
-        ticket = fetch_add_global(params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64 + 4, 1);
+        ticket = ReaderQueue::draw(params);
     }
     let row_chunks = const { DIM_BLOCKS as u32 };
     let mut chunk = warp * LANES + lane;
@@ -590,7 +582,7 @@ unsafe fn begin<const DIM_BLOCKS: usize>(task: &Task, memory: ReaderMemory<DIM_B
         chunk += warpgroup::THREADS;
     }
     if leads {
-        store_shared(memory.next_task(), task_or_none(params, params.front_tasks + num_blocks() + ticket));
+        store_shared(memory.next_task(), ReaderQueue::task(params, ticket));
     }
     let view = WarpView::of(task.rows.read(lane % NARROW_TILE_ROWS));
     wgmma::fence_shared_writes();
@@ -648,9 +640,6 @@ unsafe fn write_weights<E: Element>(weights: Weights, exponentials: &Transposed,
     let row = weights.chunk(8 * block + lane % 8, warp * (WARP_COLUMNS / 8) + half);
     store_matrices_transposed(row, [first[0], first[1], second[0], second[1]]);
 }
-
-/// The most panels of a head dimension.
-const MOST_PANELS: usize = 2;
 
 /// Adds Vᵀ Pᵀ of a step to the output, or replaces it.
 #[inline(always)]

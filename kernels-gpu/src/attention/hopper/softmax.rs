@@ -12,7 +12,7 @@ use crate::softmax::{ROWS_PER_LANE, RowSum};
 pub const RANGE_LOG2: f32 = 8.0;
 
 /// The offset of a row that has seen nothing: any score at all is then out of range, but for −∞, whose exponential is zero.
-const NOTHING_SEEN: f32 = f32::MAX;
+pub const NOTHING_SEEN: f32 = f32::MAX;
 
 /// A number for each row that the lane holds a part of.
 pub type OfRows = [f32; ROWS_PER_LANE];

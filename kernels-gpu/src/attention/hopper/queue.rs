@@ -1,0 +1,116 @@
+//! Which tasks a block takes: those of two queues, as [`Scheduler`] says.
+
+use packinfer_abi::{AttentionParams, Scheduler};
+
+use crate::ptx::memory::{fetch_add_global, store_global};
+use crate::ptx::special::{block_index, num_blocks};
+
+/// The index of a task that there is not.
+pub const NO_TASK: u32 = u32::MAX;
+
+/// The queue that a block's producer takes its tasks from. Where narrow tasks are done `BESIDE` wide ones, it is the front in all blocks, and their
+/// [readers](ReaderQueue) have the other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Queue {
+    Front,
+    Back,
+}
+
+impl Queue {
+    /// The queue that this block begins with.
+    #[inline(always)]
+    pub fn of_block(params: &AttentionParams) -> Self {
+        if block_index() < num_blocks() - params.back_blocks { Self::Front } else { Self::Back }
+    }
+
+    /// The first task of this block, which no other has. It has one of the queue that it begins with, but for blocks that are there for their readers.
+    #[inline(always)]
+    pub fn first_task<const BESIDE: bool>(self, params: &AttentionParams) -> Option<u32> {
+        let task = match self {
+            Self::Front => block_index(),
+            Self::Back => params.front_tasks + block_index() - (num_blocks() - params.back_blocks),
+        };
+        if BESIDE && block_index() >= params.front_tasks { None } else { Some(task) }
+    }
+
+    /// The other queue.
+    #[inline(always)]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Front => Self::Back,
+            Self::Back => Self::Front,
+        }
+    }
+
+    /// Draws the next ticket.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread, before it [leaves](leave).
+    #[inline(always)]
+    pub unsafe fn draw(self, params: &AttentionParams) -> u32 {
+        let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
+        fetch_add_global(taken + if self == Self::Front { 0 } else { size_of::<u32>() as u64 }, 1)
+    }
+
+    /// The task that a ticket stands for, if the queue has so many.
+    #[inline(always)]
+    pub fn task(self, params: &AttentionParams, ticket: u32) -> Option<u32> {
+        // Every block that begins with the queue has its first task without a ticket.
+        let (first, end) = match self {
+            Self::Front => (num_blocks() - params.back_blocks, params.front_tasks),
+            Self::Back => (params.front_tasks + params.back_blocks, params.num_items * params.heads.num_groups),
+        };
+        let task = first + ticket;
+        if task < end { Some(task) } else { None }
+    }
+}
+
+/// The queue behind the front as the readers of all blocks take from it: each has its first task without a ticket. A task may be [`NO_TASK`].
+pub struct ReaderQueue;
+
+impl ReaderQueue {
+    /// The first task of this block's readers.
+    #[inline(always)]
+    pub fn first_task(params: &AttentionParams) -> u32 {
+        Self::task_or_none(params, params.front_tasks + block_index())
+    }
+
+    /// Draws the next ticket.
+    ///
+    /// # Safety
+    ///
+    /// As [`Queue::draw`].
+    #[inline(always)]
+    pub unsafe fn draw(params: &AttentionParams) -> u32 {
+        Queue::Back.draw(params)
+    }
+
+    /// The task that a ticket stands for.
+    #[inline(always)]
+    pub fn task(params: &AttentionParams, ticket: u32) -> u32 {
+        Self::task_or_none(params, params.front_tasks + num_blocks() + ticket)
+    }
+
+    #[inline(always)]
+    fn task_or_none(params: &AttentionParams, task: u32) -> u32 {
+        if task < params.num_items * params.heads.num_groups { task } else { NO_TASK }
+    }
+}
+
+/// Says that this block takes no more tasks; where its readers take some too, each of the two does. The last to say so makes the scheduler ready for the next launch.
+///
+/// # Safety
+///
+/// Reached by one thread of the producer, and one of the readers, if there are any.
+#[inline(always)]
+pub unsafe fn leave<const BESIDE: bool>(params: &AttentionParams) {
+    let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
+    let leaving = if BESIDE { 2 * num_blocks() } else { num_blocks() };
+    if fetch_add_global(finished, 1) == leaving - 1 {
+        let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
+        store_global(taken, 0);
+        store_global(taken + size_of::<u32>() as u64, 0);
+        store_global(finished, 0);
+    }
+}
