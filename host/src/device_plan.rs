@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use packinfer_abi::{HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
+use packinfer_abi::{HeadGroups, KvRun, MergeToken, RowSegment, TALL_TILE_ROWS, WorkItem};
 use packinfer_batch::{AttentionShape, KvLayout};
 use packinfer_planner::{KernelFamily, Plan};
 
@@ -237,8 +237,10 @@ impl PlanKernels {
     }
 
     fn new(shared: &Shared, layout: &Layout, soft_cap: bool) -> Result<Self, EngineError> {
+        let is_tall = layout.heads.wide_tile_rows == TALL_TILE_ROWS;
+        let tall = if is_tall { KernelSource::attention_tall(layout.shape, soft_cap) } else { None };
         let beside = if layout.beside && !soft_cap { KernelSource::attention_beside(layout.shape) } else { None };
-        let source = beside.unwrap_or_else(|| KernelSource::attention(layout.family, layout.shape, soft_cap));
+        let source = tall.or(beside).unwrap_or_else(|| KernelSource::attention(layout.family, layout.shape, soft_cap));
         let attention = shared.kernels.get(source)?;
         let merge = match layout.family {
             KernelFamily::Sm90a => None,

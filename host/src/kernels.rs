@@ -9,8 +9,8 @@ use cust::module::Module;
 use cust::sys::{self, CUfunction, CUfunction_attribute};
 use packinfer_abi::{
     ATTENTION_SHARED_BYTES, ATTENTION_THREADS, BESIDE_SHARED_BYTES, BESIDE_THREADS, HOPPER_SHARED_BYTES, HOPPER_THREADS,
-    KV_APPEND_THREADS, KV_MOVE_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS, MMA_RATE_THREADS, WGMMA_RATE_SHARED_BYTES,
-    WGMMA_RATE_THREADS,
+    KV_APPEND_THREADS, KV_MOVE_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS, MMA_RATE_THREADS, TALL_SHARED_BYTES, TALL_THREADS,
+    WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
 };
 use packinfer_batch::{AttentionShape, DType, KvDType};
 
@@ -93,6 +93,27 @@ impl KernelSource {
             (_, DType::F16, 96) => sm_80!("attention_f16_d96"),
             (_, DType::F16, 128) => sm_80!("attention_f16_d128"),
             (_, DType::F16, _) => sm_80!("attention_f16_d256"),
+        }
+    }
+
+    /// The kernel for wide tiles of [`packinfer_abi::TALL_TILE_ROWS`], if there is one.
+    pub fn attention_tall(shape: AttentionShape, soft_cap: bool) -> Option<Self> {
+        macro_rules! tall {
+            ($name:literal) => {
+                match soft_cap {
+                    true => kernel!("sm_90a", concat!($name, "_tall_capped"), TALL_THREADS, TALL_SHARED_BYTES),
+                    false => kernel!("sm_90a", concat!($name, "_tall"), TALL_THREADS, TALL_SHARED_BYTES),
+                }
+            };
+        }
+        match (shape.kv_dtype(), shape.dtype(), shape.head_dim()) {
+            (KvDType::Same, DType::Bf16, 64) => Some(tall!("attention_bf16_d64")),
+            (KvDType::Same, DType::Bf16, 96) => Some(tall!("attention_bf16_d96")),
+            (KvDType::Same, DType::Bf16, 128) => Some(tall!("attention_bf16_d128")),
+            (KvDType::Same, DType::F16, 64) => Some(tall!("attention_f16_d64")),
+            (KvDType::Same, DType::F16, 96) => Some(tall!("attention_f16_d96")),
+            (KvDType::Same, DType::F16, 128) => Some(tall!("attention_f16_d128")),
+            _ => None,
         }
     }
 
@@ -281,6 +302,8 @@ mod tests {
                     let with_and_without =
                         |family| [false, true].map(|soft_cap| KernelSource::attention(family, shape, soft_cap));
                     sources.extend(families.flat_map(with_and_without));
+                    sources
+                        .extend([false, true].into_iter().filter_map(|soft_cap| KernelSource::attention_tall(shape, soft_cap)));
                     sources.extend(KernelSource::attention_beside(shape));
                 }
                 sources.extend([false, true].map(|overlaps| KernelSource::merge(shape, overlaps)));

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use cust::sys::{self, CUresult};
 use packinfer_abi::{
-    KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES, WIDE_TILE_ROWS, box_panels,
+    KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TALL_TILE_ROWS, TENSOR_MAP_BYTES, box_panels,
     hopper_column_step,
 };
 use packinfer_batch::{AttentionShape, DType, KvLayout};
@@ -178,7 +178,7 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
 fn encode_queries(tensor: &QueryTensor) -> Result<[TensorMap; NUM_QUERY_BOXES as usize], EngineError> {
     /// More tokens than a batch has.
     const MOST_TOKENS: u64 = 1 << 31;
-    let tokens_of_a_tile = WIDE_TILE_ROWS / tensor.heads_per_group.clamp(1, WIDE_TILE_ROWS);
+    let tokens_of_a_tile = TALL_TILE_ROWS / tensor.heads_per_group.clamp(1, TALL_TILE_ROWS);
     let shape = tensor.shape;
     let row_bytes = u64::from(shape.head_dim()) * shape.dtype().size_in_bytes();
     let token_bytes = u64::from(shape.num_qo_heads()) * row_bytes;

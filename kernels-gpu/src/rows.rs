@@ -1,6 +1,6 @@
 //! From a tile's rows to query tokens, heads and visible columns.
 
-use packinfer_abi::{AttentionParams, RowSegment, WIDE_TILE_ROWS, WorkItem};
+use packinfer_abi::{AttentionParams, RowSegment, TALL_TILE_ROWS, WIDE_TILE_ROWS, WorkItem};
 
 use crate::ptx::math::divide;
 use crate::ptx::memory::{load_global, load_shared, store_shared};
@@ -9,6 +9,9 @@ use crate::softmax::{ROWS_PER_LANE, row_of_lane};
 
 /// [`Row::index`] of a row past the tile's last.
 pub const NO_ROW: u32 = u32::MAX;
+
+/// The most rows of a tile.
+const MOST_ROWS: u32 = if cfg!(feature = "sm_90a") { TALL_TILE_ROWS } else { WIDE_TILE_ROWS };
 
 /// A row of a tile.
 #[derive(Clone, Copy)]
@@ -38,22 +41,29 @@ pub struct RowTable {
 }
 
 impl RowTable {
-    /// The table at `base`: three arrays of [`WIDE_TILE_ROWS`] words.
+    /// The table at `base`: three arrays of [`MOST_ROWS`] words.
     #[inline(always)]
     pub fn at(base: u32) -> Self {
         Self { base }
     }
 
+    /// The table whose rows are those of this one from `rows` on.
+    #[cfg(feature = "sm_90a")]
+    #[inline(always)]
+    pub fn skip_rows(self, rows: u32) -> Self {
+        Self { base: self.base + 4 * rows }
+    }
+
     #[inline(always)]
     fn address(self, field: u32, row: u32) -> u32 {
-        self.base + (field * WIDE_TILE_ROWS + row) * 4
+        self.base + (field * MOST_ROWS + row) * 4
     }
 
     /// Works out row `row` of the item's tile and writes it down.
     ///
     /// # Safety
     ///
-    /// `params` and `item` are valid, `row < WIDE_TILE_ROWS`; the table is read after a barrier.
+    /// `params` and `item` are valid, `row < MOST_ROWS`; the table is read after a barrier.
     #[inline(always)]
     pub unsafe fn write(self, params: &AttentionParams, item: &WorkItem, head_group: u32, row: u32) {
         let heads_per_group = params.heads.heads_per_group;
@@ -103,7 +113,7 @@ impl RowTable {
     ///
     /// # Safety
     ///
-    /// `row < WIDE_TILE_ROWS`, and it was written before a barrier.
+    /// `row < MOST_ROWS`, and it was written before a barrier.
     #[inline(always)]
     pub unsafe fn read(self, row: u32) -> Row {
         Row {

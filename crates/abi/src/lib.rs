@@ -38,6 +38,8 @@ pub use numbers::{e4m3, sin_cos, turn};
 
 /// The most rows of a [`TileKind::Wide`] tile; see [`wide_tile_rows`].
 pub const WIDE_TILE_ROWS: u32 = 128;
+/// Rows of a wide tile of the `sm_90a` kernel for launches of wide tiles alone: those of three warpgroups.
+pub const TALL_TILE_ROWS: u32 = 192;
 /// Rows of a [`TileKind::Narrow`] tile: the least that the tensor cores' `m16n8k16` takes.
 pub const NARROW_TILE_ROWS: u32 = 16;
 /// Columns that a thread block takes at a time; the `sm_90a` kernel takes [more](hopper_column_step).
@@ -52,17 +54,23 @@ pub const ATTENTION_SHARED_BYTES: u32 = TILE_SHARED_BYTES + ROW_TABLE_BYTES;
 /// Threads of a block of the `sm_90a` attention kernel: a producer warpgroup and two consumer warpgroups.
 pub const HOPPER_THREADS: u32 = 384;
 /// Dynamic shared memory of the `sm_90a` attention kernel: tiles of Q, K and V (192 KiB), an exchange for narrow tiles (17.5 KiB for a head dimension of 128), four row
-/// tables, barriers. One block an `sm_90` multiprocessor, which has 227 KiB.
+/// tables (9 KiB), barriers. One block an `sm_90` multiprocessor, which has 227 KiB.
 pub const HOPPER_SHARED_BYTES: u32 = 220 * 1024;
 /// Threads of a block of the `sm_90a` kernel that does narrow tiles beside wide ones: a warpgroup more.
 pub const BESIDE_THREADS: u32 = HOPPER_THREADS + 128;
 /// Dynamic shared memory of that kernel: tiles of Q, K and V of wide tiles (160 KiB for a head dimension of 128), and of narrow ones (56 KiB), row tables, room to
 /// store O through, barriers.
 pub const BESIDE_SHARED_BYTES: u32 = 227 * 1024;
+/// Threads of a block of the `sm_90a` kernel for tall tiles: a producer warpgroup and three consumer warpgroups.
+pub const TALL_THREADS: u32 = HOPPER_THREADS + 128;
+/// Dynamic shared memory of that kernel: tiles of Q, K and V (176 KiB for a head dimension of 128), row tables, room to store O through, barriers.
+pub const TALL_SHARED_BYTES: u32 = 227 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds tiles.
 pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds the row table.
 pub const ROW_TABLE_BYTES: u32 = 3 * 4 * WIDE_TILE_ROWS;
+/// Bytes of a row table of the `sm_90a` kernels.
+pub const HOPPER_ROW_TABLE_BYTES: u32 = 3 * 4 * TALL_TILE_ROWS;
 /// Boxes of 1, 2, 4 … 128 slots, of which the `sm_90a` kernel puts runs of any length together.
 pub const NUM_KV_BOXES: u32 = 8;
 /// Boxes of 1, 2, 4 … 128 query tokens of a head group, of which the `sm_90a` kernel puts the rows of a tile together.

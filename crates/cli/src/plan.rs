@@ -94,6 +94,7 @@ fn table_of(explained: &[Explained]) -> comfy_table::Table {
     row("kernels", &|e| e.kernels.to_string());
     row("query tokens", &|e| e.plan.query_tokens.to_string());
     row("head groups", &|e| format!("{} of {}", e.plan.head_groups, e.plan.heads_per_group));
+    row("rows of a wide tile", &|e| e.plan.wide_tile_rows.to_string());
     row("tiles: wide", &|e| e.plan.wide_tiles.to_string());
     row("tiles: narrow", &|e| e.plan.narrow_tiles.to_string());
     row("tiles: of several requests", &|e| e.plan.packed_tiles.to_string());

@@ -1,7 +1,7 @@
 //! One work item for one head group: online softmax over the columns, as the kernels do it.
 
 use multiversion::multiversion;
-use packinfer_abi::{COLUMN_STEP, HeadGroups, KvRun, WIDE_TILE_ROWS, WorkItem};
+use packinfer_abi::{COLUMN_STEP, HeadGroups, KvRun, TALL_TILE_ROWS, WorkItem};
 use packinfer_planner::Plan;
 
 use crate::options::Logits;
@@ -52,7 +52,7 @@ pub(crate) struct Tile<const D: usize> {
 
 impl<const D: usize> Tile<D> {
     pub(crate) fn new() -> Self {
-        let rows = WIDE_TILE_ROWS as usize;
+        let rows = TALL_TILE_ROWS as usize;
         Self {
             rows: Vec::with_capacity(rows),
             o: Vec::with_capacity(rows),

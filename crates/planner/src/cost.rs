@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use packinfer_abi::{DIRECT, HeadGroups, NARROW_TILE_ROWS, RowSegment, TileKind, WIDE_TILE_ROWS, WorkItem};
+use packinfer_abi::{DIRECT, HeadGroups, NARROW_TILE_ROWS, RowSegment, TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS, WorkItem};
 use packinfer_batch::AttentionShape;
 use serde::{Deserialize, Serialize};
 
@@ -15,14 +15,18 @@ pub(crate) type Ns = u64;
 
 /// The most parts of a tile's rows that skip columns by themselves.
 const MAX_PARTS: usize = (WIDE_TILE_ROWS / 32) as usize;
+const _: () = assert!(TALL_TILE_ROWS / 64 <= MAX_PARTS as u32);
 /// Bytes of an element of a partial, or of its log-sum-exp.
 const PARTIAL_ELEMENT_BYTES: u64 = 4;
 
 /// Rows of a tile that skip a step of columns together, because none of them sees any of it.
 fn rows_together(family: KernelFamily, heads: HeadGroups, kind: TileKind) -> u32 {
     match kind {
-        // A tile has as many parts, however many rows it has.
-        TileKind::Wide => family.wide_rows_together() * heads.wide_tile_rows / WIDE_TILE_ROWS,
+        TileKind::Wide => match family {
+            // A tile has as many parts, however many rows it has.
+            KernelFamily::Sm80 => family.wide_rows_together() * heads.wide_tile_rows / WIDE_TILE_ROWS,
+            KernelFamily::Sm90a => family.wide_rows_together(),
+        },
         // The warps of a block share the rows.
         TileKind::Narrow => NARROW_TILE_ROWS,
     }

@@ -19,6 +19,8 @@ pub struct Explanation {
     pub head_groups: u32,
     /// Query heads of a head group: rows of a query token in a tile.
     pub heads_per_group: u32,
+    /// The most rows of a wide tile.
+    pub wide_tile_rows: u32,
     /// Tiles of many rows.
     pub wide_tiles: u32,
     /// Tiles of few rows.
@@ -160,6 +162,7 @@ impl Plan {
             query_tokens: self.num_query_tokens,
             head_groups: heads.num_groups,
             heads_per_group: heads.heads_per_group,
+            wide_tile_rows: heads.wide_tile_rows,
             wide_tiles: tiles[TileKind::Wide as usize],
             narrow_tiles: tiles[TileKind::Narrow as usize],
             packed_tiles,

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use packinfer_abi::{COLUMN_STEP, WIDE_TILE_ROWS, hopper_column_step, wide_tile_rows};
+use packinfer_abi::{COLUMN_STEP, TALL_TILE_ROWS, WIDE_TILE_ROWS, hopper_column_step, wide_tile_rows};
 use packinfer_batch::{AttentionShape, KvDType};
 use serde::{Deserialize, Serialize};
 
@@ -32,12 +32,17 @@ impl KernelFamily {
         }
     }
 
-    /// Rows of a wide tile.
+    /// Rows of a wide tile of the kernels that every launch may use.
     pub(crate) fn wide_tile_rows(self, head_dim: u32) -> u32 {
         match self {
             Self::Sm80 => wide_tile_rows(head_dim),
             Self::Sm90a => WIDE_TILE_ROWS,
         }
+    }
+
+    /// Rows of a wide tile of the kernels for launches of wide tiles alone, if there are any.
+    pub(crate) fn tall_tile_rows(self, head_dim: u32) -> Option<u32> {
+        (self == Self::Sm90a && head_dim <= 128).then_some(TALL_TILE_ROWS)
     }
 
     /// Rows of a wide tile that skip a step of columns together, because none of them sees any of it: those of a warp, or of a warpgroup.

@@ -47,6 +47,7 @@ struct Remainders {
 }
 
 impl Remainders {
+    /// Of longer ones, which tall tiles may have, few have room for others.
     const MOST_TOKENS: u32 = WIDE_TILE_ROWS - 1;
 
     fn reset(&mut self, num_requests: usize) {
@@ -97,7 +98,8 @@ impl Packer {
             let tokens = division.remainder;
             // Of a request with a sliding window, the remainder does not see all of the columns that come before it.
             let sees_all = division.full_tiles == 0 || !matches!(batch.mask(), Mask::Window(_));
-            if tokens > 0 && sees_all && self.alone[index] < longest_pack {
+            let may_join = tokens <= Remainders::MOST_TOKENS && sees_all && self.alone[index] < longest_pack;
+            if tokens > 0 && may_join {
                 self.remainders.push(tokens, index as u32);
             } else if tokens > 0 || division.full_tiles > 0 {
                 self.members.push(index as u32);

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind};
+use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::Batch;
 
 use crate::cost::{CostModel, Ns, WorkTimes};
@@ -145,7 +145,7 @@ impl Planner {
             Packing::Packed | Packing::Unshared => shape.packed_head_groups(),
             Packing::PerRequest => shape.single_head_groups(),
         };
-        let heads = HeadGroups { wide_tile_rows: plan.model.kernel_family.wide_tile_rows(shape.head_dim()), ..heads };
+        let heads = HeadGroups { wide_tile_rows: wide_tile_rows(batch, &plan.model, heads.heads_per_group), ..heads };
         plan.growth.reset(batch, self.headroom);
         let cost = CostModel::new(&plan.model, shape, heads);
         let planned = if self.sharing.choose(batch, heads, &cost) {
@@ -237,7 +237,7 @@ impl Planner {
             }
             Packing::PerRequest => {
                 for (request, index) in batch.requests().iter().zip(0..) {
-                    let kind = if request.query_len <= NARROW_TILE_ROWS { TileKind::Narrow } else { TileKind::Wide };
+                    let kind = tile::kind_for(request.query_len, heads);
                     if request.query_len > 0 {
                         let own = sharing.own(batch, index);
                         tile::push_tiles(&mut self.tiles, plan, batch, index, std::iter::once(own), kind);
@@ -336,4 +336,30 @@ impl Planner {
         order.append(narrow);
         Some(arrangement)
     }
+}
+
+/// Rows of the wide tiles of a batch, of whose query heads so many are in a group. They are tall where there are kernels for that and most rows are of requests that fill more than one tile, unless
+/// requests of few rows have much to read: the kernels for tall tiles have no narrow ones.
+fn wide_tile_rows(batch: &Batch, model: &DeviceModel, heads_per_group: u32) -> u32 {
+    /// The part of a batch's time that requests of few rows may take at most.
+    const MOST_NARROW: f64 = 0.05;
+    let (shape, family) = (batch.shape(), model.kernel_family);
+    let rows = family.wide_tile_rows(shape.head_dim());
+    let all_rows = u64::from(batch.num_query_tokens()) * u64::from(heads_per_group);
+    let Some(tall_rows) = family.tall_tile_rows(shape.head_dim()) else { return rows };
+    if all_rows <= batch.requests().len() as u64 * u64::from(NARROW_TILE_ROWS) {
+        return rows; // that is soon seen, and most decodes are left out
+    }
+    let (mut many_rows, mut narrow_tokens) = (0, 0);
+    for request in batch.requests() {
+        let rows = u64::from(request.query_len) * u64::from(heads_per_group);
+        if rows > u64::from(WIDE_TILE_ROWS) {
+            many_rows += rows;
+        } else if rows <= u64::from(NARROW_TILE_ROWS) {
+            narrow_tokens += request.seen(batch.mask()).len() as u64;
+        }
+    }
+    let narrow_ns = 1e9 * (narrow_tokens * shape.kv_bytes_per_slot()) as f64 / model.bytes_per_s;
+    let is_tall = 2 * many_rows >= all_rows && narrow_ns <= MOST_NARROW * model.least_ns(LeastWork::of(batch, 0));
+    if is_tall { tall_rows } else { rows }
 }

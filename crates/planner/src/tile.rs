@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use packinfer_abi::{HeadGroups, KvRun, NO_WINDOW, RowSegment, TileKind};
+use packinfer_abi::{HeadGroups, KvRun, NO_WINDOW, RowSegment, TALL_TILE_ROWS, TileKind};
 use packinfer_batch::{Batch, Mask, Request};
 
 use crate::Plan;
@@ -49,9 +49,10 @@ pub(crate) fn tokens_per_tile(kind: TileKind, heads: HeadGroups) -> u32 {
     heads.tile_rows(kind) / heads.heads_per_group
 }
 
-/// The tile that so many query tokens need, less than fill a wide one.
+/// The tile that so many query tokens need, less than fill a wide one. Kernels for tall tiles have no narrow ones.
 pub(crate) fn kind_for(tokens: u32, heads: HeadGroups) -> TileKind {
-    if tokens <= tokens_per_tile(TileKind::Narrow, heads) { TileKind::Narrow } else { TileKind::Wide }
+    let has_narrow = heads.wide_tile_rows != TALL_TILE_ROWS;
+    if has_narrow && tokens <= tokens_per_tile(TileKind::Narrow, heads) { TileKind::Narrow } else { TileKind::Wide }
 }
 
 /// How query tokens fall into tiles: full wide tiles, and a remainder that may be zero.

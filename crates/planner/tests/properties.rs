@@ -1,6 +1,6 @@
 //! Every plan does all of the work, and none of it twice.
 
-use packinfer_abi::TileKind;
+use packinfer_abi::{TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::{AttentionShape, Batch, DType, KvDType, Mask};
 use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, PlanError, Planner, TileTimes};
 use proptest::prelude::*;
@@ -95,6 +95,7 @@ fn any_model() -> impl Strategy<Value = DeviceModel> {
     prop_oneof![
         Just(DeviceModel::H100),
         Just(DeviceModel::A100),
+        Just(DeviceModel { kernel_family: KernelFamily::Sm90a, ..DeviceModel::H100 }),
         (1..200u32).prop_map(|num_sms| DeviceModel::generic(num_sms, (8, 9))),
     ]
 }
@@ -195,6 +196,30 @@ fn wide_tiles_have_as_many_rows_as_the_kernels_take() {
         let plan = checked(&batch, DeviceModel { kernel_family, ..DeviceModel::H100 });
         assert_eq!(plan.heads().tile_rows(TileKind::Wide), rows);
     }
+}
+
+#[test]
+fn tiles_of_prompts_are_tall_where_there_are_kernels_for_that() {
+    let hopper = DeviceModel { kernel_family: KernelFamily::Sm90a, ..DeviceModel::H100 };
+    let prompts = || (0..40).map(|i| (100 + 50 * i, 100 + 50 * i));
+    let decodes = |count: u32| (0..count).map(|i| (1, 1000 + i));
+    let rows = |model, shape, lengths: &mut dyn Iterator<Item = (u32, u32)>| {
+        checked(&contiguous(shape, Mask::Causal, lengths), model).heads().wide_tile_rows
+    };
+    for head_dim in [64, 96, 128] {
+        for gqa_ratio in [1, 3, 4, 7, 16] {
+            let shape = shape_of(2, gqa_ratio, head_dim);
+            assert_eq!(rows(hopper, shape, &mut prompts()), TALL_TILE_ROWS);
+            assert_eq!(rows(DeviceModel::H100, shape, &mut prompts()), WIDE_TILE_ROWS);
+            // Not beside much else.
+            assert_eq!(rows(hopper, shape, &mut prompts().chain(decodes(1))), TALL_TILE_ROWS);
+            assert_eq!(rows(hopper, shape, &mut prompts().chain(decodes(500))), WIDE_TILE_ROWS);
+            assert_eq!(rows(hopper, shape, &mut decodes(500)), WIDE_TILE_ROWS);
+        }
+    }
+    assert_eq!(rows(hopper, shape_of(2, 4, 256), &mut prompts()), WIDE_TILE_ROWS);
+    // Requests that fill less than a tile each.
+    assert_eq!(rows(hopper, shape(2, 4), &mut (0..40).map(|i| (8, 500 + i))), WIDE_TILE_ROWS);
 }
 
 #[test]

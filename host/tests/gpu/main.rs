@@ -8,6 +8,7 @@ mod layouts;
 mod merge;
 mod mover;
 mod options;
+mod tall;
 
 use std::num::NonZero;
 

@@ -1,21 +1,26 @@
 //! What both ways of consuming a tile have in common: a warp's place, its side of the rings, and Q.
 
-use packinfer_abi::{AttentionParams, TileKind, WIDE_TILE_ROWS};
+use packinfer_abi::{AttentionParams, TileKind};
 
-use super::CONSUMER_THREADS;
 use super::barrier;
 use super::shared::{QueryTile, Ring, Shared};
+use super::{CONSUMER_THREADS, PAIR};
 use crate::attention::task::Stamper;
 use crate::ptx::math::opaque;
 use crate::ptx::mma::{Fragment, OperandA};
 use crate::ptx::special::thread_index;
 use crate::ptx::wgmma::{Accumulator, Descriptor, hold_words};
-use crate::ptx::{warp, warpgroup};
+use crate::ptx::{control, warp, warpgroup};
 use crate::shared_tile::{PANEL_BLOCKS, PANEL_ROW_BYTES, SharedTile};
 use crate::softmax::{Logits, soft_cap};
 
 /// Rows of a warp.
 pub const WARP_ROWS: u32 = 16;
+/// Rows of a wide tile that one consumer has.
+pub const CONSUMER_ROWS: u32 = WARPS * WARP_ROWS;
+
+/// Blocks of 8 columns whose scores three consumers cap at once.
+const CAPPED_AT_ONCE: usize = 4;
 
 /// Warps of a consumer, and of the producer before them.
 const WARPS: u32 = warpgroup::THREADS / warp::LANES;
@@ -24,24 +29,26 @@ const WARPS: u32 = warpgroup::THREADS / warp::LANES;
 pub type Queries<const DIM_BLOCKS: usize> = [[u32; 2]; DIM_BLOCKS];
 
 /// A consuming warp's place and its side of the rings.
-pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> {
+pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool> {
     pub params: &'a AttentionParams,
-    pub shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
+    pub shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
     pub tasks: Ring,
     pub queries: Ring,
     pub k: Ring,
     pub v: Ring,
-    /// The warp, counted over both consumers. It is the same for all lanes, and the assembler knows: what is worked out from it takes no register of a lane.
+    /// The warp, counted over all consumers. It is the same for all lanes, and the assembler knows: what is worked out from it takes no register of a lane.
     pub warp: u32,
 }
 
-impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consumer<'a, DIM_BLOCKS, FRAGMENTS, BESIDE> {
+impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>
+    Consumer<'a, DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>
+{
     /// Whether Q is held in registers. Where O leaves no room for it there, or readers need them, products take it from shared memory, and it is let go only when the
     /// tile's last scores are there.
-    pub const HOLDS_QUERIES: bool = DIM_BLOCKS <= 16 && !BESIDE;
+    pub const HOLDS_QUERIES: bool = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>::HAS_EXCHANGE && DIM_BLOCKS <= 16;
 
     /// Columns of a step.
-    pub const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS, BESIDE>::STEP;
+    pub const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>::STEP;
 
     /// A warp that has consumed nothing yet.
     ///
@@ -49,7 +56,8 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Co
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn new(params: &'a AttentionParams, shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>) -> Self {
+    pub unsafe fn new(params: &'a AttentionParams, shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>) -> Self {
+        let warp = warp::uniform(thread_index() / warp::LANES) - WARPS;
         Self {
             params,
             shared,
@@ -57,11 +65,11 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Co
             queries: shared.query_ring(),
             k: shared.k_ring(),
             v: shared.v_ring(),
-            warp: warp::uniform(thread_index() / warp::LANES) - WARPS,
+            warp,
         }
     }
 
-    /// The thread, counted over both consumers.
+    /// The thread, counted over all consumers.
     #[inline(always)]
     pub fn thread(&self) -> u32 {
         thread_index() - warpgroup::THREADS
@@ -72,7 +80,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Co
         thread_index() % warp::LANES
     }
 
-    /// The consumer that the warp is of: 0 or 1.
+    /// The consumer that the warp is of.
     #[inline(always)]
     pub fn index(&self) -> u32 {
         opaque(self.warp) / WARPS
@@ -202,9 +210,10 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Co
             scores.add_product_along([a, b, c, d], k, block > 0);
             return;
         }
-        let row = self.shared.queries().row(self.index() * WIDE_TILE_ROWS / 2);
+        let row = self.shared.queries().row(self.index() * CONSUMER_ROWS);
         let (panel, byte) = ((block / PANEL_BLOCKS) as u32, (block % PANEL_BLOCKS * 16) as u32);
-        let q = Descriptor::along_sum(row, 8 * PANEL_ROW_BYTES).skip(panel * QueryTile::<DIM_BLOCKS>::PANEL_BYTES + byte);
+        let q =
+            Descriptor::along_sum(row, 8 * PANEL_ROW_BYTES).skip(panel * QueryTile::<DIM_BLOCKS, ROW_BLOCKS>::PANEL_BYTES + byte);
         scores.add_product_shared(q, k, block > 0);
     }
 
@@ -218,7 +227,16 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Co
         if CAPPED {
             let logits = Logits { scale_log2: self.params.scale_log2, soft_cap_log2: self.params.soft_cap_log2 };
             core::hint::assert_unchecked(logits.soft_cap_log2 != 0.0);
-            soft_cap(logits, scores);
+            if ROW_BLOCKS == PAIR {
+                soft_cap(logits, scores);
+                return;
+            }
+            // Else the assembler works on all of them at once, and has no registers for that.
+            for (index, scores) in (0..).zip(scores.chunks_exact_mut(CAPPED_AT_ONCE)) {
+                let scores = scores.first_chunk_mut::<CAPPED_AT_ONCE>().unwrap_unchecked();
+                soft_cap(logits, scores);
+                control::fence_arithmetic(self.k.stage() + index, self.k.stages() + index);
+            }
         }
     }
 

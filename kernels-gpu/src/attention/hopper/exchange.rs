@@ -14,7 +14,7 @@ use crate::ptx::memory::{
 };
 use crate::ptx::mma::Fragment;
 use crate::rows::{NO_ROW, Row};
-use crate::shared_tile::{PANEL_BLOCKS, PANEL_ROW_BYTES, SharedTile};
+use crate::shared_tile::PANEL_ROW_BYTES;
 use crate::softmax::{ROWS_PER_LANE, RowSum, element_of_lane, row_of_lane};
 
 /// Bytes of 16 rows of a panel.
@@ -59,8 +59,8 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
 
     /// Where a warp may put 16 rows of a panel when no narrow tile is being merged: where its own output is otherwise.
     #[inline(always)]
-    pub fn staging(&self, warp: u32) -> SharedTile<PANEL_BLOCKS> {
-        SharedTile::at(self.output(warp, 0, 0))
+    pub fn staging(&self, warp: u32) -> u32 {
+        self.output(warp, 0, 0)
     }
 
     /// Tells the others the log-sum-exp of the rows that the lane holds a part of.

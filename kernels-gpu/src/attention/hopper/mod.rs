@@ -22,7 +22,7 @@ mod shared;
 mod softmax;
 mod wide;
 
-use packinfer_abi::{AttentionParams, TileKind};
+use packinfer_abi::{AttentionParams, TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
 
 use crate::element::{Bf16, Element, F16};
 use crate::ptx::control::sync_block;
@@ -34,9 +34,13 @@ use crate::ptx::wgmma::Accumulator;
 use consumer::Consumer;
 use shared::Shared;
 
-/// Warps that consume.
+/// Blocks of 8 rows of a wide tile that two consumers have, and of one that three have: 64 rows each.
+const PAIR: usize = WIDE_TILE_ROWS as usize / 8;
+const TRIO: usize = TALL_TILE_ROWS as usize / 8;
+
+/// Warps of two consumers.
 const CONSUMER_WARPS: u32 = 8;
-/// Threads that consume.
+/// Their threads.
 const CONSUMER_THREADS: u32 = 32 * CONSUMER_WARPS;
 
 /// Registers of a thread: 168 at the launch, then what each role needs; 128 · 40 + 256 · 232 = 384 · 168.
@@ -54,7 +58,7 @@ mod barrier {
     /// The turn of consumer 0 to start products, and after it that of consumer 1.
     pub const TURN: u32 = 1;
     /// Between the warps of both consumers.
-    pub const CONSUMERS: u32 = TURN + 2;
+    pub const CONSUMERS: u32 = TURN + 3;
     /// Between the warps of the readers.
     pub const READERS: u32 = CONSUMERS + 1;
 }
@@ -75,7 +79,7 @@ unsafe fn attention<
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
-    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, false>::at(dynamic_shared());
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, false>::at(dynamic_shared());
     let thread = thread_index();
     let warpgroup = begin(shared, thread);
     if warpgroup == 0 {
@@ -95,7 +99,7 @@ where
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
     reader::Transposed: Accumulator<E>,
 {
-    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, true>::at(dynamic_shared());
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, true>::at(dynamic_shared());
     let thread = thread_index();
     match begin(shared, thread) {
         0 => {
@@ -107,7 +111,7 @@ where
             let mut consumer = Consumer::new(&params, shared);
             consumer.begin_turns();
             while consumer.next_kind().is_some() {
-                wide::tiles::<E, DIM_BLOCKS, FRAGMENTS, false, true>(&mut consumer);
+                wide::pair::tiles::<E, DIM_BLOCKS, FRAGMENTS, false, true>(&mut consumer);
             }
             consumer.end_turns();
         }
@@ -118,10 +122,43 @@ where
     }
 }
 
+/// The same for launches of wide tiles of 192 rows, which three consumers do. Each has `CONSUMER` registers a thread, the producer `PRODUCER`:
+/// 128 · (3 · `CONSUMER` + `PRODUCER`) = 512 · 128.
+#[inline(always)]
+unsafe fn attention_tall<
+    E: Element,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const PRODUCER: u32,
+    const CONSUMER: u32,
+    const CAPPED: bool,
+>(
+    params: AttentionParams,
+) where
+    [Fragment; FRAGMENTS]: Accumulator<E>,
+    [Fragment; DIM_BLOCKS]: Accumulator<E>,
+{
+    const { assert!(3 * CONSUMER + PRODUCER == 512) };
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, TRIO, false>::at(dynamic_shared());
+    let thread = thread_index();
+    if begin(shared, thread) == 0 {
+        give_registers::<PRODUCER>();
+        producer::run(&params, shared, thread);
+    } else {
+        take_registers::<CONSUMER>();
+        let mut consumer = Consumer::new(&params, shared);
+        consumer.begin_turns();
+        while consumer.next_kind().is_some() {
+            wide::trio::tile::<E, DIM_BLOCKS, FRAGMENTS, CAPPED>(&mut consumer);
+        }
+        consumer.end_turns();
+    }
+}
+
 /// Makes the block's barriers, and returns the thread's warpgroup.
 #[inline(always)]
-unsafe fn begin<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
+unsafe fn begin<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
     thread: u32,
 ) -> u32 {
     let warpgroup = warp::uniform(thread / THREADS);
@@ -142,7 +179,7 @@ unsafe fn consume<
     const CAPPED: bool,
 >(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, false>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, false>,
 ) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
@@ -156,7 +193,7 @@ unsafe fn consume<
                 if kind_before == TileKind::Narrow {
                     consumer.meet(); // all have read what was exchanged: it lies where O is staged
                 }
-                wide::tiles::<E, DIM_BLOCKS, FRAGMENTS, CAPPED, false>(&mut consumer);
+                wide::pair::tiles::<E, DIM_BLOCKS, FRAGMENTS, CAPPED, false>(&mut consumer);
             }
             TileKind::Narrow => narrow::tile::<E, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED>(&mut consumer),
         }
@@ -180,6 +217,20 @@ kernel! {
         attention_beside::<Bf16, 16, 16>(params)
     }
 
+    /// Attention in bf16, head dimension 64, tall tiles.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 24)]
+    fn attention_bf16_d64_tall(params: AttentionParams) {
+        attention_tall::<Bf16, 8, 16, 56, 152, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 64, tall tiles, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 24)]
+    fn attention_bf16_d64_tall_capped(params: AttentionParams) {
+        attention_tall::<Bf16, 8, 16, 56, 152, true>(params)
+    }
+
     /// Attention in bf16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 36, "mma.sync" = 16)]
@@ -194,6 +245,20 @@ kernel! {
         attention::<Bf16, 8, 16, 2, true>(params)
     }
 
+    /// Attention in bf16, head dimension 96, tall tiles.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 28)]
+    fn attention_bf16_d96_tall(params: AttentionParams) {
+        attention_tall::<Bf16, 12, 16, 56, 152, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 96, tall tiles, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 28)]
+    fn attention_bf16_d96_tall_capped(params: AttentionParams) {
+        attention_tall::<Bf16, 12, 16, 56, 152, true>(params)
+    }
+
     /// Attention in bf16, head dimension 96.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 42, "mma.sync" = 24)]
@@ -206,6 +271,20 @@ kernel! {
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_bf16_d96_capped(params: AttentionParams) {
         attention::<Bf16, 12, 16, 2, true>(params)
+    }
+
+    /// Attention in bf16, head dimension 128, tall tiles.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 32)]
+    fn attention_bf16_d128_tall(params: AttentionParams) {
+        attention_tall::<Bf16, 16, 16, 32, 160, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 128, tall tiles, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 32)]
+    fn attention_bf16_d128_tall_capped(params: AttentionParams) {
+        attention_tall::<Bf16, 16, 16, 32, 160, true>(params)
     }
 
     /// Attention in bf16, head dimension 128.
@@ -250,6 +329,20 @@ kernel! {
         attention_beside::<F16, 16, 16>(params)
     }
 
+    /// Attention in f16, head dimension 64, tall tiles.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 24)]
+    fn attention_f16_d64_tall(params: AttentionParams) {
+        attention_tall::<F16, 8, 16, 56, 152, false>(params)
+    }
+
+    /// Attention in f16, head dimension 64, tall tiles, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 24)]
+    fn attention_f16_d64_tall_capped(params: AttentionParams) {
+        attention_tall::<F16, 8, 16, 56, 152, true>(params)
+    }
+
     /// Attention in f16, head dimension 64.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 36, "mma.sync" = 16)]
@@ -264,6 +357,20 @@ kernel! {
         attention::<F16, 8, 16, 2, true>(params)
     }
 
+    /// Attention in f16, head dimension 96, tall tiles.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 28)]
+    fn attention_f16_d96_tall(params: AttentionParams) {
+        attention_tall::<F16, 12, 16, 56, 152, false>(params)
+    }
+
+    /// Attention in f16, head dimension 96, tall tiles, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 28)]
+    fn attention_f16_d96_tall_capped(params: AttentionParams) {
+        attention_tall::<F16, 12, 16, 56, 152, true>(params)
+    }
+
     /// Attention in f16, head dimension 96.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 42, "mma.sync" = 24)]
@@ -276,6 +383,20 @@ kernel! {
     #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_f16_d96_capped(params: AttentionParams) {
         attention::<F16, 12, 16, 2, true>(params)
+    }
+
+    /// Attention in f16, head dimension 128, tall tiles.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 32)]
+    fn attention_f16_d128_tall(params: AttentionParams) {
+        attention_tall::<F16, 16, 16, 32, 160, false>(params)
+    }
+
+    /// Attention in f16, head dimension 128, tall tiles, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 32)]
+    fn attention_f16_d128_tall_capped(params: AttentionParams) {
+        attention_tall::<F16, 16, 16, 32, 160, true>(params)
     }
 
     /// Attention in f16, head dimension 128.

@@ -8,7 +8,7 @@ use packinfer_abi::NARROW_TILE_ROWS;
 use super::consumer::{Consumer, Queries};
 use super::exchange::Exchange;
 use super::shared::ColumnTile;
-use super::{CONSUMER_WARPS, merge};
+use super::{CONSUMER_WARPS, PAIR, merge};
 use crate::element::Element;
 use crate::ptx::mma::Fragment;
 use crate::ptx::warp;
@@ -35,7 +35,7 @@ pub unsafe fn tile<
     const SCORE_FRAGMENTS: usize,
     const CAPPED: bool,
 >(
-    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, false>,
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, false>,
 ) {
     const { assert!(FRAGMENTS == CONSUMER_WARPS as usize * SCORE_FRAGMENTS) };
     let warp_columns = const { 8 * SCORE_FRAGMENTS as u32 };
@@ -50,7 +50,7 @@ pub unsafe fn tile<
 
     let first_row = consumer.warp * warp_columns; // of the step's K and V
     let mut column = range.start + first_row;
-    for _ in 0..(range.end - range.start).div_ceil(Consumer::<DIM_BLOCKS, FRAGMENTS, false>::STEP) {
+    for _ in 0..(range.end - range.start).div_ceil(Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, false>::STEP) {
         let sees_any = warp::any(view.sees_any(column, warp_columns));
         let mut scores = [[[0f32; 4]; SCORE_FRAGMENTS]];
         consumer.k.wait_full();
@@ -79,7 +79,7 @@ pub unsafe fn tile<
         }
         warp::sync();
         consumer.v.release(lane);
-        column += Consumer::<DIM_BLOCKS, FRAGMENTS, false>::STEP;
+        column += Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, false>::STEP;
     }
 
     consumer.release_queries();
@@ -90,7 +90,7 @@ pub unsafe fn tile<
 /// Merges what the warps found, and stores it.
 #[inline(always)]
 unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
-    consumer: &Consumer<DIM_BLOCKS, FRAGMENTS, false>,
+    consumer: &Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, false>,
     slot: u32,
     rows: &[Row; ROWS_PER_LANE],
     softmax: &OnlineSoftmax<1>,
@@ -125,7 +125,7 @@ unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
 /// Scores of the warp's columns, which are the rows of the next step's K from `first_row` on.
 #[inline(always)]
 unsafe fn score<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const SCORE_FRAGMENTS: usize>(
-    consumer: &Consumer<DIM_BLOCKS, FRAGMENTS, false>,
+    consumer: &Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, false>,
     queries: &Queries<DIM_BLOCKS>,
     first_row: u32,
     lane: u32,

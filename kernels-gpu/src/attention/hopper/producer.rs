@@ -4,10 +4,12 @@
 //! | --- | --- |
 //! | 0, 1 | K, V: a box for each piece of a KV run |
 //! | 2 | Q: a box for each piece of a row segment; works out the rows of consumer 1 |
-//! | 3 | takes tasks, posts them, works out the rows of consumer 0 |
+//! | 3 | takes tasks, posts them, works out the rows of consumer 0, and of consumer 2 where there are three |
 
-use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES, WIDE_TILE_ROWS};
+use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES};
 
+use super::TRIO;
+use super::consumer::CONSUMER_ROWS;
 use super::queries;
 use super::queue::{NO_TASK, Queue, leave};
 use super::shared::{ColumnTile, Ring, Shared};
@@ -29,9 +31,6 @@ pub const POSTING_WARPS: u32 = 2;
 /// no block has one in store that another would be free for. Of shorter tasks, the block takes some ahead.
 pub const LONG_TASK_STEPS: u32 = 2;
 
-/// Rows of a tile that one consumer has.
-const CONSUMER_ROWS: u32 = WIDE_TILE_ROWS / 2;
-
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 pub const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
 
@@ -41,9 +40,9 @@ pub const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
 ///
 /// Reached by all threads of the producer's warpgroup.
 #[inline(always)]
-pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
+pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
     thread: u32,
 ) {
     let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
@@ -61,23 +60,24 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE:
                     near_end.send();
                 }
             };
-            for_each_task(params, shared, |task| load_columns(task, &mut ring, shared.k(0), params.kv_maps, lane, tell));
+            for_each_task(shared, |slot| {
+                load_columns(&shared.task(params, slot), &mut ring, shared.k(0), params.kv_maps, lane, tell)
+            });
         }
         1 => {
             let mut ring = shared.v_ring();
-            for_each_task(params, shared, |task| load_columns(task, &mut ring, shared.v(0), v_maps, lane, |_| ()));
+            for_each_task(shared, |slot| load_columns(&shared.task(params, slot), &mut ring, shared.v(0), v_maps, lane, |_| ()));
         }
         2 => load_queries(params, shared, lane),
         _ => post_tasks(params, shared, lane),
     }
 }
 
-/// Does something for every task that is posted.
+/// Does something for every task that is posted, with its slot.
 #[inline(always)]
-unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
-    params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
-    mut load: impl FnMut(&Task),
+unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
+    mut load: impl FnMut(u32),
 ) {
     let mut items = shared.item_ring();
     loop {
@@ -85,16 +85,16 @@ unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const B
         if shared.tile_kind(items.stage()).is_none() {
             break;
         }
-        load(&shared.task(params, items.stage()));
+        load(items.stage());
         items.release_by_lanes();
     }
 }
 
 /// Takes tasks, posts them and works out the rows of consumer 0, until none is left.
 #[inline(always)]
-unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
+unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
     lane: u32,
 ) {
     let (mut items, mut tasks, mut near_end) = (shared.item_ring(), shared.task_ring(), shared.near_end());
@@ -116,6 +116,9 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESI
             ticket = Queue::of_block(params).draw(params);
         }
         write_rows(params, shared, &task, stage, 0, lane);
+        if ROW_BLOCKS == TRIO {
+            write_rows(params, shared, &task, stage, 2, lane);
+        }
         tasks.fill();
 
         let mut after = NO_TASK;
@@ -141,20 +144,28 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESI
 
 /// Has Q of all tasks brought, and works out the rows of consumer 1.
 #[inline(always)]
-unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
+unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
     lane: u32,
 ) {
     let (mut queries, mut tasks) = (shared.query_ring(), shared.task_ring());
-    for_each_task(params, shared, |task| {
+    for_each_task(shared, |slot| {
         tasks.wait_empty();
-        // Q first: it is what is waited for, where tiles have more than one step.
-        queries::load(task, &mut queries, shared.queries(), lane);
-        if task.item.tile.rows() > CONSUMER_ROWS {
-            write_rows(params, shared, task, tasks.stage(), 1, lane);
+        let task = shared.task(params, slot);
+        if ROW_BLOCKS == TRIO {
+            // Q of the tile before is there until its last scores are.
+            write_rows(params, shared, &task, slot, 1, lane);
+            tasks.fill();
+            queries::load(&shared.task(params, slot), &mut queries, shared.queries(), lane);
+        } else {
+            // Q first: it is what is waited for, where tiles have more than one step.
+            queries::load(&task, &mut queries, shared.queries(), lane);
+            if task.item.tile.rows() > CONSUMER_ROWS {
+                write_rows(params, shared, &task, tasks.stage(), 1, lane);
+            }
+            tasks.fill();
         }
-        tasks.fill();
     });
     tasks.wait_empty();
     tasks.fill();
@@ -162,9 +173,9 @@ unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BE
 
 /// Works out the rows of a consumer, and what they see.
 #[inline(always)]
-unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool>(
+unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, BESIDE>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
     task: &Task,
     stage: u32,
     consumer: u32,

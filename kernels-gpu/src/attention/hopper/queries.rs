@@ -15,8 +15,13 @@ use crate::shared_tile::origin_of_panel;
 ///
 /// Reached by all lanes of the warp; the ring is that of `tile`.
 #[inline(always)]
-pub unsafe fn load<const DIM_BLOCKS: usize>(task: &Task, ring: &mut Ring, tile: QueryTile<DIM_BLOCKS>, lane: u32) {
-    let token_bytes = task.params.heads.heads_per_group * QueryTile::<DIM_BLOCKS>::ROW_BYTES;
+pub unsafe fn load<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
+    task: &Task,
+    ring: &mut Ring,
+    tile: QueryTile<DIM_BLOCKS, ROW_BLOCKS>,
+    lane: u32,
+) {
+    let token_bytes = task.params.heads.heads_per_group * QueryTile::<DIM_BLOCKS, ROW_BLOCKS>::ROW_BYTES;
     let (mut first_token, mut num_tokens) = segment(task, lane);
     // Nobody waits for the description of what is to come, only for what comes.
     ring.wait_empty();
@@ -55,13 +60,13 @@ unsafe fn segment(task: &Task, index: u32) -> (u32, u32) {
 }
 
 /// How boxes of tokens get to a tile.
-struct TokenBoxes<'a, const DIM_BLOCKS: usize> {
-    tile: QueryTile<DIM_BLOCKS>,
+struct TokenBoxes<'a, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> {
+    tile: QueryTile<DIM_BLOCKS, ROW_BLOCKS>,
     task: &'a Task,
     barrier: u32,
 }
 
-impl<const DIM_BLOCKS: usize> TokenBoxes<'_, DIM_BLOCKS> {
+impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> TokenBoxes<'_, DIM_BLOCKS, ROW_BLOCKS> {
     /// Starts copies of `count` tokens from `token` on, which are the tile's from `tile_token` on: for each panel, boxes of powers of two.
     #[inline(always)]
     unsafe fn copy(&self, mut token: u32, mut tile_token: u32, mut count: u32) {
@@ -70,7 +75,7 @@ impl<const DIM_BLOCKS: usize> TokenBoxes<'_, DIM_BLOCKS> {
         while count > 0 {
             let log2 = 31 - count.leading_zeros();
             let map = self.task.params.q_maps + u64::from(log2 * TENSOR_MAP_BYTES);
-            for panel in 0..QueryTile::<DIM_BLOCKS>::PANELS {
+            for panel in 0..QueryTile::<DIM_BLOCKS, ROW_BLOCKS>::PANELS {
                 let row = self.tile.panel_row(panel, tile_token * heads_per_group);
                 let [element, of_panel] = origin_of_panel::<DIM_BLOCKS>(panel);
                 copy_box(row, map, [element, first_head, of_panel, token, 0], self.barrier);

@@ -17,7 +17,7 @@ use super::producer::{BoxCopies, NO_SLOT};
 use super::queue::{NO_TASK, ReaderQueue, leave};
 use super::shared::Shared;
 use super::softmax::{NOTHING_SEEN, RANGE_LOG2};
-use super::{READER_WARPS, barrier, merge};
+use super::{PAIR, READER_WARPS, barrier, merge};
 use crate::attention::store;
 use crate::attention::task::{Stamper, Task};
 use crate::columns::RunWindow;
@@ -427,7 +427,7 @@ impl Softmax {
 #[inline(always)]
 pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, true>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, true>,
     thread: u32,
 ) where
     Transposed: Accumulator<E>,

@@ -3,26 +3,27 @@
 use core::ops::Range;
 
 use packinfer_abi::{
-    AttentionParams, BESIDE_SHARED_BYTES, HOPPER_SHARED_BYTES, ROW_TABLE_BYTES, TileKind, WIDE_TILE_ROWS, WorkItem,
-    hopper_column_step,
+    AttentionParams, BESIDE_SHARED_BYTES, HOPPER_ROW_TABLE_BYTES, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS, TALL_SHARED_BYTES,
+    TALL_TILE_ROWS, TileKind, WorkItem, hopper_column_step,
 };
 
+use super::consumer::CONSUMER_ROWS;
 use super::exchange::Exchange;
 use super::producer::{LOADER_WARPS, LONG_TASK_STEPS, POSTING_WARPS};
 use super::reader::ReaderMemory;
-use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
 use crate::ptx::memory::{load_shared, load_shared_x4, store_shared_x4};
 use crate::ptx::warp::LANES as WARP_LANES;
+use crate::ptx::warpgroup::THREADS;
 use crate::rows::{RowTable, WarpView};
-use crate::shared_tile::{BoxTile, PanelTile, SharedTile};
+use crate::shared_tile::{BoxTile, PANEL_BLOCKS, PanelTile, SharedTile};
 
 /// Blocks of 8 elements that a consuming warp stages of its rows of O at a time, where there is no exchange.
 pub const STAGED_BLOCKS: usize = 2;
 
 /// Q of a task.
-pub type QueryTile<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, { WIDE_TILE_ROWS as usize / 8 }>;
+pub type QueryTile<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> = PanelTile<DIM_BLOCKS, ROW_BLOCKS>;
 /// K or V of a step of `8 * FRAGMENTS` columns.
 pub type ColumnTile<const DIM_BLOCKS: usize, const FRAGMENTS: usize> = BoxTile<DIM_BLOCKS, FRAGMENTS>;
 
@@ -294,45 +295,57 @@ pub struct SeenSteps {
 /// Where the parts lie, in this order: Q, K, V, tiles of the readers, row tables, exchange, task slots, barriers, the rest of what the readers have. Where narrow tiles are
 /// done `BESIDE` wide ones, by readers, these take the place of the exchange, of which what is left is room for each consuming warp to store rows of O through.
 #[derive(Clone, Copy)]
-pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> {
+pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool> {
     base: u32,
 }
 
-impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Shared<DIM_BLOCKS, FRAGMENTS, BESIDE> {
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>
+    Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>
+{
+    /// Rows of a wide tile.
+    pub const ROWS_OF_TILE: u32 = 8 * ROW_BLOCKS as u32;
+    /// Consumers, each of which has 64 rows of a wide tile.
+    pub const CONSUMERS: u32 = Self::ROWS_OF_TILE / CONSUMER_ROWS;
+    /// Threads that consume.
+    pub const CONSUMER_THREADS: u32 = Self::CONSUMERS * THREADS;
+    /// Warps that consume.
+    pub const CONSUMER_WARPS: u32 = Self::CONSUMER_THREADS / WARP_LANES;
     /// Columns of a step.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
 
     /// Steps whose K is held, and steps whose V is: those that fit beside Q.
-    const STAGES: [u32; 2] = match (DIM_BLOCKS, BESIDE) {
-        (8, false) => [4, 6],
-        (8, true) => [4, 4],
-        (12 | 16, false) => [2, 3],
+    const STAGES: [u32; 2] = match (DIM_BLOCKS, Self::HAS_EXCHANGE) {
+        (8, true) => [4, 6],
+        (8, false) => [4, 4],
+        (12 | 16, true) => [2, 3],
         _ => [2, 2],
     };
     const K_STAGES: u32 = Self::STAGES[0];
     pub const V_STAGES: u32 = Self::STAGES[1];
 
-    const K: u32 = QueryTile::<DIM_BLOCKS>::BYTES;
+    const K: u32 = QueryTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES;
     const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const READERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const ROWS: u32 = Self::READERS + if BESIDE { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { 0 };
     /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
     const TASKS: u32 = if BESIDE { 2 } else { 4 };
-    /// Row tables of these tasks, and of the readers' task.
-    const ROW_TABLES: u32 = Self::TASKS + if BESIDE { 1 } else { 0 };
-    const EXCHANGE: u32 = Self::ROWS + Self::ROW_TABLES * ROW_TABLE_BYTES;
-    const EXCHANGE_BYTES: u32 = if BESIDE { CONSUMER_WARPS * Self::STAGING_BYTES } else { Exchange::<DIM_BLOCKS>::BYTES };
+    /// Whether consumers do narrow tiles too, and exchange what they found.
+    pub const HAS_EXCHANGE: bool = !BESIDE && Self::CONSUMERS == 2;
+    const EXCHANGE: u32 = Self::ROWS + Self::TASKS * HOPPER_ROW_TABLE_BYTES;
+    const EXCHANGE_BYTES: u32 =
+        if !Self::HAS_EXCHANGE { Self::CONSUMER_WARPS * Self::STAGING_BYTES } else { Exchange::<DIM_BLOCKS>::BYTES };
     const SLOTS: u32 = Self::EXCHANGE + Self::EXCHANGE_BYTES;
     /// Bytes that a consuming warp stages rows of O in, where there is no exchange.
-    const STAGING_BYTES: u32 = 16 * SharedTile::<STAGED_BLOCKS>::ROW_BYTES;
+    const STAGING_BYTES: u32 =
+        16 * if BESIDE { SharedTile::<STAGED_BLOCKS>::ROW_BYTES } else { SharedTile::<PANEL_BLOCKS>::ROW_BYTES };
     /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, and in which steps. The words on the task are one more than the
     /// tile's kind, or zero if no task is left; the head group; the KV head; the task's index.
     const SLOT_ITEM: u32 = 0;
     const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
     const SLOT_VIEWS: u32 = Self::SLOT_TASK + 16;
-    const SLOT_STEPS: u32 = Self::SLOT_VIEWS + 2 * 16;
+    const SLOT_STEPS: u32 = Self::SLOT_VIEWS + Self::CONSUMERS * 16;
     /// Bytes of a task slot.
-    const SLOT_BYTES: u32 = Self::SLOT_STEPS + 2 * 16;
+    const SLOT_BYTES: u32 = Self::SLOT_STEPS + Self::CONSUMERS * 16;
     const BARRIERS: u32 = Self::SLOTS + Self::TASKS * Self::SLOT_BYTES;
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::bytes(1);
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::bytes(Self::K_STAGES);
@@ -341,7 +354,16 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Shared
     const NEAR_END_BARRIER: u32 = Self::ITEM_BARRIERS + Ring::bytes(Self::TASKS);
     const READER_WORDS: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
     const END: u32 = Self::READER_WORDS + if BESIDE { ReaderMemory::<DIM_BLOCKS>::WORD_BYTES } else { 0 };
-    const FITS: () = assert!(Self::END <= if BESIDE { BESIDE_SHARED_BYTES } else { HOPPER_SHARED_BYTES });
+    const FITS: () = assert!(
+        Self::END
+            <= if BESIDE {
+                BESIDE_SHARED_BYTES
+            } else if Self::CONSUMERS == 2 {
+                HOPPER_SHARED_BYTES
+            } else {
+                TALL_SHARED_BYTES
+            }
+    );
     const STEP_IS_THE_PLANS: () = assert!(Self::STEP == hopper_column_step(8 * DIM_BLOCKS as u32));
 
     #[inline(always)]
@@ -356,11 +378,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Shared
     ///
     /// Reached by one thread, before a barrier of the whole block.
     pub unsafe fn init_barriers(&self) {
-        self.query_ring().init(1, CONSUMER_THREADS);
-        self.k_ring().init(1, CONSUMER_WARPS);
-        self.v_ring().init(1, CONSUMER_WARPS);
+        self.query_ring().init(1, Self::CONSUMER_THREADS);
+        self.k_ring().init(1, Self::CONSUMER_WARPS);
+        self.v_ring().init(1, Self::CONSUMER_WARPS);
         self.item_ring().init(1, LOADER_WARPS * WARP_LANES);
-        self.task_ring().init(POSTING_WARPS * WARP_LANES, CONSUMER_THREADS);
+        self.task_ring().init(POSTING_WARPS * WARP_LANES, Self::CONSUMER_THREADS);
         mbarrier::init(self.base + Self::NEAR_END_BARRIER, 1);
         if BESIDE {
             self.reader_memory().init();
@@ -402,7 +424,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Shared
     }
 
     #[inline(always)]
-    pub fn queries(&self) -> QueryTile<DIM_BLOCKS> {
+    pub fn queries(&self) -> QueryTile<DIM_BLOCKS, ROW_BLOCKS> {
         QueryTile::at(self.base)
     }
 
@@ -418,7 +440,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Shared
 
     #[inline(always)]
     pub fn rows(&self, stage: u32) -> RowTable {
-        RowTable::at(self.base + Self::ROWS + stage * ROW_TABLE_BYTES)
+        RowTable::at(self.base + Self::ROWS + stage * HOPPER_ROW_TABLE_BYTES)
     }
 
     #[inline(always)]
@@ -426,9 +448,12 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Shared
         Exchange::at(self.base + Self::EXCHANGE)
     }
 
-    /// Where a consuming warp may put 16 rows of [`STAGED_BLOCKS`] blocks, where there is no exchange.
+    /// Where a consuming warp may put 16 rows of `BLOCKS` blocks: [`STAGED_BLOCKS`] where there are readers, otherwise those of a panel.
     #[inline(always)]
-    pub fn staging(&self, warp: u32) -> SharedTile<STAGED_BLOCKS> {
+    pub fn staging<const BLOCKS: usize>(&self, warp: u32) -> SharedTile<BLOCKS> {
+        if Self::HAS_EXCHANGE {
+            return SharedTile::at(self.exchange().staging(warp));
+        }
         SharedTile::at(self.base + Self::EXCHANGE + warp * Self::STAGING_BYTES)
     }
 
@@ -438,10 +463,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Shared
         ReaderMemory::at(self.base + Self::READERS, self.base + Self::READER_WORDS)
     }
 
-    /// Rows of the readers' task.
+    /// Rows of the readers' task: behind those of the first of the others, of which there are not so many as there is room for.
     #[inline(always)]
     pub fn reader_rows(&self) -> RowTable {
-        self.rows(Self::TASKS)
+        const { assert!(!BESIDE || 8 * ROW_BLOCKS as u32 + NARROW_TILE_ROWS <= TALL_TILE_ROWS) };
+        self.rows(0).skip_rows(Self::ROWS_OF_TILE)
     }
 
     #[inline(always)]

@@ -1,0 +1,128 @@
+//! Three consumers: a tile of 192 rows takes two thirds of the bytes from the L2 cache that one of 128 takes for the same products. Each has at most 160 registers a thread, too
+//! few for the scores of a step beside the weights of the step before. So a consumer does one after the other, and the other two have the tensor cores meanwhile.
+//!
+//! ```text
+//! consumer 0    S₀ · softmax₀             P₀V₀ S₁ · softmax₁             P₁V₁ S₂ …
+//! consumer 1             S₀ · softmax₀             P₀V₀ S₁ · softmax₁             P₁V₁ …
+//! consumer 2                      S₀ · softmax₀             P₀V₀ S₁ · softmax₁         …
+//! ```
+
+use super::super::TRIO;
+use super::super::consumer::{Consumer, Queries};
+use super::super::softmax::LazySoftmax;
+use super::{Step, Weights, weights_of};
+use crate::element::Element;
+use crate::ptx::mma::Fragment;
+use crate::ptx::wgmma::{self, Accumulator, hold_words};
+use crate::softmax::scale_rows;
+
+/// What a consumer has in its registers.
+struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
+    /// Of the tile, with the step whose scores came last.
+    softmax: LazySoftmax,
+    /// Of that step.
+    weights: Weights<FRAGMENTS>,
+    /// Of the tile, without that step.
+    output: [[Fragment; DIM_BLOCKS]; 1],
+    /// Whether that step is the first of its tile, so that there is no such output.
+    is_first: bool,
+}
+
+/// Does the next tile, as a wide one whatever its kind.
+///
+/// # Safety
+///
+/// Reached by all threads of the consumers.
+#[inline(always)]
+pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool>(
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, TRIO, false>,
+) where
+    [Fragment; FRAGMENTS]: Accumulator<E>,
+    [Fragment; DIM_BLOCKS]: Accumulator<E>,
+{
+    let (mut step, before) = consumer.next_tile();
+    consumer.take_queries(consumer.first_row());
+    consumer.skip(before);
+    let mut state = consumer.first_step::<E, CAPPED>(&step);
+    while !step.is_last() {
+        step.column += Consumer::<DIM_BLOCKS, FRAGMENTS, TRIO, false>::STEP;
+        consumer.further_step::<E, CAPPED>(&step, &mut state);
+    }
+    consumer.v.wait_full();
+    consumer.add_to_output::<E>(&mut state);
+    let factors = consumer.finish(step.slot, &state.softmax);
+    scale_rows(&mut state.output, &[factors]);
+    consumer.store::<E>(step.slot, &state.output);
+    consumer.skip(step.behind);
+}
+
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS, TRIO, false> {
+    /// Products take Q from shared memory.
+    const NO_QUERIES: Queries<DIM_BLOCKS> = [[0; 2]; DIM_BLOCKS];
+
+    /// The first step of a tile.
+    #[inline(always)]
+    unsafe fn first_step<E: Element, const CAPPED: bool>(&mut self, step: &Step) -> State<DIM_BLOCKS, FRAGMENTS>
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+    {
+        let mut softmax = LazySoftmax::NOTHING;
+        self.k.wait_full();
+        self.take_turn();
+        let mut scores = self.scores_in_turn::<E, CAPPED>(step);
+        softmax.find_origins(self.params.scale_log2, &scores);
+        softmax.take_in(self.params.scale_log2, &mut scores);
+        State { softmax, weights: weights_of::<E, FRAGMENTS>(&scores), output: [[[0f32; 4]; DIM_BLOCKS]], is_first: true }
+    }
+
+    /// A step of the same tile as the step before, whose weights go into the output first.
+    #[inline(always)]
+    unsafe fn further_step<E: Element, const CAPPED: bool>(&mut self, step: &Step, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    {
+        self.v.wait_full();
+        self.k.wait_full();
+        self.take_turn();
+        self.add_to_output::<E>(state);
+        let mut scores = self.scores_in_turn::<E, CAPPED>(step);
+        if let Some(factors) = state.softmax.make_room(self.params.scale_log2, &scores) {
+            scale_rows(&mut state.output, &[factors]);
+        }
+        state.softmax.take_in(self.params.scale_log2, &mut scores);
+        state.weights = weights_of::<E, FRAGMENTS>(&scores);
+    }
+
+    /// Starts the scores of a step whose K is there, passes the turn on, and waits for them.
+    #[inline(always)]
+    unsafe fn scores_in_turn<E, const CAPPED: bool>(&mut self, step: &Step) -> [Fragment; FRAGMENTS]
+    where
+        [Fragment; FRAGMENTS]: Accumulator<E>,
+    {
+        let mut scores = [[0f32; 4]; FRAGMENTS];
+        scores.hold();
+        self.start_scores::<E>(&Self::NO_QUERIES, &mut scores);
+        self.pass_turn();
+        let sees_all = self.sees_all(step);
+        wgmma::wait_group::<0>();
+        self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
+        scores
+    }
+
+    /// Adds what the weights give to the output, for a V that is there, which is let go.
+    #[inline(always)]
+    unsafe fn add_to_output<E>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
+    where
+        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    {
+        let [output] = &mut state.output;
+        output.hold();
+        hold_words(&mut state.weights);
+        self.start_output::<E>(output, state.is_first, &state.weights, self.v.stage());
+        wgmma::wait_group::<0>();
+        output.hold();
+        state.is_first = false;
+        self.v.release(self.lane());
+    }
+}
