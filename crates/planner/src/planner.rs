@@ -159,8 +159,8 @@ impl Planner {
     /// The model that a batch is planned for, of whose KV tokens so many need not be read: of those that suit its head dimension best, the
     /// one that needs the least time for its bytes and products; the last of those that need about the same.
     fn choose(&self, batch: &Batch, repeated_tokens: u64) -> Result<DeviceModel, PlanError> {
-        /// What measurements differ by, as part of them.
-        const SPREAD: f64 = 0.03;
+        /// What the models of two families may differ by where the kernels do not, as part of the time: fitted ones are off by up to 9 % in the median.
+        const SPREAD: f64 = 0.1;
         let shape = batch.shape();
         let better = |a: &DeviceModel, b: &DeviceModel| {
             a.kernel_family == b.kernel_family && a.misfit(shape.head_dim()) < b.misfit(shape.head_dim())
