@@ -1,7 +1,7 @@
 //! Narrow work items beside wide ones, on the same multiprocessor at the same time.
 
 use half::{bf16, f16};
-use packinfer::{BesideTimes, DeviceModel, Engine, KernelFamily, Mask, Packing, Plan, Planner};
+use packinfer::{BesideTimes, DeviceModel, Engine, Mask, Packing, Plan};
 use packinfer_abi::{DIRECT, KvRun, TileKind};
 
 use crate::case::{Case, Element, contiguous, engine, paged, shape};
@@ -19,23 +19,11 @@ fn lengths() -> Vec<(u32, u32)> {
 
 /// A plan with the kernels for Hopper, if the engine has them; it does narrow items beside wide ones.
 fn plan_beside<E: Element>(engine: &Engine, case: &Case<E>, change: impl Fn(DeviceModel) -> DeviceModel) -> Option<Plan> {
-    let models = engine.device().models().into_iter().filter(|model| model.kernel_family == KernelFamily::Sm90a);
     // Whether it is faster is not what is tested.
     let beside = Some(BesideTimes { wide: 0.5, narrow: 0.5 });
-    let models: Vec<_> = models.map(|model| DeviceModel { beside, ..change(model) }).collect();
-    if models.is_empty() || !engine.kernel_families().contains(&KernelFamily::Sm90a) {
-        return None;
-    }
-    let plan = Planner::choosing(models).plan(&case.batch).expect("the batch can be planned");
+    let plan = case.plan_for_hopper(engine, |model| DeviceModel { beside, ..change(model) })?;
     assert!(plan.is_beside(), "{:?}", case.batch.shape());
     Some(plan)
-}
-
-/// Runs a plan twice, which must give the same, and compares it with exact attention.
-fn check<E: Element + PartialEq>(engine: &Engine, case: &Case<E>, plan: &Plan) {
-    let first = case.run_plan(engine, plan);
-    case.check(&first);
-    assert!(case.run_plan(engine, plan) == first, "a second run gave something else");
 }
 
 fn check_shapes<E: Element + PartialEq>() {
@@ -47,7 +35,7 @@ fn check_shapes<E: Element + PartialEq>() {
             for batch in cases.into_iter().chain([contiguous(shape, Mask::Causal, &lengths())]) {
                 let case = Case::<E>::new(batch);
                 let Some(plan) = plan_beside(engine, &case, |model| model) else { return };
-                check(engine, &case, &plan);
+                case.check_plan(engine, &plan);
             }
         }
     }
@@ -75,7 +63,7 @@ fn several_tokens_windows_and_sinks() {
             let mut case = Case::<bf16>::new(paged(shape, mask, &lengths, 16));
             case.sinks = Some((0..shape.num_qo_heads()).map(|head| 3.0 * head as f32 - 9.0).collect());
             let Some(plan) = plan_beside(engine, &case, |model| model) else { return };
-            check(engine, &case, &plan);
+            case.check_plan(engine, &plan);
         }
     }
 }
@@ -95,7 +83,7 @@ fn partials_are_merged() {
             let Some(plan) = plan_beside(engine, &case, slow_memory) else { return };
             let splits = |kind| plan.items().iter().any(|item| item.partial_row != DIRECT && item.tile == kind);
             assert!(splits(TileKind::Narrow), "no narrow item is split");
-            check(engine, &case, &plan);
+            case.check_plan(engine, &plan);
         }
     }
 }

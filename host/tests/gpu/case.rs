@@ -4,8 +4,8 @@ use std::io::{self, Write};
 use std::sync::LazyLock;
 
 use packinfer::{
-    AttentionShape, Batch, DevicePlan, Engine, EngineError, EngineOptions, Mask, Plan, RunOptions, Stamps, Stream, Tensors,
-    Workspace,
+    AttentionShape, Batch, DeviceModel, DevicePlan, Engine, EngineError, EngineOptions, KernelFamily, Mask, Plan, Planner,
+    RunOptions, Stamps, Stream, Tensors, Workspace,
 };
 use packinfer::{DeviceBuffer, Packing};
 use packinfer_cpu::{Inputs, Options, largest_difference, random_elements, reference, relative_error};
@@ -90,6 +90,16 @@ impl<E: Element, K: KvElement<E>> Case<E, K> {
         engine.planner().with_packing(packing).plan(&self.batch).expect("the batch can be planned")
     }
 
+    /// A plan for the Hopper kernels by changed models, if the engine has them.
+    pub fn plan_for_hopper(&self, engine: &Engine, change: impl Fn(DeviceModel) -> DeviceModel) -> Option<Plan> {
+        let models = engine.device().models().into_iter().filter(|model| model.kernel_family == KernelFamily::Sm90a);
+        let models: Vec<_> = models.map(change).collect();
+        if models.is_empty() || !engine.kernel_families().contains(&KernelFamily::Sm90a) {
+            return None;
+        }
+        Some(Planner::choosing(models).plan(&self.batch).expect("the batch can be planned"))
+    }
+
     pub fn on_device(&self, engine: &Engine) -> DeviceCase<E, K> {
         let lse_len = self.batch.num_query_tokens() as usize * self.batch.shape().num_qo_heads() as usize;
         let per_head =
@@ -124,6 +134,16 @@ impl<E: Element, K: KvElement<E>> Case<E, K> {
         let mut device = self.on_device(engine);
         device.run(engine, &plan, &mut engine.workspace().expect("there is room"), &stream).expect("the run is right");
         device.results()
+    }
+
+    /// Runs a plan twice, which must give the same, and compares it with exact attention.
+    pub fn check_plan(&self, engine: &Engine, plan: &Plan)
+    where
+        E: PartialEq,
+    {
+        let first = self.run_plan(engine, plan);
+        self.check(&first);
+        assert!(self.run_plan(engine, plan) == first, "a second run gave something else");
     }
 
     /// Compares results with exact attention.

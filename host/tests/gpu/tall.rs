@@ -1,7 +1,7 @@
 //! Launches of wide tiles alone, which have 192 rows where there are kernels for that.
 
 use half::{bf16, f16};
-use packinfer::{DeviceModel, Engine, KernelFamily, Mask, Packing, Plan, Planner};
+use packinfer::{DeviceModel, Engine, Mask, Packing, Plan};
 use packinfer_abi::{DIRECT, KvRun, TALL_TILE_ROWS};
 
 use crate::case::{Case, Element, contiguous, engine, paged, shape};
@@ -16,21 +16,9 @@ const LENGTHS: [(u32, u32); 7] = [(193, 193), (300, 900), (128, 128), (700, 1500
 
 /// A plan with the kernels for Hopper, if the engine has them; its tiles are tall.
 fn plan_tall<E: Element>(engine: &Engine, case: &Case<E>, change: impl Fn(DeviceModel) -> DeviceModel) -> Option<Plan> {
-    let models = engine.device().models().into_iter().filter(|model| model.kernel_family == KernelFamily::Sm90a);
-    let models: Vec<_> = models.map(change).collect();
-    if models.is_empty() || !engine.kernel_families().contains(&KernelFamily::Sm90a) {
-        return None;
-    }
-    let plan = Planner::choosing(models).plan(&case.batch).expect("the batch can be planned");
+    let plan = case.plan_for_hopper(engine, change)?;
     assert_eq!(plan.heads().wide_tile_rows, TALL_TILE_ROWS, "{:?}", case.batch.shape());
     Some(plan)
-}
-
-/// Runs a plan twice, which must give the same, and compares it with exact attention.
-fn check<E: Element + PartialEq>(engine: &Engine, case: &Case<E>, plan: &Plan) {
-    let first = case.run_plan(engine, plan);
-    case.check(&first);
-    assert!(case.run_plan(engine, plan) == first, "a second run gave something else");
 }
 
 fn check_shapes<E: Element + PartialEq>() {
@@ -42,7 +30,7 @@ fn check_shapes<E: Element + PartialEq>() {
             for batch in cases.into_iter().chain([contiguous(shape, Mask::Causal, &LENGTHS)]) {
                 let case = Case::<E>::new(batch);
                 let Some(plan) = plan_tall(engine, &case, |model| model) else { return };
-                check(engine, &case, &plan);
+                case.check_plan(engine, &plan);
             }
         }
     }
@@ -69,7 +57,7 @@ fn masks_sinks_and_soft_caps() {
                 case.sinks = Some((0..shape.num_qo_heads()).map(|head| 3.0 * head as f32 - 9.0).collect());
                 case.logit_soft_cap = logit_soft_cap;
                 let Some(plan) = plan_tall(engine, &case, |model| model) else { return };
-                check(engine, &case, &plan);
+                case.check_plan(engine, &plan);
             }
         }
     }
@@ -86,7 +74,7 @@ fn short_prompts_share_tiles() {
             // Where there are few multiprocessors, each has so much to do that tiles may be long.
             let Some(plan) = plan_tall(engine, &case, |model| DeviceModel { num_sms: 2, ..model }) else { return };
             assert!(plan.items().iter().any(|item| item.num_segments > 2), "no tile has several requests");
-            check(engine, &case, &plan);
+            case.check_plan(engine, &plan);
         }
     }
 }
@@ -104,7 +92,7 @@ fn partials_are_merged() {
             let case = Case::<bf16>::new(batch);
             let Some(plan) = plan_tall(engine, &case, |model| DeviceModel { merge_ns: 0.0, ..model }) else { return };
             assert!(plan.items().iter().any(|item| item.partial_row != DIRECT), "no item is split");
-            check(engine, &case, &plan);
+            case.check_plan(engine, &plan);
         }
     }
 }
