@@ -36,7 +36,7 @@ pub use kv::{
 };
 pub use numbers::{e4m3, sin_cos, turn};
 
-/// The most rows of a [`TileKind::Wide`] tile; see [`wide_tile_rows`].
+/// The most rows of a [`TileKind::Wide`] tile that is not [tall](TALL_TILE_ROWS); see [`wide_tile_rows`].
 pub const WIDE_TILE_ROWS: u32 = 128;
 /// Rows of a wide tile of the `sm_90a` kernel for launches of wide tiles alone: those of three warpgroups.
 pub const TALL_TILE_ROWS: u32 = 192;
@@ -152,7 +152,7 @@ pub enum TileKind {
 }
 
 impl TileKind {
-    /// The most rows of a tile of this kind; see [`HeadGroups::tile_rows`].
+    /// The most rows of a tile of this kind that is not [tall](TALL_TILE_ROWS); see [`HeadGroups::tile_rows`].
     pub const fn rows(self) -> u32 {
         match self {
             TileKind::Wide => WIDE_TILE_ROWS,
@@ -162,7 +162,7 @@ impl TileKind {
 }
 
 /// Rows of a [`TileKind::Wide`] tile of the `sm_80` kernel for a head dimension: half as many where O of more would not fit into the registers of four
-/// warps. Those of the `sm_90a` kernel, which has eight, always have [`WIDE_TILE_ROWS`].
+/// warps. Those of the `sm_90a` kernels always have [`WIDE_TILE_ROWS`], or [`TALL_TILE_ROWS`].
 pub const fn wide_tile_rows(head_dim: u32) -> u32 {
     if head_dim > 128 { WIDE_TILE_ROWS / 2 } else { WIDE_TILE_ROWS }
 }

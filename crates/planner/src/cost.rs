@@ -15,7 +15,7 @@ pub(crate) type Ns = u64;
 
 /// The most parts of a tile's rows that skip columns by themselves.
 const MAX_PARTS: usize = (WIDE_TILE_ROWS / 32) as usize;
-const _: () = assert!(TALL_TILE_ROWS / 64 <= MAX_PARTS as u32);
+const _: () = assert!(TALL_TILE_ROWS / KernelFamily::Sm90a.wide_rows_together() <= MAX_PARTS as u32);
 /// Bytes of an element of a partial, or of its log-sum-exp.
 const PARTIAL_ELEMENT_BYTES: u64 = 4;
 

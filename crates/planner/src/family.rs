@@ -46,7 +46,7 @@ impl KernelFamily {
     }
 
     /// Rows of a wide tile that skip a step of columns together, because none of them sees any of it: those of a warp, or of a warpgroup.
-    pub(crate) fn wide_rows_together(self) -> u32 {
+    pub(crate) const fn wide_rows_together(self) -> u32 {
         match self {
             Self::Sm80 => 32,
             Self::Sm90a => 64,

@@ -350,16 +350,16 @@ fn wide_tile_rows(batch: &Batch, model: &DeviceModel, heads_per_group: u32) -> u
     if all_rows <= batch.requests().len() as u64 * u64::from(NARROW_TILE_ROWS) {
         return rows; // that is soon seen, and most decodes are left out
     }
-    let (mut many_rows, mut narrow_tokens) = (0, 0);
+    let (mut rows_of_long, mut narrow_kv_tokens) = (0, 0);
     for request in batch.requests() {
         let rows = u64::from(request.query_len) * u64::from(heads_per_group);
         if rows > u64::from(WIDE_TILE_ROWS) {
-            many_rows += rows;
+            rows_of_long += rows;
         } else if rows <= u64::from(NARROW_TILE_ROWS) {
-            narrow_tokens += request.seen(batch.mask()).len() as u64;
+            narrow_kv_tokens += request.seen(batch.mask()).len() as u64;
         }
     }
-    let narrow_ns = 1e9 * (narrow_tokens * shape.kv_bytes_per_slot()) as f64 / model.bytes_per_s;
-    let is_tall = 2 * many_rows >= all_rows && narrow_ns <= MOST_NARROW * model.least_ns(LeastWork::of(batch, 0));
+    let narrow_ns = 1e9 * (narrow_kv_tokens * shape.kv_bytes_per_slot()) as f64 / model.bytes_per_s;
+    let is_tall = 2 * rows_of_long >= all_rows && narrow_ns <= MOST_NARROW * model.least_ns(LeastWork::of(batch, 0));
     if is_tall { tall_rows } else { rows }
 }

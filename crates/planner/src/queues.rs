@@ -173,6 +173,13 @@ impl Queues {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Queues {
+        /// Of the arrangement without anything beside.
+        fn back_lanes(&mut self, device: LanesOfGroups) -> Option<u32> {
+            self.arrange(device, None).map(|arrangement| arrangement.back_lanes)
+        }
+    }
     use crate::DeviceModel;
 
     /// A device with so many lanes.
@@ -202,44 +209,30 @@ mod tests {
         let queues = |narrow_items| filled(&[90e3; 520], &vec![20e3; narrow_items]);
         // Together with the narrow items, which take a quarter of their time beside wide ones, this is five rounds of 132 lanes.
         for narrow_items in [2400, 2520, 2700] {
-            let back_lanes =
-                queues(narrow_items).arrange(device(132, 1), None).map(|queues| queues.back_lanes).expect("much of both");
+            let back_lanes = queues(narrow_items).back_lanes(device(132, 1)).expect("much of both");
             assert!((26..=28).contains(&back_lanes), "{back_lanes} lanes for {narrow_items} narrow items");
         }
         // The same for each of eight head groups, of which two share 33 lanes.
         let queues = |narrow_items| filled(&[90e3; 65], &vec![20e3; narrow_items]);
         for narrow_items in [300, 315, 337] {
-            assert_eq!(
-                queues(narrow_items).arrange(device(132, 8), None).map(|queues| queues.back_lanes),
-                Some(28),
-                "{narrow_items} narrow items"
-            );
+            assert_eq!(queues(narrow_items).back_lanes(device(132, 8)), Some(28), "{narrow_items} narrow items");
         }
     }
 
     #[test]
     fn hardly_any_of_one_kind_needs_no_queue() {
-        assert_eq!(filled(&[], &[]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
-        assert_eq!(filled(&[50e3; 100], &[]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
-        assert_eq!(filled(&[], &[50e3; 100]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
-        assert_eq!(filled(&[50e3; 100], &[50e3; 4]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
-        assert_eq!(filled(&[50e3; 4], &[50e3; 100]).arrange(device(132, 8), None).map(|queues| queues.back_lanes), None);
-        assert!(
-            filled(&[5e3; 1000], &[5e3; 100])
-                .arrange(device(132, 8), None)
-                .map(|queues| queues.back_lanes)
-                .is_some_and(|back_lanes| back_lanes > 0)
-        );
+        assert_eq!(filled(&[], &[]).back_lanes(device(132, 8)), None);
+        assert_eq!(filled(&[50e3; 100], &[]).back_lanes(device(132, 8)), None);
+        assert_eq!(filled(&[], &[50e3; 100]).back_lanes(device(132, 8)), None);
+        assert_eq!(filled(&[50e3; 100], &[50e3; 4]).back_lanes(device(132, 8)), None);
+        assert_eq!(filled(&[50e3; 4], &[50e3; 100]).back_lanes(device(132, 8)), None);
+        assert!(filled(&[5e3; 1000], &[5e3; 100]).back_lanes(device(132, 8)).is_some_and(|back_lanes| back_lanes > 0));
     }
 
     #[test]
     fn more_narrow_work_needs_more_lanes() {
-        let back_lanes = |narrow_items| {
-            filled(&[5e3; 1000], &vec![5e3; narrow_items])
-                .arrange(device(132, 1), None)
-                .map(|queues| queues.back_lanes)
-                .expect("much of both")
-        };
+        let back_lanes =
+            |narrow_items| filled(&[5e3; 1000], &vec![5e3; narrow_items]).back_lanes(device(132, 1)).expect("much of both");
         let numbers = [100, 400, 1000, 2000].map(back_lanes);
         assert!(numbers.is_sorted_by(|a, b| a < b), "{numbers:?}");
         // A quarter of the lanes reads as fast as all: more are there only because the others have little to do.
@@ -250,19 +243,16 @@ mod tests {
     fn any_device_is_planned_for() {
         for (lanes, num_groups) in [(1, 1), (1, 8), (2, 1), (2, 3), (7, 64), (132, 7), (132, 200), (1 << 16, 1), (132, u32::MAX)]
         {
-            let back_lanes = filled(&[50e3; 20], &[50e3; 20])
-                .arrange(device(lanes, num_groups), None)
-                .map(|queues| queues.back_lanes)
-                .expect("much of both");
+            let back_lanes = filled(&[50e3; 20], &[50e3; 20]).back_lanes(device(lanes, num_groups)).expect("much of both");
             assert!(back_lanes < lanes, "{back_lanes} of {lanes} lanes");
         }
-        assert_eq!(filled(&[50e3; 20], &[50e3; 20]).arrange(device(132, 200), None).map(|queues| queues.back_lanes), Some(0));
+        assert_eq!(filled(&[50e3; 20], &[50e3; 20]).back_lanes(device(132, 200)), Some(0));
     }
 
     #[test]
     fn huge_times_saturate() {
         for time in [1e30, f64::MAX, f64::INFINITY] {
-            let back_lanes = filled(&[time; 20], &[time; 20]).arrange(device(132, 8), None).map(|queues| queues.back_lanes);
+            let back_lanes = filled(&[time; 20], &[time; 20]).back_lanes(device(132, 8));
             assert!(back_lanes.is_none_or(|back_lanes| back_lanes < 132), "{back_lanes:?}");
         }
     }

@@ -43,7 +43,7 @@ pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const R
 impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>
     Consumer<'a, DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>
 {
-    /// Whether Q is held in registers. Where O leaves no room for it there, or readers need them, products take it from shared memory, and it is let go only when the
+    /// Whether Q is held in registers. Where O, readers or a third consumer leave no room for it there, products take it from shared memory, and it is let go only when the
     /// tile's last scores are there.
     pub const HOLDS_QUERIES: bool = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>::HAS_EXCHANGE && DIM_BLOCKS <= 16;
 

@@ -36,8 +36,9 @@ use crate::ptx::wgmma::Accumulator;
 use consumer::Consumer;
 use shared::Shared;
 
-/// Blocks of 8 rows of a wide tile that two consumers have, and of one that three have: 64 rows each.
+/// Blocks of 8 rows of a wide tile that two consumers have, 64 rows each.
 const PAIR: usize = WIDE_TILE_ROWS as usize / 8;
+/// Those of one that three have.
 const TRIO: usize = TALL_TILE_ROWS as usize / 8;
 
 /// Warps of two consumers.
@@ -57,7 +58,7 @@ const READER_REGISTERS: u32 = 88;
 
 /// Barriers among warpgroups; 0 is the whole block's.
 mod barrier {
-    /// The turn of consumer 0 to start products, and after it that of consumer 1.
+    /// The turn of consumer 0 to start products, and after it those of the others, of which there are two at most.
     pub const TURN: u32 = 1;
     /// Between the warps of both consumers.
     pub const CONSUMERS: u32 = TURN + 3;

@@ -293,7 +293,7 @@ pub struct SeenSteps {
 }
 
 /// Where the parts lie, in this order: Q, K, V, tiles of the readers, row tables, exchange, task slots, barriers, the rest of what the readers have. Where narrow tiles are
-/// done `BESIDE` wide ones, by readers, these take the place of the exchange, of which what is left is room for each consuming warp to store rows of O through.
+/// done `BESIDE` wide ones, by readers, or not at all, by three consumers, there is no exchange, but only room for each consuming warp to store rows of O through.
 #[derive(Clone, Copy)]
 pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool> {
     base: u32,
@@ -310,6 +310,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
     pub const CONSUMER_THREADS: u32 = Self::CONSUMERS * THREADS;
     /// Warps that consume.
     pub const CONSUMER_WARPS: u32 = Self::CONSUMER_THREADS / WARP_LANES;
+    /// Whether consumers do narrow tiles too, and exchange what they found.
+    pub const HAS_EXCHANGE: bool = !BESIDE && Self::CONSUMERS == 2;
     /// Columns of a step.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
 
@@ -329,11 +331,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
     const ROWS: u32 = Self::READERS + if BESIDE { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { 0 };
     /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
     const TASKS: u32 = if BESIDE { 2 } else { 4 };
-    /// Whether consumers do narrow tiles too, and exchange what they found.
-    pub const HAS_EXCHANGE: bool = !BESIDE && Self::CONSUMERS == 2;
     const EXCHANGE: u32 = Self::ROWS + Self::TASKS * HOPPER_ROW_TABLE_BYTES;
     const EXCHANGE_BYTES: u32 =
-        if !Self::HAS_EXCHANGE { Self::CONSUMER_WARPS * Self::STAGING_BYTES } else { Exchange::<DIM_BLOCKS>::BYTES };
+        if Self::HAS_EXCHANGE { Exchange::<DIM_BLOCKS>::BYTES } else { Self::CONSUMER_WARPS * Self::STAGING_BYTES };
     const SLOTS: u32 = Self::EXCHANGE + Self::EXCHANGE_BYTES;
     /// Bytes that a consuming warp stages rows of O in, where there is no exchange.
     const STAGING_BYTES: u32 =

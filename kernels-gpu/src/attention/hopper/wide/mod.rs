@@ -20,6 +20,8 @@ use crate::softmax::{ROWS_PER_LANE, element_of_lane, mask};
 
 /// Rows that a warp merges at once: it may have 16 of them, but partials of four at once leave no registers for the next tile's Q and weights.
 const MERGED_ROWS_AT_ONCE: usize = 2;
+/// The same where there are three consumers, which have fewer registers.
+const MERGED_ROWS_AT_ONCE_OF_TRIO: usize = 1;
 /// Partials of each that are loaded at once.
 const PARTIALS_AHEAD: usize = 4;
 
@@ -159,7 +161,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
             warp::sync();
             let (row, counts) = (first_row + lane % WARP_ROWS, lane < WARP_ROWS);
             if ROW_BLOCKS == TRIO {
-                merge::finish_rows::<E, DIM_BLOCKS, 1, PARTIALS_AHEAD>(&task, lane, row, counts);
+                merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE_OF_TRIO, PARTIALS_AHEAD>(&task, lane, row, counts);
             } else {
                 merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(&task, lane, row, counts);
             }
