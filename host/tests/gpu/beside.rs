@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use packinfer::{BesideTimes, DeviceModel, Engine, Mask, Packing, Plan};
 use packinfer_abi::{DIRECT, KvRun, TileKind};
 
-use crate::case::{Case, Element, contiguous, engine, paged, shape};
+use crate::case::{self, Case, Element, contiguous, engine, paged, shape};
 
 /// Query heads of a KV head.
 const GQA_RATIOS: [u32; 4] = [1, 4, 7, 16];
@@ -27,18 +27,8 @@ fn plan_beside<E: Element>(engine: &Engine, case: &Case<E>, change: impl Fn(Devi
 }
 
 fn check_shapes<E: Element + PartialEq>() {
-    let Some(engine) = engine() else { return };
-    for head_dim in HEAD_DIMS {
-        for gqa_ratio in GQA_RATIOS {
-            let shape = shape::<E>(gqa_ratio, head_dim);
-            let cases = [1, 3, 16, 100].map(|page_size| paged(shape, Mask::Causal, &lengths(), page_size));
-            for batch in cases.into_iter().chain([contiguous(shape, Mask::Causal, &lengths())]) {
-                let case = Case::<E>::new(batch);
-                let Some(plan) = plan_beside(engine, &case, |model| model) else { return };
-                case.check_plan(engine, &plan);
-            }
-        }
-    }
+    let plan = |engine: &Engine, case: &Case<E>| plan_beside(engine, case, |model| model);
+    case::check_shapes::<E>(&HEAD_DIMS, &GQA_RATIOS, &[1, 3, 16, 100], &lengths(), plan);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use packinfer::{DeviceModel, Engine, Mask, Packing, Plan};
 use packinfer_abi::{DIRECT, KvRun, TALL_TILE_ROWS};
 
-use crate::case::{Case, Element, contiguous, engine, paged, shape};
+use crate::case::{self, Case, Element, contiguous, engine, paged, shape};
 
 /// Query heads of a KV head: some that divide the 64 rows of a consumer, and some that do not.
 const GQA_RATIOS: [u32; 5] = [1, 4, 6, 7, 16];
@@ -22,18 +22,8 @@ fn plan_tall<E: Element>(engine: &Engine, case: &Case<E>, change: impl Fn(Device
 }
 
 fn check_shapes<E: Element + PartialEq>() {
-    let Some(engine) = engine() else { return };
-    for head_dim in HEAD_DIMS {
-        for gqa_ratio in GQA_RATIOS {
-            let shape = shape::<E>(gqa_ratio, head_dim);
-            let cases = [1, 16, 100].map(|page_size| paged(shape, Mask::Causal, &LENGTHS, page_size));
-            for batch in cases.into_iter().chain([contiguous(shape, Mask::Causal, &LENGTHS)]) {
-                let case = Case::<E>::new(batch);
-                let Some(plan) = plan_tall(engine, &case, |model| model) else { return };
-                case.check_plan(engine, &plan);
-            }
-        }
-    }
+    let plan = |engine: &Engine, case: &Case<E>| plan_tall(engine, case, |model| model);
+    case::check_shapes::<E>(&HEAD_DIMS, &GQA_RATIOS, &[1, 16, 100], &LENGTHS, plan);
 }
 
 #[test]
