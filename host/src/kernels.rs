@@ -8,9 +8,9 @@ use std::sync::{Mutex, PoisonError};
 use cust::module::Module;
 use cust::sys::{self, CUfunction, CUfunction_attribute};
 use packinfer_abi::{
-    ATTENTION_SHARED_BYTES, ATTENTION_THREADS, BESIDE_SHARED_BYTES, BESIDE_THREADS, HOPPER_SHARED_BYTES, HOPPER_THREADS,
-    KV_APPEND_THREADS, KV_MOVE_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS, MMA_RATE_THREADS, TALL_SHARED_BYTES, TALL_THREADS,
-    WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
+    ATTENTION_SHARED_BYTES, ATTENTION_THREADS, BESIDE_SHARED_BYTES, BESIDE_THREADS, CONVERTING_SHARED_BYTES, CONVERTING_THREADS,
+    HOPPER_SHARED_BYTES, HOPPER_THREADS, KV_APPEND_THREADS, KV_MOVE_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS, MMA_RATE_THREADS,
+    TALL_SHARED_BYTES, TALL_THREADS, WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
 };
 use packinfer_batch::{AttentionShape, DType, KvDType};
 
@@ -56,24 +56,40 @@ impl KernelSource {
             };
         }
         // Those for sm_80 have the soft-cap in the same kernel.
-        macro_rules! sm_90a {
-            ($name:literal) => {
+        macro_rules! sm_90a_launched_with {
+            ($name:literal, $threads:expr, $shared_bytes:expr) => {
                 match soft_cap {
-                    true => kernel!("sm_90a", concat!($name, "_capped"), HOPPER_THREADS, HOPPER_SHARED_BYTES),
-                    false => kernel!("sm_90a", $name, HOPPER_THREADS, HOPPER_SHARED_BYTES),
+                    true => kernel!("sm_90a", concat!($name, "_capped"), $threads, $shared_bytes),
+                    false => kernel!("sm_90a", $name, $threads, $shared_bytes),
                 }
             };
         }
+        macro_rules! sm_90a {
+            ($name:literal) => {
+                sm_90a_launched_with!($name, HOPPER_THREADS, HOPPER_SHARED_BYTES)
+            };
+        }
+        macro_rules! converting {
+            ($name:literal) => {
+                sm_90a_launched_with!($name, CONVERTING_THREADS, CONVERTING_SHARED_BYTES)
+            };
+        }
         if shape.kv_dtype() == KvDType::E4m3 {
-            return match (shape.dtype(), shape.head_dim()) {
-                (DType::Bf16, 64) => sm_80!("attention_bf16_e4m3_d64"),
-                (DType::Bf16, 96) => sm_80!("attention_bf16_e4m3_d96"),
-                (DType::Bf16, 128) => sm_80!("attention_bf16_e4m3_d128"),
-                (DType::Bf16, _) => sm_80!("attention_bf16_e4m3_d256"),
-                (DType::F16, 64) => sm_80!("attention_f16_e4m3_d64"),
-                (DType::F16, 96) => sm_80!("attention_f16_e4m3_d96"),
-                (DType::F16, 128) => sm_80!("attention_f16_e4m3_d128"),
-                (DType::F16, _) => sm_80!("attention_f16_e4m3_d256"),
+            return match (family, shape.dtype(), shape.head_dim()) {
+                (KernelFamily::Sm90a, DType::Bf16, 64) => converting!("attention_bf16_e4m3_d64"),
+                (KernelFamily::Sm90a, DType::Bf16, 96) => converting!("attention_bf16_e4m3_d96"),
+                (KernelFamily::Sm90a, DType::Bf16, 128) => converting!("attention_bf16_e4m3_d128"),
+                (KernelFamily::Sm90a, DType::F16, 64) => converting!("attention_f16_e4m3_d64"),
+                (KernelFamily::Sm90a, DType::F16, 96) => converting!("attention_f16_e4m3_d96"),
+                (KernelFamily::Sm90a, DType::F16, 128) => converting!("attention_f16_e4m3_d128"),
+                (_, DType::Bf16, 64) => sm_80!("attention_bf16_e4m3_d64"),
+                (_, DType::Bf16, 96) => sm_80!("attention_bf16_e4m3_d96"),
+                (_, DType::Bf16, 128) => sm_80!("attention_bf16_e4m3_d128"),
+                (_, DType::Bf16, _) => sm_80!("attention_bf16_e4m3_d256"),
+                (_, DType::F16, 64) => sm_80!("attention_f16_e4m3_d64"),
+                (_, DType::F16, 96) => sm_80!("attention_f16_e4m3_d96"),
+                (_, DType::F16, 128) => sm_80!("attention_f16_e4m3_d128"),
+                (_, DType::F16, _) => sm_80!("attention_f16_e4m3_d256"),
             };
         }
         match (family, shape.dtype(), shape.head_dim()) {

@@ -142,10 +142,12 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
     /// Of the largest box.
     const MOST_GROUPS: u32 = (1 << (NUM_KV_BOXES - 1)) / KV_BOX_GROUP;
     let shape = tensors.shape;
-    let element_bytes = shape.dtype().size_in_bytes();
+    let element_bytes = shape.kv_element_bytes();
     let strides = tensors.layout.strides(shape);
     let (slot_bytes, head_bytes) = (strides.slot * element_bytes, strides.head * element_bytes);
-    let panels = box_panels(shape.head_dim());
+    // As if they were of the type of Q: in FP8, two make one of these.
+    let elements = (u64::from(shape.head_dim()) * element_bytes / shape.dtype().size_in_bytes()) as u32;
+    let panels = box_panels(elements);
     let mut maps = [TensorMap::EMPTY; 2 * NUM_KV_BOXES as usize];
     for (index, map) in maps.iter_mut().enumerate() {
         let (tensor, log2) = (index / NUM_KV_BOXES as usize, index % NUM_KV_BOXES as usize);
@@ -156,7 +158,7 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
             // The slot dimension alone says where the tensor ends: boxes of several groups begin so that all of them exist, and the slots of
             // a run exist for all heads, however far apart these are.
             dims: [
-                u64::from(shape.head_dim() / panels),
+                u64::from(elements / panels),
                 tensors.num_slots[tensor],
                 u64::from(panels),
                 u64::from(MOST_GROUPS),

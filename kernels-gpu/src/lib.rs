@@ -9,7 +9,8 @@
 //! | [`softmax`] | online softmax over score fragments |
 //! | [`shared_tile`] | a swizzled tile in shared memory |
 //! | [`element`] | bf16 and f16 |
-//! | [`stored`] | how K and V are stored: as Q is, or in FP8 |
+//! | [`e4m3`] | FP8 |
+//! | [`stored`] | how K and V are stored, as Q is or in FP8, for products of a warp |
 //! | [`mma_rate`] | measures the tensor cores |
 //! | [`ptx`] | one function an instruction, one file a family; the only place with assembly |
 //!
@@ -26,6 +27,7 @@ mod entry;
 
 pub mod attention;
 pub mod columns;
+pub mod e4m3;
 pub mod element;
 #[cfg(feature = "sm_80")]
 pub mod kv_append;
@@ -37,7 +39,6 @@ pub mod ptx;
 pub mod rows;
 pub mod shared_tile;
 pub mod softmax;
-#[cfg(feature = "sm_80")]
 pub mod stored;
 
 #[panic_handler]

@@ -1,4 +1,4 @@
-//! How K and V are stored, and how they become operands of products.
+//! How K and V are stored, and how they become operands of the products of a warp.
 //!
 //! e4m3 is read by the same instructions as elements of 16 bits, two of its bytes for one of those. What a lane then holds are not the elements that an
 //! operand has in that lane, but others: of K four neighbours, and a sum goes over them in any order, so that Q is put into the same order; of V two
@@ -9,12 +9,15 @@
 //! elements of O of a lane, of 16            16 bits: 2q, 2q + 1, 2q + 8, 2q + 9     e4m3: 4q, 4q + 1, 4q + 2, 4q + 3
 //! ```
 
-use packinfer_abi::{AttentionParams, DeviceAddress};
+#[cfg(feature = "sm_80")]
+use packinfer_abi::AttentionParams;
 
-use crate::element::{Bf16, Element, F16};
-use crate::ptx::memory::load_global;
+use crate::e4m3::FromE4m3;
+#[cfg(feature = "sm_80")]
+use crate::e4m3::scale;
+use crate::element::{Element, F16};
 use crate::ptx::mma::{Fragment, OperandB};
-use crate::ptx::packed::{multiply_bf16x2, permute};
+use crate::ptx::packed::permute;
 use crate::softmax::element_of_lane;
 
 /// The most that [`Stored::PRODUCTS`] is.
@@ -39,11 +42,15 @@ pub trait Stored<E> {
     /// Of the fragments that these products gave, makes such that hold what [`Self::element`] says.
     fn put_in_order<const DIM_BLOCKS: usize>(output: &mut [Fragment; DIM_BLOCKS]);
 
-    /// What the products with K and with V must be multiplied with.
+    /// What the products with K must be multiplied with, and those with V, as operands are other than what is stored.
+    const FACTORS: [f32; 2] = [1.0; 2];
+
+    /// The same with the scales of a KV head.
     ///
     /// # Safety
     ///
     /// `params` are valid, and there is such a head.
+    #[cfg(feature = "sm_80")]
     unsafe fn scales(params: &AttentionParams, kv_head: u32) -> Scales;
 
     /// Of Q and O, the first of the two elements that a lane holds in block `block` of 8.
@@ -58,6 +65,7 @@ pub trait Stored<E> {
 }
 
 /// Factors of the products with K and with V.
+#[cfg(feature = "sm_80")]
 #[derive(Clone, Copy)]
 pub struct Scales {
     /// Of scores.
@@ -86,6 +94,7 @@ impl<E: Element> Stored<E> for AsQueries {
     #[inline(always)]
     fn put_in_order<const DIM_BLOCKS: usize>(_: &mut [Fragment; DIM_BLOCKS]) {}
 
+    #[cfg(feature = "sm_80")]
     #[inline(always)]
     unsafe fn scales(_: &AttentionParams, _: u32) -> Scales {
         Scales { key: 1.0, value: 1.0 }
@@ -94,35 +103,6 @@ impl<E: Element> Stored<E> for AsQueries {
 
 /// FP8: sign, four bits of exponent, three of fraction; a scale for each KV head.
 pub struct E4m3;
-
-/// Numbers in e4m3 that become numbers of another type by moving bits: sign to sign, the others to the lowest of the exponent and the
-/// highest of the fraction. That is exact, but smaller by the difference of the exponents' biases.
-pub trait FromE4m3 {
-    /// Two numbers, in the upper bytes of the word's halves, whatever the lower ones hold.
-    fn pair(word: u32) -> u32;
-    /// What products with such numbers must be multiplied with.
-    const FACTOR: f32;
-}
-
-impl FromE4m3 for F16 {
-    #[inline(always)]
-    fn pair(word: u32) -> u32 {
-        (word & 0x8000_8000) | (word >> 1 & 0x3F80_3F80)
-    }
-
-    const FACTOR: f32 = (1 << (15 - 7)) as f32;
-}
-
-impl FromE4m3 for Bf16 {
-    #[inline(always)]
-    fn pair(word: u32) -> u32 {
-        // 2^(127 - 7) twice: sums of products with numbers so small would lose their last bits.
-        const FACTORS: u32 = 0x7B80_7B80;
-        multiply_bf16x2((word & 0x8000_8000) | (word >> 4 & 0x07F0_07F0), FACTORS)
-    }
-
-    const FACTOR: f32 = 1.0;
-}
 
 impl<E: Element + FromE4m3> Stored<E> for E4m3 {
     /// Finer than bf16, and weights are at most 1.
@@ -151,14 +131,12 @@ impl<E: Element + FromE4m3> Stored<E> for E4m3 {
         }
     }
 
+    const FACTORS: [f32; 2] = [E::FACTOR, F16::FACTOR];
+
+    #[cfg(feature = "sm_80")]
     #[inline(always)]
     unsafe fn scales(params: &AttentionParams, kv_head: u32) -> Scales {
-        Scales { key: E::FACTOR * scale(params.k_scales, kv_head), value: F16::FACTOR * scale(params.v_scales, kv_head) }
+        let [k, v] = Self::FACTORS;
+        Scales { key: k * scale(params.k_scales, kv_head), value: v * scale(params.v_scales, kv_head) }
     }
-}
-
-/// A KV head's scale; 1 where there are none.
-#[inline(always)]
-unsafe fn scale(scales: DeviceAddress, kv_head: u32) -> f32 {
-    if scales == 0 { 1.0 } else { f32::from_bits(load_global(scales + 4 * u64::from(kv_head))) }
 }

@@ -65,6 +65,11 @@ pub const BESIDE_SHARED_BYTES: u32 = 227 * 1024;
 pub const TALL_THREADS: u32 = HOPPER_THREADS + 128;
 /// Dynamic shared memory of that kernel: tiles of Q, K and V (176 KiB for a head dimension of 128), row tables, room to store O through, barriers.
 pub const TALL_SHARED_BYTES: u32 = 227 * 1024;
+/// Threads of a block of the `sm_90a` kernel for K and V in FP8: a producer warpgroup, two consumer warpgroups, and one that makes K and V of it.
+pub const CONVERTING_THREADS: u32 = HOPPER_THREADS + 128;
+/// Dynamic shared memory of that kernel: tiles of Q, K and V (160 KiB for a head dimension of 128), K and V as they are stored (40 KiB), an exchange for narrow tiles,
+/// row tables, barriers.
+pub const CONVERTING_SHARED_BYTES: u32 = 227 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds tiles.
 pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds the row table.
@@ -319,7 +324,7 @@ pub struct AttentionParams {
     /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots of one head, swizzled by 128
     /// bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`] slots, heads; a box of
     /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel. Where [boxes have but one](box_panels), so have the
-    /// maps, and its elements are all of a row. A map whose box would be more than a [step of columns](hopper_column_step) is not used.
+    /// maps, and its elements are all of a row. In FP8, two neighbours count as one element. A map whose box would be more than a [step of columns](hopper_column_step) is not used.
     pub kv_maps: DeviceAddress,
     /// Tensor maps of Q, [`NUM_QUERY_BOXES`]; `sm_90a` only. Map `i` copies boxes of `2^i` tokens with the heads of one group, 64 elements of each, swizzled by 128 bytes. Its
     /// dimensions are elements (64), heads, panels of 64 elements, tokens, and one more of length 1; elements and panels as

@@ -41,8 +41,9 @@ impl KernelFamily {
     }
 
     /// Rows of a wide tile of the kernels for launches of wide tiles alone, if there are any.
-    pub(crate) fn tall_tile_rows(self, head_dim: u32) -> Option<u32> {
-        (self == Self::Sm90a && head_dim <= 128).then_some(TALL_TILE_ROWS)
+    pub(crate) fn tall_tile_rows(self, shape: AttentionShape) -> Option<u32> {
+        let has = self == Self::Sm90a && shape.head_dim() <= 128 && shape.kv_dtype() == KvDType::Same;
+        has.then_some(TALL_TILE_ROWS)
     }
 
     /// Rows of a wide tile that skip a step of columns together, because none of them sees any of it: those of a warp, or of a warpgroup.
@@ -54,8 +55,8 @@ impl KernelFamily {
     }
 
     /// Whether there is a kernel that does narrow tiles beside wide ones, on the same multiprocessor at the same time.
-    pub(crate) fn does_narrow_beside_wide(self, head_dim: u32) -> bool {
-        self == Self::Sm90a && matches!(head_dim, 64 | 128)
+    pub(crate) fn does_narrow_beside_wide(self, shape: AttentionShape) -> bool {
+        self == Self::Sm90a && matches!(shape.head_dim(), 64 | 128) && shape.kv_dtype() == KvDType::Same
     }
 
     /// Whether a device of a compute capability, major and minor number, can run them.
@@ -72,7 +73,8 @@ impl KernelFamily {
     pub fn supports(self, shape: AttentionShape) -> bool {
         match self {
             Self::Sm80 => true,
-            Self::Sm90a => shape.kv_dtype() == KvDType::Same,
+            // O of a head dimension of 256 takes registers that the converters of FP8 need.
+            Self::Sm90a => shape.kv_dtype() == KvDType::Same || shape.head_dim() <= 128,
         }
     }
 }

@@ -260,7 +260,7 @@ impl Planner {
             self.find_times(plan, cost);
             self.sort();
             if plan.model.kernel_family == KernelFamily::Sm90a {
-                let can_be_beside = plan.model.kernel_family.does_narrow_beside_wide(plan.shape.head_dim());
+                let can_be_beside = plan.model.kernel_family.does_narrow_beside_wide(plan.shape);
                 let beside = plan.model.beside.filter(|_| can_be_beside);
                 let queues = self.make_queues(plan.model.lanes_of_groups(plan.heads.num_groups), beside);
                 has_queues = queues.is_some();
@@ -346,7 +346,7 @@ fn wide_tile_rows(batch: &Batch, model: &DeviceModel, heads_per_group: u32) -> u
     let (shape, family) = (batch.shape(), model.kernel_family);
     let rows = family.wide_tile_rows(shape.head_dim());
     let all_rows = u64::from(batch.num_query_tokens()) * u64::from(heads_per_group);
-    let Some(tall_rows) = family.tall_tile_rows(shape.head_dim()) else { return rows };
+    let Some(tall_rows) = family.tall_tile_rows(shape) else { return rows };
     if all_rows <= batch.requests().len() as u64 * u64::from(NARROW_TILE_ROWS) {
         return rows; // that is soon seen, and most decodes are left out
     }

@@ -218,6 +218,7 @@ fn tiles_of_prompts_are_tall_where_there_are_kernels_for_that() {
         }
     }
     assert_eq!(rows(hopper, shape_of(2, 4, 256), &mut prompts()), WIDE_TILE_ROWS);
+    assert_eq!(rows(hopper, shape(2, 4).with_kv_dtype(KvDType::E4m3), &mut prompts()), WIDE_TILE_ROWS);
     // Requests that fill less than a tile each.
     assert_eq!(rows(hopper, shape(2, 4), &mut (0..40).map(|i| (8, 500 + i))), WIDE_TILE_ROWS);
 }
@@ -302,7 +303,7 @@ fn h100_models() -> [DeviceModel; 2] {
     KernelFamily::ALL.map(|family| of_family(family).expect("an H100 runs both"))
 }
 
-/// Kernels that cannot read KV in FP8 are not chosen for it, and not having any others is an error.
+/// Kernels that cannot read KV in FP8, as those for sm_90a of a head dimension of 256, are not chosen for it, and not having any others is an error.
 #[test]
 fn kernels_that_cannot_are_not_chosen() {
     let models = DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132);
@@ -313,6 +314,10 @@ fn kernels_that_cannot_are_not_chosen() {
         let shape = shape_of(8, 4, head_dim);
         assert_eq!(chosen(&contiguous(shape, Mask::Causal, [(8192, 8192)])), KernelFamily::Sm90a);
         let fp8 = contiguous(shape.with_kv_dtype(KvDType::E4m3), Mask::Causal, [(8192, 8192)]);
+        if head_dim <= 128 {
+            assert_eq!(chosen(&fp8), KernelFamily::Sm90a);
+            continue;
+        }
         assert_eq!(chosen(&fp8), KernelFamily::Sm80);
         let error = Planner::new(hopper).plan(&fp8).expect_err("no such kernels");
         assert_eq!(error, PlanError::NotSupported { family: KernelFamily::Sm90a, head_dim, kv_dtype: KvDType::E4m3 });

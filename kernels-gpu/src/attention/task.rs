@@ -2,6 +2,8 @@
 
 use packinfer_abi::{AttentionParams, DIRECT, DeviceAddress, TaskStamp, WorkItem};
 
+#[cfg(feature = "sm_90a")]
+use crate::e4m3::scale;
 use crate::ptx::math::{divide, opaque_address};
 use crate::ptx::memory::{load_global_x4, store_global, store_global_u64};
 use crate::ptx::special::{global_timer, multiprocessor};
@@ -36,6 +38,17 @@ impl Task {
             params,
             rows,
         }
+    }
+
+    /// What K and V in FP8 are multiplied with.
+    ///
+    /// # Safety
+    ///
+    /// The scales are valid.
+    #[cfg(feature = "sm_90a")]
+    #[inline(always)]
+    pub unsafe fn kv_scales(&self) -> [f32; 2] {
+        [scale(self.params.k_scales, self.kv_head), scale(self.params.v_scales, self.kv_head)]
     }
 
     /// Whether the item writes O itself.

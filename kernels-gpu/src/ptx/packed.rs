@@ -25,3 +25,13 @@ pub fn multiply_bf16x2(a: u32, b: u32) -> u32 {
     };
     result
 }
+
+/// Two numbers in e4m3, the first in the lower byte, as float16. PTX ISA, `cvt`.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub fn e4m3_pair_to_f16(pair: u16) -> u32 {
+    let result: u32;
+    // SAFETY: register arithmetic.
+    unsafe { asm!("cvt.rn.f16x2.e4m3x2 {0}, {1};", out(reg32) result, in(reg16) pair, options(pure, nomem, nostack)) };
+    result
+}

@@ -3,6 +3,7 @@
 use packinfer_abi::{AttentionParams, TileKind};
 
 use super::barrier;
+use super::helpers::Helpers;
 use super::shared::{QueryTile, Ring, Shared};
 use super::{CONSUMER_THREADS, PAIR};
 use crate::attention::task::Stamper;
@@ -28,27 +29,37 @@ const WARPS: u32 = warpgroup::THREADS / warp::LANES;
 /// Sixteen rows of Q, two words for every eight elements: one for each row that the lane holds a part of.
 pub type Queries<const DIM_BLOCKS: usize> = [[u32; 2]; DIM_BLOCKS];
 
+/// Sixteen elements of Q that is held in registers, from `8 * block` on.
+#[inline(always)]
+pub fn operand_of<const DIM_BLOCKS: usize>(queries: &Queries<DIM_BLOCKS>, block: usize) -> OperandA {
+    let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
+    [a, b, c, d]
+}
+
 /// A consuming warp's place and its side of the rings.
-pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool> {
+pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers> {
     pub params: &'a AttentionParams,
-    pub shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
+    pub shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>,
     pub tasks: Ring,
     pub queries: Ring,
     pub k: Ring,
     pub v: Ring,
+    /// K and V of narrow tiles, where they are taken as they are stored.
+    pub stored: [Ring; 2],
     /// The warp, counted over all consumers. It is the same for all lanes, and the assembler knows: what is worked out from it takes no register of a lane.
     pub warp: u32,
 }
 
-impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>
-    Consumer<'a, DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>
+impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>
+    Consumer<'a, DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>
 {
-    /// Whether Q is held in registers. Where O, readers or a third consumer leave no room for it there, products take it from shared memory, and it is let go only when the
+    /// Whether Q is held in registers. Where O, helpers or a third consumer leave no room for it there, products take it from shared memory, and it is let go only when the
     /// tile's last scores are there.
-    pub const HOLDS_QUERIES: bool = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>::HAS_EXCHANGE && DIM_BLOCKS <= 16;
+    pub const HOLDS_QUERIES: bool =
+        Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::HAS_EXCHANGE && !H::CONVERT && DIM_BLOCKS <= 16;
 
     /// Columns of a step.
-    pub const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>::STEP;
+    pub const STEP: u32 = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::STEP;
 
     /// A warp that has consumed nothing yet.
     ///
@@ -56,7 +67,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn new(params: &'a AttentionParams, shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>) -> Self {
+    pub unsafe fn new(params: &'a AttentionParams, shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>) -> Self {
         let warp = warp::uniform(thread_index() / warp::LANES) - WARPS;
         Self {
             params,
@@ -65,6 +76,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
             queries: shared.query_ring(),
             k: shared.k_ring(),
             v: shared.v_ring(),
+            stored: shared.narrow_rings(),
             warp,
         }
     }
@@ -182,8 +194,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
     #[inline(always)]
     pub unsafe fn operand_a(&self, queries: &Queries<DIM_BLOCKS>, block: usize) -> OperandA {
         if Self::HOLDS_QUERIES {
-            let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
-            return [a, b, c, d];
+            return operand_of(queries, block);
         }
         let panel = self.shared.queries().panel(block / PANEL_BLOCKS);
         SharedTile::<PANEL_BLOCKS>::operand_a(panel.rows_by_lane(self.lane()), 0, block % PANEL_BLOCKS)
@@ -206,8 +217,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
         [Fragment; FRAGMENTS]: Accumulator<E>,
     {
         if Self::HOLDS_QUERIES {
-            let ([a, b], [c, d]) = (queries[block], queries[block + 1]);
-            scores.add_product_along([a, b, c, d], k, block > 0);
+            scores.add_product_along(operand_of(queries, block), k, block > 0);
             return;
         }
         let row = self.shared.queries().row(self.index() * CONSUMER_ROWS);
@@ -217,15 +227,29 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
         scores.add_product_shared(q, k, block > 0);
     }
 
+    /// What becomes of the scores of the task in slot `slot`, where products with K must be multiplied with `factor` and the scale of K.
+    ///
+    /// # Safety
+    ///
+    /// As [`Shared::task`]; where `CAPPED`, the launch has a soft-cap, otherwise not.
+    #[inline(always)]
+    pub unsafe fn logits<const CAPPED: bool>(&self, slot: u32, factor: f32) -> Logits {
+        let [k_scale, _] = self.shared.scales(slot);
+        let (scale_log2, inside) = (self.params.scale_log2, k_scale * factor);
+        if CAPPED {
+            return Logits { scale_log2, soft_cap_log2: self.params.soft_cap_log2 * inside };
+        }
+        Logits { scale_log2: scale_log2 * inside, soft_cap_log2: 0.0 }
+    }
+
     /// Bounds scores, in a kernel for launches with a soft-cap.
     ///
     /// # Safety
     ///
-    /// Where `CAPPED`, the launch has a soft-cap.
+    /// As [`Self::logits`], which they are.
     #[inline(always)]
-    pub unsafe fn cap<const CAPPED: bool, const N: usize>(&self, scores: &mut [Fragment; N]) {
+    pub unsafe fn cap<const CAPPED: bool, const N: usize>(&self, logits: Logits, scores: &mut [Fragment; N]) {
         if CAPPED {
-            let logits = Logits { scale_log2: self.params.scale_log2, soft_cap_log2: self.params.soft_cap_log2 };
             core::hint::assert_unchecked(logits.soft_cap_log2 != 0.0);
             if ROW_BLOCKS == PAIR {
                 soft_cap(logits, scores);

@@ -15,7 +15,7 @@ use crate::ptx::memory::{
 use crate::ptx::mma::Fragment;
 use crate::rows::{NO_ROW, Row};
 use crate::shared_tile::PANEL_ROW_BYTES;
-use crate::softmax::{ROWS_PER_LANE, RowSum, element_of_lane, row_of_lane};
+use crate::softmax::{ROWS_PER_LANE, RowSum, row_of_lane};
 
 /// Bytes of 16 rows of a panel.
 const STAGING_BYTES: u32 = 16 * PANEL_ROW_BYTES;
@@ -111,18 +111,25 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
         factors
     }
 
-    /// Writes down the warp's output of the rows from `first_row` on, a multiple of [`Self::ROWS_AT_ONCE`].
+    /// Writes down the warp's output of the rows from `first_row` on, a multiple of [`Self::ROWS_AT_ONCE`]. `element` says which the first of a lane's elements in a block of 8 is.
     ///
     /// # Safety
     ///
     /// Reached by all lanes of the warp, when nobody reads what was written before; it is read after a barrier.
     #[inline(always)]
-    pub unsafe fn write(&self, warp: u32, lane: u32, first_row: u32, output: &[Fragment; DIM_BLOCKS]) {
+    pub unsafe fn write(
+        &self,
+        warp: u32,
+        lane: u32,
+        first_row: u32,
+        output: &[Fragment; DIM_BLOCKS],
+        element: impl Fn(usize, u32) -> u32,
+    ) {
         let row = (lane / 4).wrapping_sub(first_row % 8);
         if row < Self::ROWS_AT_ONCE {
             for (block, fragment) in output.iter().enumerate() {
                 let [a, b] = if first_row < 8 { [fragment[0], fragment[1]] } else { [fragment[2], fragment[3]] };
-                store_shared_f32x2(self.output(warp, row, element_of_lane(block, lane)), a, b);
+                store_shared_f32x2(self.output(warp, row, element(block, lane)), a, b);
             }
         }
     }

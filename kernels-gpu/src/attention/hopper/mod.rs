@@ -12,8 +12,10 @@
 //! them lies in [`Shared`], guarded by pairs of barriers: *full* (the producer has filled it) and *empty* (the consumers have done with it).
 
 mod consumer;
+mod converter;
 mod epilogue;
 mod exchange;
+mod helpers;
 mod merge;
 mod narrow;
 mod producer;
@@ -26,6 +28,7 @@ mod wide;
 
 use packinfer_abi::{AttentionParams, TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
 
+use crate::e4m3::FromE4m3;
 use crate::element::{Bf16, Element, F16};
 use crate::ptx::control::sync_block;
 use crate::ptx::mma::Fragment;
@@ -33,7 +36,9 @@ use crate::ptx::special::{dynamic_shared, thread_index};
 use crate::ptx::warp;
 use crate::ptx::warpgroup::{THREADS, give_registers, take_registers};
 use crate::ptx::wgmma::Accumulator;
+use crate::stored::{AsQueries, E4m3, Stored};
 use consumer::Consumer;
+use helpers::{Converters, Helpers, NoHelpers, Readers};
 use shared::Shared;
 
 /// Blocks of 8 rows of a wide tile that two consumers have, 64 rows each.
@@ -55,6 +60,10 @@ const READER_WARPS: u32 = 4;
 /// Registers of a consumer's and of a reader's thread where there are readers: 128 at the launch, and 128 · (40 + 88) + 256 · 192 = 512 · 128.
 const CONSUMER_REGISTERS_BESIDE: u32 = 192;
 const READER_REGISTERS: u32 = 88;
+/// The same where there are converters, and a producer with more to keep: 128 · (56 + 56) + 256 · 200 = 512 · 128.
+const PRODUCER_REGISTERS_BESIDE_CONVERTERS: u32 = 56;
+const CONSUMER_REGISTERS_BESIDE_CONVERTERS: u32 = 200;
+const CONVERTER_REGISTERS: u32 = 56;
 
 /// Barriers among warpgroups; 0 is the whole block's.
 mod barrier {
@@ -82,7 +91,7 @@ unsafe fn attention<
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
-    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, false>::at(dynamic_shared());
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, NoHelpers>::at(dynamic_shared());
     let thread = thread_index();
     let warpgroup = begin(shared, thread);
     if warpgroup == 0 {
@@ -90,7 +99,7 @@ unsafe fn attention<
         producer::run(&params, shared, thread);
     } else {
         take_registers::<CONSUMER_REGISTERS>();
-        consume::<E, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED>(&params, shared);
+        consume::<E, AsQueries, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED, NoHelpers>(&params, shared);
     }
 }
 
@@ -102,7 +111,7 @@ where
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
     reader::Transposed: Accumulator<E>,
 {
-    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, true>::at(dynamic_shared());
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, Readers>::at(dynamic_shared());
     let thread = thread_index();
     match begin(shared, thread) {
         0 => {
@@ -114,7 +123,7 @@ where
             let mut consumer = Consumer::new(&params, shared);
             consumer.begin_turns();
             while consumer.next_kind().is_some() {
-                wide::pair::tiles::<E, DIM_BLOCKS, FRAGMENTS, false, true>(&mut consumer);
+                wide::pair::tiles::<E, E, DIM_BLOCKS, FRAGMENTS, false, Readers>(&mut consumer);
             }
             consumer.end_turns();
         }
@@ -142,7 +151,7 @@ unsafe fn attention_tall<
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
 {
     const { assert!(3 * CONSUMER + PRODUCER == 512) };
-    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, TRIO, false>::at(dynamic_shared());
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, TRIO, NoHelpers>::at(dynamic_shared());
     let thread = thread_index();
     if begin(shared, thread) == 0 {
         give_registers::<PRODUCER>();
@@ -158,10 +167,43 @@ unsafe fn attention_tall<
     }
 }
 
+/// The same for K and V in FP8, of which a fourth warpgroup makes such as the consumers take.
+#[inline(always)]
+unsafe fn attention_e4m3<
+    E: Element + FromE4m3,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const NARROW_FRAGMENTS: usize,
+    const STORED_STAGES: u32,
+    const CAPPED: bool,
+>(
+    params: AttentionParams,
+) where
+    [Fragment; FRAGMENTS]: Accumulator<E>,
+    [Fragment; DIM_BLOCKS]: Accumulator<F16>,
+{
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, Converters<STORED_STAGES>>::at(dynamic_shared());
+    let thread = thread_index();
+    match begin(shared, thread) {
+        0 => {
+            give_registers::<PRODUCER_REGISTERS_BESIDE_CONVERTERS>();
+            producer::run(&params, shared, thread);
+        }
+        1 | 2 => {
+            take_registers::<CONSUMER_REGISTERS_BESIDE_CONVERTERS>();
+            consume::<E, E4m3, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED, _>(&params, shared);
+        }
+        _ => {
+            give_registers::<CONVERTER_REGISTERS>();
+            converter::run::<E, DIM_BLOCKS, FRAGMENTS, STORED_STAGES>(shared, thread - THREADS - CONSUMER_THREADS);
+        }
+    }
+}
+
 /// Makes the block's barriers, and returns the thread's warpgroup.
 #[inline(always)]
-unsafe fn begin<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
+unsafe fn begin<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>(
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>,
     thread: u32,
 ) -> u32 {
     let warpgroup = warp::uniform(thread / THREADS);
@@ -176,16 +218,18 @@ unsafe fn begin<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCK
 #[inline(always)]
 unsafe fn consume<
     E: Element,
+    KV: Stored<E>,
     const DIM_BLOCKS: usize,
     const FRAGMENTS: usize,
     const NARROW_FRAGMENTS: usize,
     const CAPPED: bool,
+    H: Helpers,
 >(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, false>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, H>,
 ) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
-    [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    [Fragment; DIM_BLOCKS]: Accumulator<KV::Weight>,
 {
     let mut consumer = Consumer::new(params, shared);
     consumer.begin_turns();
@@ -196,9 +240,9 @@ unsafe fn consume<
                 if kind_before == TileKind::Narrow {
                     consumer.meet(); // all have read what was exchanged: it lies where O is staged
                 }
-                wide::pair::tiles::<E, DIM_BLOCKS, FRAGMENTS, CAPPED, false>(&mut consumer);
+                wide::pair::tiles::<E, KV::Weight, DIM_BLOCKS, FRAGMENTS, CAPPED, H>(&mut consumer);
             }
-            TileKind::Narrow => narrow::tile::<E, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED>(&mut consumer),
+            TileKind::Narrow => narrow::tile::<E, KV, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED, H>(&mut consumer),
         }
         kind_before = kind;
     }
@@ -206,6 +250,90 @@ unsafe fn consume<
 }
 
 kernel! {
+    /// Attention in bf16, head dimension 64, K and V in FP8.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
+    fn attention_bf16_e4m3_d64(params: AttentionParams) {
+        attention_e4m3::<Bf16, 8, 16, 2, 15, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 64, K and V in FP8, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
+    fn attention_bf16_e4m3_d64_capped(params: AttentionParams) {
+        attention_e4m3::<Bf16, 8, 16, 2, 15, true>(params)
+    }
+
+    /// Attention in bf16, head dimension 96, K and V in FP8.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
+    fn attention_bf16_e4m3_d96(params: AttentionParams) {
+        attention_e4m3::<Bf16, 12, 16, 2, 5, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 96, K and V in FP8, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
+    fn attention_bf16_e4m3_d96_capped(params: AttentionParams) {
+        attention_e4m3::<Bf16, 12, 16, 2, 5, true>(params)
+    }
+
+    /// Attention in bf16, head dimension 128, K and V in FP8.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
+    fn attention_bf16_e4m3_d128(params: AttentionParams) {
+        attention_e4m3::<Bf16, 16, 16, 2, 5, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 128, K and V in FP8, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
+    fn attention_bf16_e4m3_d128_capped(params: AttentionParams) {
+        attention_e4m3::<Bf16, 16, 16, 2, 5, true>(params)
+    }
+
+    /// Attention in f16, head dimension 64, K and V in FP8.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
+    fn attention_f16_e4m3_d64(params: AttentionParams) {
+        attention_e4m3::<F16, 8, 16, 2, 15, false>(params)
+    }
+
+    /// Attention in f16, head dimension 64, K and V in FP8, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
+    fn attention_f16_e4m3_d64_capped(params: AttentionParams) {
+        attention_e4m3::<F16, 8, 16, 2, 15, true>(params)
+    }
+
+    /// Attention in f16, head dimension 96, K and V in FP8.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
+    fn attention_f16_e4m3_d96(params: AttentionParams) {
+        attention_e4m3::<F16, 12, 16, 2, 5, false>(params)
+    }
+
+    /// Attention in f16, head dimension 96, K and V in FP8, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
+    fn attention_f16_e4m3_d96_capped(params: AttentionParams) {
+        attention_e4m3::<F16, 12, 16, 2, 5, true>(params)
+    }
+
+    /// Attention in f16, head dimension 128, K and V in FP8.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
+    fn attention_f16_e4m3_d128(params: AttentionParams) {
+        attention_e4m3::<F16, 16, 16, 2, 5, false>(params)
+    }
+
+    /// Attention in f16, head dimension 128, K and V in FP8, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
+    fn attention_f16_e4m3_d128_capped(params: AttentionParams) {
+        attention_e4m3::<F16, 16, 16, 2, 5, true>(params)
+    }
+
     /// Attention in bf16, head dimension 64, narrow tiles beside wide ones.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "bar.sync" = 15, "wgmma.mma_async" = 44)]

@@ -5,15 +5,19 @@
 
 use packinfer_abi::NARROW_TILE_ROWS;
 
-use super::consumer::{Consumer, Queries};
+use super::consumer::{Consumer, Queries, operand_of};
 use super::exchange::Exchange;
-use super::shared::ColumnTile;
+use super::helpers::{Helpers, NarrowTile};
+use super::shared::{ColumnTile, Ring};
 use super::{CONSUMER_WARPS, PAIR, merge};
-use crate::element::Element;
+use crate::element::{ELEMENT_BYTES, Element};
+use crate::ptx::memory::load_shared_f32x2;
 use crate::ptx::mma::Fragment;
 use crate::ptx::warp;
 use crate::rows::{NO_ROW, Row};
-use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, scale_rows};
+use crate::shared_tile::PANEL_BLOCKS;
+use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, row_of_lane, scale_rows};
+use crate::stored::Stored;
 
 /// Rows that each warp sees to the merging of.
 const ROWS_OF_WARP: u32 = NARROW_TILE_ROWS / CONSUMER_WARPS;
@@ -22,7 +26,7 @@ const MERGED_ROWS_AT_ONCE: usize = 1;
 /// Partials of each that are loaded at once.
 const PARTIALS_AHEAD: usize = 8;
 
-/// Does the next tile, which is narrow. A warp takes `SCORE_FRAGMENTS` fragments of 8 columns of a step.
+/// Does the next tile, which is narrow, and whose K and V are stored as `KV`. A warp takes `SCORE_FRAGMENTS` fragments of 8 columns of a step.
 ///
 /// # Safety
 ///
@@ -30,70 +34,104 @@ const PARTIALS_AHEAD: usize = 8;
 #[inline(always)]
 pub unsafe fn tile<
     E: Element,
+    KV: Stored<E>,
     const DIM_BLOCKS: usize,
     const FRAGMENTS: usize,
     const SCORE_FRAGMENTS: usize,
     const CAPPED: bool,
+    H: Helpers,
 >(
-    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, false>,
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, H>,
 ) {
-    const { assert!(FRAGMENTS == CONSUMER_WARPS as usize * SCORE_FRAGMENTS) };
+    const { assert!(FRAGMENTS == CONSUMER_WARPS as usize * SCORE_FRAGMENTS && H::CONVERT == KV::FOUR_NEIGHBOURS) };
     let warp_columns = const { 8 * SCORE_FRAGMENTS as u32 };
     let (slot, lane) = (consumer.tasks.stage(), consumer.lane());
     consumer.note_begin(consumer.shared.task_index(slot));
     let range = consumer.shared.columns(slot);
     let view = consumer.shared.view(slot, 0); // of the first rows, which are all that there are
     let [rows] = consumer.shared.rows(slot).of_lane::<1>(0, lane);
-    let queries = consumer.take_queries(0);
-    let mut softmax = OnlineSoftmax::<1>::new(consumer.params.scale_log2);
+    let [k_factor, v_factor] = KV::FACTORS;
+    let logits = consumer.logits::<CAPPED>(slot, k_factor);
+    let queries = if H::CONVERT { consumer.take_narrow_queries::<E, KV>() } else { consumer.take_queries(0) };
+    let mut softmax = OnlineSoftmax::<1>::new(logits.scale_log2);
     let mut output = [[[0f32; 4]; DIM_BLOCKS]];
 
-    let first_row = consumer.warp * warp_columns; // of the step's K and V
-    let mut column = range.start + first_row;
-    for _ in 0..(range.end - range.start).div_ceil(Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, false>::STEP) {
+    let mut column = range.start + consumer.warp * warp_columns;
+    for _ in 0..(range.end - range.start).div_ceil(Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, H>::STEP) {
         let sees_any = warp::any(view.sees_any(column, warp_columns));
         let mut scores = [[[0f32; 4]; SCORE_FRAGMENTS]];
-        consumer.k.wait_full();
+        consumer.narrow_k().wait_full();
         if sees_any {
-            scores[0] = score::<E, DIM_BLOCKS, FRAGMENTS, SCORE_FRAGMENTS>(consumer, &queries, first_row, lane);
+            scores[0] = score::<E, KV, DIM_BLOCKS, FRAGMENTS, SCORE_FRAGMENTS, H>(consumer, &queries);
         }
         warp::sync();
-        consumer.k.release(lane);
+        consumer.narrow_k().release(lane);
         if sees_any {
-            consumer.cap::<CAPPED, SCORE_FRAGMENTS>(&mut scores[0]);
+            consumer.cap::<CAPPED, SCORE_FRAGMENTS>(logits, &mut scores[0]);
             if warp::any(!view.sees_all(column, warp_columns)) {
                 mask(&mut scores[0], &rows, column, lane);
             }
             let factors = softmax.update(&mut scores);
             scale_rows(&mut output, &factors);
         }
-        consumer.v.wait_full();
+        consumer.narrow_v().wait_full();
         if sees_any {
-            accumulate::<E, DIM_BLOCKS, FRAGMENTS, SCORE_FRAGMENTS>(
-                &mut output[0],
-                &scores[0],
-                consumer.shared.v(consumer.v.stage()),
-                first_row,
-                lane,
-            );
+            accumulate::<E, KV, DIM_BLOCKS, FRAGMENTS, SCORE_FRAGMENTS, H>(consumer, &mut output[0], &scores[0]);
         }
         warp::sync();
-        consumer.v.release(lane);
-        column += Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, false>::STEP;
+        consumer.narrow_v().release(lane);
+        column += Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, H>::STEP;
     }
 
-    consumer.release_queries();
-    store::<E, DIM_BLOCKS, FRAGMENTS>(consumer, slot, &rows, &softmax, &mut output);
+    if !H::CONVERT {
+        consumer.release_queries();
+    }
+    KV::put_in_order(&mut output[0]);
+    store::<E, KV, DIM_BLOCKS, FRAGMENTS, H>(consumer, slot, &rows, &softmax, v_factor, &mut output);
     consumer.tasks.release_by_lanes();
 }
 
-/// Merges what the warps found, and stores it.
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, DIM_BLOCKS, FRAGMENTS, PAIR, H> {
+    /// Where the warp is with K of narrow tiles.
+    #[inline(always)]
+    fn narrow_k(&mut self) -> &mut Ring {
+        if H::CONVERT { &mut self.stored[0] } else { &mut self.k }
+    }
+
+    /// Where the warp is with V of narrow tiles.
+    #[inline(always)]
+    fn narrow_v(&mut self) -> &mut Ring {
+        if H::CONVERT { &mut self.stored[1] } else { &mut self.v }
+    }
+
+    /// Takes the rows of the tile's Q into registers, in the order that products with `KV` take them in.
+    #[inline(always)]
+    unsafe fn take_narrow_queries<E, KV: Stored<E>>(&mut self) -> Queries<DIM_BLOCKS> {
+        let mut queries = [[0u32; 2]; DIM_BLOCKS];
+        let lane = self.lane();
+        self.queries.wait_full();
+        for block in (0..DIM_BLOCKS).step_by(2) {
+            let panel = self.shared.queries().panel(block / PANEL_BLOCKS);
+            let element = KV::element(block % PANEL_BLOCKS, lane);
+            for half in 0..ROWS_PER_LANE {
+                let chunk = panel.chunk(row_of_lane(0, half, lane), element / 8);
+                let pair = load_shared_f32x2(chunk + element % 8 * ELEMENT_BYTES).map(f32::to_bits);
+                (queries[block][half], queries[block + 1][half]) = (pair[0], pair[1]);
+            }
+        }
+        self.queries.release_by_lanes();
+        queries
+    }
+}
+
+/// Merges what the warps found, and stores it; V must be multiplied with `v_factor` and its scale.
 #[inline(always)]
-unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
-    consumer: &Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, false>,
+unsafe fn store<E: Element, KV: Stored<E>, const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers>(
+    consumer: &Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, H>,
     slot: u32,
     rows: &[Row; ROWS_PER_LANE],
     softmax: &OnlineSoftmax<1>,
+    v_factor: f32,
     output: &mut [[Fragment; DIM_BLOCKS]; 1],
 ) {
     let task = consumer.shared.task(consumer.params, slot);
@@ -101,7 +139,9 @@ unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let [sums] = softmax.finish();
     exchange.tell_lse(warp, lane, &sums);
     consumer.meet();
-    scale_rows(output, &[exchange.factors(&task, warp, lane, rows, &sums)]);
+    let [_, v_scale] = consumer.shared.scales(slot);
+    let factors = exchange.factors(&task, warp, lane, rows, &sums);
+    scale_rows(output, &[factors.map(|factor| factor * (v_scale * v_factor))]);
     for first_row in (0..NARROW_TILE_ROWS).step_by(Exchange::<DIM_BLOCKS>::ROWS_AT_ONCE as usize) {
         if task.rows.index(first_row) == NO_ROW {
             break;
@@ -109,7 +149,7 @@ unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         if first_row > 0 {
             consumer.meet(); // all have read the rows before
         }
-        exchange.write(warp, lane, first_row, &output[0]);
+        exchange.write(warp, lane, first_row, &output[0], KV::element);
         consumer.meet();
         exchange.store_sums::<E>(&task, consumer.thread(), first_row);
     }
@@ -122,18 +162,25 @@ unsafe fn store<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     }
 }
 
-/// Scores of the warp's columns, which are the rows of the next step's K from `first_row` on.
+/// Scores of the warp's columns of the next step.
 #[inline(always)]
-unsafe fn score<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const SCORE_FRAGMENTS: usize>(
-    consumer: &Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, false>,
+unsafe fn score<
+    E: Element,
+    KV: Stored<E>,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const SCORE_FRAGMENTS: usize,
+    H: Helpers,
+>(
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, H>,
     queries: &Queries<DIM_BLOCKS>,
-    first_row: u32,
-    lane: u32,
 ) -> [Fragment; SCORE_FRAGMENTS] {
     let mut scores = [[0f32; 4]; SCORE_FRAGMENTS];
-    let k = consumer.shared.k(consumer.k.stage());
+    let (warp, lane, stage) = (consumer.warp, consumer.lane(), consumer.narrow_k().stage());
+    let first_row = warp * 8 * SCORE_FRAGMENTS as u32;
     if SCORE_FRAGMENTS == 1 {
-        let k = k.eight_columns_by_lane(first_row, lane);
+        const { assert!(SCORE_FRAGMENTS > 1 || KV::PRODUCTS == 1) };
+        let k = consumer.shared.k(stage).eight_columns_by_lane(first_row, lane);
         for block in (0..DIM_BLOCKS).step_by(4) {
             let [first, second] = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::eight_columns(k, block);
             E::mma(&mut scores[0], consumer.operand_a(queries, block), first);
@@ -141,29 +188,48 @@ unsafe fn score<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, con
         }
         return scores;
     }
-    let k = k.columns_by_lane(first_row, lane);
-    for block in (0..DIM_BLOCKS).step_by(2) {
-        let [left, right] = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::operands_b(k, block);
-        let a = consumer.operand_a(queries, block);
-        E::mma(&mut scores[0], a, left);
-        E::mma(&mut scores[1], a, right);
+    let k = if H::CONVERT {
+        consumer.shared.narrow_k(stage).columns_by_lane(first_row, lane)
+    } else {
+        consumer.shared.k(stage).columns_by_lane(first_row, lane)
+    };
+    for load in 0..DIM_BLOCKS / (2 * KV::PRODUCTS) {
+        let loaded = if H::CONVERT {
+            NarrowTile::operands_b(k, 2 * load)
+        } else {
+            ColumnTile::<DIM_BLOCKS, FRAGMENTS>::operands_b(k, 2 * load)
+        };
+        for product in 0..KV::PRODUCTS {
+            let [left, right] = KV::keys(loaded, product);
+            let block = 2 * (KV::PRODUCTS * load + product);
+            let a = if H::CONVERT { operand_of(queries, block) } else { consumer.operand_a(queries, block) };
+            E::mma(&mut scores[0], a, left);
+            E::mma(&mut scores[1], a, right);
+        }
     }
     scores
 }
 
-/// Adds P V of the warp's columns to the output.
+/// Adds P V of the warp's columns of the next step to the output.
 #[inline(always)]
-unsafe fn accumulate<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const SCORE_FRAGMENTS: usize>(
+unsafe fn accumulate<
+    E: Element,
+    KV: Stored<E>,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const SCORE_FRAGMENTS: usize,
+    H: Helpers,
+>(
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, H>,
     output: &mut [Fragment; DIM_BLOCKS],
     exponentials: &[Fragment; SCORE_FRAGMENTS],
-    v: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
-    first_row: u32,
-    lane: u32,
 ) {
+    let (warp, lane, stage) = (consumer.warp, consumer.lane(), consumer.narrow_v().stage());
+    let first_row = warp * 8 * SCORE_FRAGMENTS as u32;
     if SCORE_FRAGMENTS == 1 {
         // A product sums over 16 columns: the other eight are zeros.
         let weights = probabilities::<E>(&exponentials[0], &[0.0; 4]);
-        let v = v.eight_columns_by_lane(first_row, lane);
+        let v = consumer.shared.v(stage).eight_columns_by_lane(first_row, lane);
         for block in (0..DIM_BLOCKS).step_by(4) {
             let values = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::eight_columns_transposed(v, block);
             for i in 0..4 {
@@ -172,11 +238,23 @@ unsafe fn accumulate<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize
         }
         return;
     }
-    let weights = probabilities::<E>(&exponentials[0], &exponentials[1]);
-    let v = v.columns_by_lane_transposed(first_row, lane);
-    for block in (0..DIM_BLOCKS).step_by(2) {
-        let [left, right] = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::operands_b_transposed(v, block);
-        E::mma(&mut output[block], weights, left);
-        E::mma(&mut output[block + 1], weights, right);
+    let weights = probabilities::<KV::Weight>(&exponentials[0], &exponentials[1]);
+    let v = if H::CONVERT {
+        consumer.shared.narrow_v(stage).columns_by_lane_transposed(first_row, lane)
+    } else {
+        consumer.shared.v(stage).columns_by_lane_transposed(first_row, lane)
+    };
+    for load in 0..DIM_BLOCKS / (2 * KV::PRODUCTS) {
+        let loaded = if H::CONVERT {
+            NarrowTile::operands_b_transposed(v, 2 * load)
+        } else {
+            ColumnTile::<DIM_BLOCKS, FRAGMENTS>::operands_b_transposed(v, 2 * load)
+        };
+        for product in 0..KV::PRODUCTS {
+            let [left, right] = KV::values(loaded, product);
+            let block = 2 * (KV::PRODUCTS * load + product);
+            KV::Weight::mma(&mut output[block], weights, left);
+            KV::Weight::mma(&mut output[block + 1], weights, right);
+        }
     }
 }

@@ -10,6 +10,7 @@ use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSO
 
 use super::TRIO;
 use super::consumer::CONSUMER_ROWS;
+use super::helpers::{Helpers, Tensor};
 use super::queries;
 use super::queue::{NO_TASK, Queue, leave};
 use super::shared::{ColumnTile, Ring, Shared};
@@ -40,13 +41,12 @@ pub const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
 ///
 /// Reached by all threads of the producer's warpgroup.
 #[inline(always)]
-pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
+pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>,
     thread: u32,
 ) {
     let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
-    let v_maps = params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES);
     if thread < 2 * NUM_KV_BOXES {
         prefetch_map(params.kv_maps + u64::from(thread * TENSOR_MAP_BYTES));
     } else if thread - 2 * NUM_KV_BOXES < NUM_QUERY_BOXES {
@@ -54,52 +54,41 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLO
     }
     match warp {
         0 => {
-            let (mut ring, near_end) = (shared.k_ring(), shared.near_end());
+            let (mut loader, near_end) = (H::loader(shared, Tensor::K), shared.near_end());
             let tell = |steps_left| {
                 if steps_left == LONG_TASK_STEPS {
                     near_end.send();
                 }
             };
-            for_each_task(shared, |slot| {
-                load_columns(&shared.task(params, slot), &mut ring, shared.k(0), params.kv_maps, lane, tell)
-            });
+            let mut items = shared.item_ring();
+            while let Some(slot) = shared.next_posted(&items) {
+                H::load(shared, Tensor::K, &shared.task(params, slot), &mut loader, lane, tell);
+                items.release_by_lanes();
+            }
         }
         1 => {
-            let mut ring = shared.v_ring();
-            for_each_task(shared, |slot| load_columns(&shared.task(params, slot), &mut ring, shared.v(0), v_maps, lane, |_| ()));
+            let mut loader = H::loader(shared, Tensor::V);
+            let mut items = shared.item_ring();
+            while let Some(slot) = shared.next_posted(&items) {
+                H::load(shared, Tensor::V, &shared.task(params, slot), &mut loader, lane, |_| ());
+                items.release_by_lanes();
+            }
         }
         2 => load_queries(params, shared, lane),
         _ => post_tasks(params, shared, lane),
     }
 }
 
-/// Does something for every task that is posted, with its slot.
-#[inline(always)]
-unsafe fn for_each_task<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
-    mut load: impl FnMut(u32),
-) {
-    let mut items = shared.item_ring();
-    loop {
-        items.wait_full();
-        if shared.tile_kind(items.stage()).is_none() {
-            break;
-        }
-        load(items.stage());
-        items.release_by_lanes();
-    }
-}
-
 /// Takes tasks, posts them and works out the rows of consumer 0, until none is left.
 #[inline(always)]
-unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
+unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>,
     lane: u32,
 ) {
     let (mut items, mut tasks, mut near_end) = (shared.item_ring(), shared.task_ring(), shared.near_end());
     let leads = lane == 0;
-    let mut next = Queue::of_block(params).first_task::<BESIDE>(params);
+    let mut next = Queue::of_block(params).first_task::<H>(params);
     while let Some(index) = next {
         items.wait_empty();
         tasks.wait_empty();
@@ -110,6 +99,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
             prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         items.fill_by(leads);
+        let scales = if H::CONVERT && leads { task.kv_scales() } else { [1.0; 2] };
         // The ticket of a task after a short one is on its way through memory meanwhile.
         let mut ticket = 0;
         if leads && !shared.is_long(stage) {
@@ -119,6 +109,9 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
         if ROW_BLOCKS == TRIO {
             write_rows(params, shared, &task, stage, 2, lane);
         }
+        if H::CONVERT && leads {
+            shared.post_scales(stage, scales);
+        }
         tasks.fill();
 
         let mut after = NO_TASK;
@@ -127,7 +120,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
                 near_end.receive();
                 ticket = Queue::of_block(params).draw(params);
             }
-            after = task_of_ticket::<BESIDE>(params, ticket).unwrap_or(NO_TASK);
+            after = task_of_ticket::<H>(params, ticket).unwrap_or(NO_TASK);
         }
         let after = warp::uniform(after);
         next = if after == NO_TASK { None } else { Some(after) };
@@ -136,7 +129,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
     tasks.wait_empty();
     if leads {
         shared.post_task(tasks.stage(), None);
-        leave::<BESIDE>(params);
+        leave::<H>(params);
     }
     items.fill_by(leads);
     tasks.fill();
@@ -144,13 +137,13 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
 
 /// Has Q of all tasks brought, and works out the rows of consumer 1.
 #[inline(always)]
-unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
+unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>,
     lane: u32,
 ) {
-    let (mut queries, mut tasks) = (shared.query_ring(), shared.task_ring());
-    for_each_task(shared, |slot| {
+    let (mut queries, mut tasks, mut items) = (shared.query_ring(), shared.task_ring(), shared.item_ring());
+    while let Some(slot) = shared.next_posted(&items) {
         tasks.wait_empty();
         let task = shared.task(params, slot);
         if ROW_BLOCKS == TRIO {
@@ -166,16 +159,17 @@ unsafe fn load_queries<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const RO
             }
             tasks.fill();
         }
-    });
+        items.release_by_lanes();
+    }
     tasks.wait_empty();
     tasks.fill();
 }
 
 /// Works out the rows of a consumer, and what they see.
 #[inline(always)]
-unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>(
+unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>,
     task: &Task,
     stage: u32,
     consumer: u32,
@@ -192,42 +186,59 @@ unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
     }
 }
 
-/// Brings all columns of the task's K, or of its V, step by step, and calls `at_step`, with one thread, with the steps that are left; `tiles` is the
-/// ring's first tile.
+/// Brings all columns of a task's K or V, step by step, each in `PARTS` tiles one after the other, and calls `at_step`, with one thread, with the steps that are left. `tiles` is
+/// the ring's first tile. Where a step has several parts, those of the other tensor lie between them and those of the next.
+///
+/// # Safety
+///
+/// Reached by all lanes of a warp of the filling side.
 #[inline(always)]
-unsafe fn load_columns<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+pub unsafe fn load_columns<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize, const PARTS: u32>(
     task: &Task,
+    tensor: Tensor,
     ring: &mut Ring,
-    tiles: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
-    maps: u64,
+    tiles: BoxTile<DIM_BLOCKS, ROW_BLOCKS>,
     lane: u32,
     at_step: impl Fn(u32),
 ) {
-    let columns = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
+    let columns = BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::ROWS;
     let item = &task.item;
+    let maps = match tensor {
+        Tensor::K => task.params.kv_maps,
+        Tensor::V => task.params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES),
+    };
     let mut window = RunWindow::new(&task.params, item, lane);
     let mut step = item.column_begin;
     while step < item.column_end {
-        let end = core::cmp::min(item.column_end, step + columns);
-        ring.wait_empty();
-        let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage()), maps, kv_head: task.kv_head, barrier: ring.full() };
-        if lane == 0 {
-            ring.expect(ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
-            copies.copy(NO_SLOT, end - step, columns); // zeros where no column is left
-            at_step((item.column_end - step).div_ceil(columns));
-        }
-        loop {
-            let (begin, end_of_run) = (core::cmp::max(window.begin, step), core::cmp::min(window.end, end));
-            if begin < end_of_run {
-                copies.copy(window.slot_of(begin), begin - step, end_of_run - step);
+        for part in 0..PARTS {
+            let begin_of_part = step + part * columns;
+            let end = core::cmp::min(item.column_end, begin_of_part + columns);
+            ring.wait_empty();
+            let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage()), maps, kv_head: task.kv_head, barrier: ring.full() };
+            if lane == 0 {
+                ring.expect(BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES);
+                let filled = if PARTS == 1 { end - begin_of_part } else { end.saturating_sub(begin_of_part) };
+                copies.copy(NO_SLOT, filled, columns); // zeros where no column is left
+                if part == 0 {
+                    at_step((item.column_end - step).div_ceil(PARTS * columns));
+                }
             }
-            if window.reaches(end) {
-                break;
+            while PARTS == 1 || begin_of_part < end {
+                let (begin, end_of_run) = (core::cmp::max(window.begin, begin_of_part), core::cmp::min(window.end, end));
+                if begin < end_of_run {
+                    copies.copy(window.slot_of(begin), begin - begin_of_part, end_of_run - begin_of_part);
+                }
+                if window.reaches(end) {
+                    break;
+                }
+                window.advance(&task.params, item, lane);
             }
-            window.advance(&task.params, item, lane);
+            ring.advance();
         }
-        ring.advance();
-        step += columns;
+        if PARTS > 1 {
+            ring.advance_by(PARTS);
+        }
+        step += PARTS * columns;
     }
 }
 
@@ -294,9 +305,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
 
 /// The task that a ticket of the block's queue stands for, or if that queue is empty, one of the other, unless readers take those.
 #[inline(always)]
-unsafe fn task_of_ticket<const BESIDE: bool>(params: &AttentionParams, ticket: u32) -> Option<u32> {
+unsafe fn task_of_ticket<H: Helpers>(params: &AttentionParams, ticket: u32) -> Option<u32> {
     let queue = Queue::of_block(params);
-    if BESIDE {
+    if H::READ {
         return queue.task(params, ticket);
     }
     queue.task(params, ticket).or_else(|| queue.other().task(params, queue.other().draw(params)))

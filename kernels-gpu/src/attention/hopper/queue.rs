@@ -2,13 +2,14 @@
 
 use packinfer_abi::{AttentionParams, Scheduler};
 
+use super::helpers::Helpers;
 use crate::ptx::memory::{fetch_add_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
 
 /// The index of a task that there is not.
 pub const NO_TASK: u32 = u32::MAX;
 
-/// The queue that a block's producer takes its tasks from. Where narrow tasks are done `BESIDE` wide ones, it is the front in all blocks, and their
+/// The queue that a block's producer takes its tasks from. Where narrow tasks are done beside wide ones, it is the front in all blocks, and their
 /// [readers](ReaderQueue) have the other.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Queue {
@@ -25,12 +26,12 @@ impl Queue {
 
     /// The first task of this block, which no other has. It has one of the queue that it begins with, but for blocks that are there for their readers.
     #[inline(always)]
-    pub fn first_task<const BESIDE: bool>(self, params: &AttentionParams) -> Option<u32> {
+    pub fn first_task<H: Helpers>(self, params: &AttentionParams) -> Option<u32> {
         let task = match self {
             Self::Front => block_index(),
             Self::Back => params.front_tasks + block_index() - (num_blocks() - params.back_blocks),
         };
-        if BESIDE && block_index() >= params.front_tasks { None } else { Some(task) }
+        if H::READ && block_index() >= params.front_tasks { None } else { Some(task) }
     }
 
     /// The other queue.
@@ -104,9 +105,9 @@ impl ReaderQueue {
 ///
 /// Reached by one thread of the producer, and one of the readers, if there are any.
 #[inline(always)]
-pub unsafe fn leave<const BESIDE: bool>(params: &AttentionParams) {
+pub unsafe fn leave<H: Helpers>(params: &AttentionParams) {
     let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
-    let leaving = if BESIDE { 2 * num_blocks() } else { num_blocks() };
+    let leaving = if H::READ { 2 * num_blocks() } else { num_blocks() };
     if fetch_add_global(finished, 1) == leaving - 1 {
         let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
         store_global(taken, 0);

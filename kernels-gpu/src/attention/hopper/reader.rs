@@ -13,6 +13,7 @@
 
 use packinfer_abi::{AttentionParams, NARROW_TILE_ROWS, NUM_KV_BOXES, TENSOR_MAP_BYTES};
 
+use super::helpers::Readers;
 use super::producer::{BoxCopies, NO_SLOT};
 use super::queue::{NO_TASK, ReaderQueue, leave};
 use super::shared::Shared;
@@ -427,7 +428,7 @@ impl Softmax {
 #[inline(always)]
 pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, true>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, Readers>,
     thread: u32,
 ) where
     Transposed: Accumulator<E>,
@@ -444,7 +445,7 @@ pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         index = load_shared(memory.next_task());
     }
     if thread == 0 {
-        leave::<true>(params);
+        leave::<Readers>(params);
     }
 }
 

@@ -1,19 +1,22 @@
 //! The block's shared memory, and the barriers that guard its parts.
 
+use core::marker::PhantomData;
 use core::ops::Range;
 
 use packinfer_abi::{
-    AttentionParams, BESIDE_SHARED_BYTES, HOPPER_ROW_TABLE_BYTES, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS, TALL_SHARED_BYTES,
+    AttentionParams, BESIDE_SHARED_BYTES, CONVERTING_SHARED_BYTES, HOPPER_ROW_TABLE_BYTES, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS, TALL_SHARED_BYTES,
     TALL_TILE_ROWS, TileKind, WorkItem, hopper_column_step,
 };
 
 use super::consumer::CONSUMER_ROWS;
+use super::converter::CONVERTER_WARPS;
 use super::exchange::Exchange;
+use super::helpers::{Helpers, NarrowTile, StoredTile};
 use super::producer::{LOADER_WARPS, LONG_TASK_STEPS, POSTING_WARPS};
 use super::reader::ReaderMemory;
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
-use crate::ptx::memory::{load_shared, load_shared_x4, store_shared_x4};
+use crate::ptx::memory::{load_shared, load_shared_f32x2, load_shared_x4, store_shared_f32x2, store_shared_x4};
 use crate::ptx::warp::LANES as WARP_LANES;
 use crate::ptx::warpgroup::THREADS;
 use crate::rows::{RowTable, WarpView};
@@ -87,6 +90,27 @@ impl Ring {
         let wraps = self.stage + 1 == self.stages;
         self.stage = if wraps { 0 } else { self.stage + 1 };
         self.parity ^= u32::from(wraps);
+    }
+
+    /// Past `parts` parts, which others of the same side see to.
+    #[inline(always)]
+    pub fn advance_by(&mut self, parts: u32) {
+        let stage = self.stage + parts;
+        self.parity ^= stage / self.stages & 1;
+        self.stage = stage % self.stages;
+    }
+
+    /// Filling side: waits until the other has done with all parts.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of a warp of the filling side, or of one that knows how many parts this side has filled.
+    #[inline(always)]
+    pub unsafe fn wait_all_empty(mut self) {
+        for _ in 0..self.stages {
+            self.wait_empty();
+            self.advance();
+        }
     }
 
     /// Filling side: waits until the other has done with the part.
@@ -295,12 +319,13 @@ pub struct SeenSteps {
 /// Where the parts lie, in this order: Q, K, V, tiles of the readers, row tables, exchange, task slots, barriers, the rest of what the readers have. Where narrow tiles are
 /// done `BESIDE` wide ones, by readers, or not at all, by three consumers, there is no exchange, but only room for each consuming warp to store rows of O through.
 #[derive(Clone, Copy)]
-pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool> {
+pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers> {
     base: u32,
+    helpers: PhantomData<H>,
 }
 
-impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>
-    Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>
+    Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>
 {
     /// Rows of a wide tile.
     pub const ROWS_OF_TILE: u32 = 8 * ROW_BLOCKS as u32;
@@ -311,12 +336,13 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
     /// Warps that consume.
     pub const CONSUMER_WARPS: u32 = Self::CONSUMER_THREADS / WARP_LANES;
     /// Whether consumers do narrow tiles too, and exchange what they found.
-    pub const HAS_EXCHANGE: bool = !BESIDE && Self::CONSUMERS == 2;
+    pub const HAS_EXCHANGE: bool = !H::READ && Self::CONSUMERS == 2;
     /// Columns of a step.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
 
     /// Steps whose K is held, and steps whose V is: those that fit beside Q.
     const STAGES: [u32; 2] = match (DIM_BLOCKS, Self::HAS_EXCHANGE) {
+        _ if H::CONVERT => [2, 2],
         (8, true) => [4, 6],
         (8, false) => [4, 4],
         (12 | 16, true) => [2, 3],
@@ -327,37 +353,50 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
 
     const K: u32 = QueryTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES;
     const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
-    const READERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
-    const ROWS: u32 = Self::READERS + if BESIDE { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { 0 };
+    const HELPERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
+    const ROWS: u32 = Self::HELPERS + if H::READ { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { H::STORED_STAGES * StoredTile::BYTES };
     /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
-    const TASKS: u32 = if BESIDE { 2 } else { 4 };
+    const TASKS: u32 = if H::READ {
+        2
+    } else if H::CONVERT {
+        3
+    } else {
+        4
+    };
     const EXCHANGE: u32 = Self::ROWS + Self::TASKS * HOPPER_ROW_TABLE_BYTES;
     const EXCHANGE_BYTES: u32 =
         if Self::HAS_EXCHANGE { Exchange::<DIM_BLOCKS>::BYTES } else { Self::CONSUMER_WARPS * Self::STAGING_BYTES };
     const SLOTS: u32 = Self::EXCHANGE + Self::EXCHANGE_BYTES;
     /// Bytes that a consuming warp stages rows of O in, where there is no exchange.
     const STAGING_BYTES: u32 =
-        16 * if BESIDE { SharedTile::<STAGED_BLOCKS>::ROW_BYTES } else { SharedTile::<PANEL_BLOCKS>::ROW_BYTES };
+        16 * if H::READ { SharedTile::<STAGED_BLOCKS>::ROW_BYTES } else { SharedTile::<PANEL_BLOCKS>::ROW_BYTES };
     /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, and in which steps. The words on the task are one more than the
     /// tile's kind, or zero if no task is left; the head group; the KV head; the task's index.
     const SLOT_ITEM: u32 = 0;
     const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
     const SLOT_VIEWS: u32 = Self::SLOT_TASK + 16;
     const SLOT_STEPS: u32 = Self::SLOT_VIEWS + Self::CONSUMERS * 16;
+    const SLOT_SCALES: u32 = Self::SLOT_STEPS + Self::CONSUMERS * 16;
     /// Bytes of a task slot.
-    const SLOT_BYTES: u32 = Self::SLOT_STEPS + Self::CONSUMERS * 16;
+    const SLOT_BYTES: u32 = Self::SLOT_SCALES + if H::CONVERT { 16 } else { 0 };
     const BARRIERS: u32 = Self::SLOTS + Self::TASKS * Self::SLOT_BYTES;
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::bytes(1);
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::bytes(Self::K_STAGES);
     const TASK_BARRIERS: u32 = Self::V_BARRIERS + Ring::bytes(Self::V_STAGES);
     const ITEM_BARRIERS: u32 = Self::TASK_BARRIERS + Ring::bytes(Self::TASKS);
-    const NEAR_END_BARRIER: u32 = Self::ITEM_BARRIERS + Ring::bytes(Self::TASKS);
+    const STORED_BARRIERS: u32 = Self::ITEM_BARRIERS + Ring::bytes(Self::TASKS);
+    /// Steps of narrow tiles whose K and V are held where they are taken as they are stored.
+    const NARROW_STAGES: u32 = if H::CONVERT { (Self::ROWS - Self::K) / (2 * NarrowTile::BYTES) } else { 0 };
+    const NARROW_BARRIERS: u32 = Self::STORED_BARRIERS + Ring::bytes(H::STORED_STAGES);
+    const NEAR_END_BARRIER: u32 = Self::NARROW_BARRIERS + 2 * Ring::bytes(Self::NARROW_STAGES);
     const READER_WORDS: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
-    const END: u32 = Self::READER_WORDS + if BESIDE { ReaderMemory::<DIM_BLOCKS>::WORD_BYTES } else { 0 };
+    const END: u32 = Self::READER_WORDS + if H::READ { ReaderMemory::<DIM_BLOCKS>::WORD_BYTES } else { 0 };
     const FITS: () = assert!(
         Self::END
-            <= if BESIDE {
+            <= if H::READ {
                 BESIDE_SHARED_BYTES
+            } else if H::CONVERT {
+                CONVERTING_SHARED_BYTES
             } else if Self::CONSUMERS == 2 {
                 HOPPER_SHARED_BYTES
             } else {
@@ -369,7 +408,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
     #[inline(always)]
     pub fn at(base: u32) -> Self {
         const { (Self::FITS, Self::STEP_IS_THE_PLANS) };
-        Self { base }
+        Self { base, helpers: PhantomData }
     }
 
     /// Makes the barriers.
@@ -379,12 +418,18 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
     /// Reached by one thread, before a barrier of the whole block.
     pub unsafe fn init_barriers(&self) {
         self.query_ring().init(1, Self::CONSUMER_THREADS);
-        self.k_ring().init(1, Self::CONSUMER_WARPS);
-        self.v_ring().init(1, Self::CONSUMER_WARPS);
-        self.item_ring().init(1, LOADER_WARPS * WARP_LANES);
+        if H::CONVERT {
+            self.stored_ring().init(1, CONVERTER_WARPS);
+            self.narrow_rings().iter().for_each(|ring| ring.init(1, Self::CONSUMER_WARPS));
+        }
+        let column_fills = if H::CONVERT { CONVERTER_WARPS * WARP_LANES } else { 1 };
+        self.k_ring().init(column_fills, Self::CONSUMER_WARPS);
+        self.v_ring().init(column_fills, Self::CONSUMER_WARPS);
+        let item_readers = LOADER_WARPS + if H::CONVERT { CONVERTER_WARPS } else { 0 };
+        self.item_ring().init(1, item_readers * WARP_LANES);
         self.task_ring().init(POSTING_WARPS * WARP_LANES, Self::CONSUMER_THREADS);
         mbarrier::init(self.base + Self::NEAR_END_BARRIER, 1);
-        if BESIDE {
+        if H::READ {
             self.reader_memory().init();
         }
         mbarrier::fence_init();
@@ -403,6 +448,19 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
     #[inline(always)]
     pub fn v_ring(&self) -> Ring {
         Ring::at(self.base + Self::V_BARRIERS, Self::V_STAGES)
+    }
+
+    /// K and V as they are stored, for the converters: parts of K and parts of V of a step, then those of the next.
+    #[inline(always)]
+    pub fn stored_ring(&self) -> Ring {
+        Ring::at(self.base + Self::STORED_BARRIERS, H::STORED_STAGES)
+    }
+
+    /// K and V of narrow tiles as they are stored, for the consumers: where all K and V of wide tiles are otherwise.
+    #[inline(always)]
+    pub fn narrow_rings(&self) -> [Ring; 2] {
+        [0, Ring::bytes(Self::NARROW_STAGES)]
+            .map(|before| Ring::at(self.base + Self::NARROW_BARRIERS + before, Self::NARROW_STAGES))
     }
 
     /// Tasks with their rows, for the consumers.
@@ -438,6 +496,24 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
         ColumnTile::at(self.base + Self::V).skip_tiles(stage)
     }
 
+    /// A part of K or V as it is stored, for the converters.
+    #[inline(always)]
+    pub fn stored(&self, stage: u32) -> StoredTile {
+        StoredTile::at(self.base + Self::HELPERS).skip_tiles(stage)
+    }
+
+    /// K of a step of a narrow tile, as it is stored.
+    #[inline(always)]
+    pub fn narrow_k(&self, stage: u32) -> NarrowTile {
+        NarrowTile::at(self.base + Self::K).skip_tiles(stage)
+    }
+
+    /// V of a step of a narrow tile, as it is stored.
+    #[inline(always)]
+    pub fn narrow_v(&self, stage: u32) -> NarrowTile {
+        self.narrow_k(Self::NARROW_STAGES).skip_tiles(stage)
+    }
+
     #[inline(always)]
     pub fn rows(&self, stage: u32) -> RowTable {
         RowTable::at(self.base + Self::ROWS + stage * HOPPER_ROW_TABLE_BYTES)
@@ -460,13 +536,13 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
     /// What the readers have.
     #[inline(always)]
     pub fn reader_memory(&self) -> ReaderMemory<DIM_BLOCKS> {
-        ReaderMemory::at(self.base + Self::READERS, self.base + Self::READER_WORDS)
+        ReaderMemory::at(self.base + Self::HELPERS, self.base + Self::READER_WORDS)
     }
 
     /// Rows of the readers' task: behind those of the first of the others, of which there are not so many as there is room for.
     #[inline(always)]
     pub fn reader_rows(&self) -> RowTable {
-        const { assert!(!BESIDE || 8 * ROW_BLOCKS as u32 + NARROW_TILE_ROWS <= TALL_TILE_ROWS) };
+        const { assert!(!H::READ || 8 * ROW_BLOCKS as u32 + NARROW_TILE_ROWS <= TALL_TILE_ROWS) };
         self.rows(0).skip_rows(Self::ROWS_OF_TILE)
     }
 
@@ -491,6 +567,18 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
         } else {
             store_shared_x4(slot + Self::SLOT_TASK, [0; 4]);
         }
+    }
+
+    /// The slot of the next task that is posted, if there is one left.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of a warp that empties the [ring of items](Self::item_ring), once for each of them.
+    #[inline(always)]
+    pub unsafe fn next_posted(&self, items: &Ring) -> Option<u32> {
+        items.wait_full();
+        let slot = items.stage();
+        self.tile_kind(slot).map(|_| slot)
     }
 
     /// The kind of the task's tile, if there is a task left. All lanes read the same address, so the assembler knows that they get the same.
@@ -570,6 +658,26 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
             behind: (end - begin).div_ceil(Self::STEP) - end_seen,
         };
         store_shared_x4(self.slot(stage) + Self::SLOT_STEPS + 16 * consumer, core::mem::transmute::<SeenSteps, [u32; 4]>(steps));
+    }
+
+    /// Tells the consumers what K and V are multiplied with.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::post_task`].
+    #[inline(always)]
+    pub unsafe fn post_scales(&self, stage: u32, [k, v]: [f32; 2]) {
+        store_shared_f32x2(self.slot(stage) + Self::SLOT_SCALES, k, v);
+    }
+
+    /// What K is multiplied with, and V.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::task`].
+    #[inline(always)]
+    pub unsafe fn scales(&self, stage: u32) -> [f32; 2] {
+        if H::CONVERT { load_shared_f32x2(self.slot(stage) + Self::SLOT_SCALES) } else { [1.0; 2] }
     }
 
     /// What [`Self::post_view`] told.

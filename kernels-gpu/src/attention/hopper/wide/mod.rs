@@ -6,6 +6,7 @@ pub mod pair;
 pub mod trio;
 
 use super::consumer::{Consumer, Queries, WARP_ROWS};
+use super::helpers::Helpers;
 use super::shared::{ColumnTile, STAGED_BLOCKS, SeenSteps, Shared};
 use super::softmax::LazySoftmax;
 use super::{TRIO, barrier, epilogue, merge};
@@ -49,8 +50,8 @@ impl Step {
     }
 }
 
-impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, const BESIDE: bool>
-    Consumer<'_, DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>
+    Consumer<'_, DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>
 {
     /// The first step of the next tile, which is left, and how many steps of the tile come before it.
     #[inline(always)]
@@ -128,7 +129,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
         if step.is_last() {
             self.release_queries();
         }
-        self.cap::<CAPPED, FRAGMENTS>(scores);
+        self.cap::<CAPPED, FRAGMENTS>(self.logits::<CAPPED>(step.slot, 1.0), scores);
         self.mask(sees_all, step, scores);
     }
 
@@ -138,7 +139,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
         let task = self.shared.task(self.params, slot);
         let rows = task.rows.of_lane::<1>(self.first_row(), self.lane());
         let [inverse] = store::finish(&task, self.lane(), self.first_row(), &rows, [softmax.finish()]);
-        inverse
+        let [_, v_scale] = self.shared.scales(slot);
+        inverse.map(|inverse| inverse * v_scale)
     }
 
     /// Stores the output of a tile; its slot may then be used again.
@@ -146,7 +148,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
     unsafe fn store<E: Element>(&mut self, slot: u32, output: &[[Fragment; DIM_BLOCKS]; 1]) {
         let (task, lane, first_row) = (self.shared.task(self.params, slot), self.lane(), self.first_row());
         if task.is_direct() {
-            if BESIDE {
+            if H::READ {
                 let staging = self.shared.staging::<STAGED_BLOCKS>(opaque(self.warp));
                 epilogue::direct::<E, DIM_BLOCKS, STAGED_BLOCKS>(&task, lane, first_row, staging, &output[0]);
             } else {
@@ -198,7 +200,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, c
 
     #[inline(always)]
     fn is_last_consumer(&self) -> bool {
-        self.index() + 1 == Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, BESIDE>::CONSUMERS
+        self.index() + 1 == Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::CONSUMERS
     }
 
     /// Gives consumer 0 the first turn.

@@ -11,6 +11,7 @@ use packinfer_abi::TileKind;
 
 use super::super::PAIR;
 use super::super::consumer::{Consumer, Queries};
+use super::super::helpers::Helpers;
 use super::super::shared::Shared;
 use super::super::softmax::LazySoftmax;
 use super::{Step, Weights, weights_of};
@@ -44,32 +45,39 @@ struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 ///
 /// Reached by all threads of the consumers.
 #[inline(always)]
-pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool, const BESIDE: bool>(
-    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, BESIDE>,
+pub unsafe fn tiles<
+    E: Element,
+    W: Element,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const CAPPED: bool,
+    H: Helpers,
+>(
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, H>,
 ) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
-    [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    [Fragment; DIM_BLOCKS]: Accumulator<W>,
 {
     let (mut step, before) = consumer.next_tile();
     let queries = consumer.take_queries(consumer.first_row());
     consumer.skip(before);
-    let mut state = consumer.first_step::<E, CAPPED>(&step, queries);
+    let mut state = consumer.first_step::<E, W, CAPPED>(&step, queries);
     loop {
         while !step.is_last() {
-            step.column += Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, BESIDE>::STEP;
-            consumer.further_step::<E, CAPPED>(&step, &mut state);
+            step.column += Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, H>::STEP;
+            consumer.further_step::<E, W, CAPPED>(&step, &mut state);
         }
         let (done, values) = (step, state.values);
         let follows = done.behind == 0 && consumer.has_tile_that_follows();
         let factors = if follows {
             (step, _) = consumer.next_tile();
             state.queries = consumer.take_queries(consumer.first_row());
-            consumer.first_step_of_next::<E, CAPPED>(&step, done.slot, &mut state)
+            consumer.first_step_of_next::<E, W, CAPPED>(&step, done.slot, &mut state)
         } else {
-            consumer.last_output::<E>(&mut state);
+            consumer.last_output::<W>(&mut state);
             consumer.finish(done.slot, &state.softmax)
         };
-        if !follows || !Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, BESIDE>::V_IS_LATE {
+        if !follows || !Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, H>::V_IS_LATE {
             consumer.v.release_stage(values, consumer.lane());
         }
         state.is_first = true;
@@ -82,10 +90,10 @@ pub unsafe fn tiles<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize,
     consumer.skip(step.behind);
 }
 
-impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consumer<'_, DIM_BLOCKS, FRAGMENTS, PAIR, BESIDE> {
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, DIM_BLOCKS, FRAGMENTS, PAIR, H> {
     /// Whether V of a step comes so late that it is waited for only when its product is to be started, and is let go as soon as that has ended: where there is room for
     /// two of them.
-    const V_IS_LATE: bool = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, BESIDE>::V_STAGES == 2;
+    const V_IS_LATE: bool = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, H>::V_STAGES == 2;
 
     /// Whether tiles can follow each other: where O takes so many registers that those for the step from one to the next are not there, they cannot.
     const FOLLOW: bool = DIM_BLOCKS <= 16;
@@ -100,7 +108,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
 
     /// The scores of a first step, and what comes of them, with no output of a step before to go along with.
     #[inline(always)]
-    unsafe fn first_step<E: Element, const CAPPED: bool>(
+    unsafe fn first_step<E: Element, W: Element, const CAPPED: bool>(
         &mut self,
         step: &Step,
         queries: Queries<DIM_BLOCKS>,
@@ -118,28 +126,30 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
         let sees_all = self.sees_all(step);
         wgmma::wait_group::<0>();
         self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
-        softmax.find_origins(self.params.scale_log2, &scores);
-        softmax.take_in(self.params.scale_log2, &mut scores);
-        let weights = weights_of::<E, FRAGMENTS>(&scores);
+        let scale_log2 = self.logits::<CAPPED>(step.slot, 1.0).scale_log2;
+        softmax.find_origins(scale_log2, &scores);
+        softmax.take_in(scale_log2, &mut scores);
+        let weights = weights_of::<W, FRAGMENTS>(&scores);
         let values = if Self::V_IS_LATE { self.v.take_early() } else { self.v.take_full() };
         State { queries, softmax, weights, values, output: [[[0f32; 4]; DIM_BLOCKS]], is_first: true, next_k_is_full: false }
     }
 
     /// A step of the same tile as the step before, whose output is made meanwhile.
     #[inline(always)]
-    unsafe fn further_step<E: Element, const CAPPED: bool>(&mut self, step: &Step, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
+    unsafe fn further_step<E: Element, W: Element, const CAPPED: bool>(&mut self, step: &Step, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
     where
         [Fragment; FRAGMENTS]: Accumulator<E>,
-        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
         let mut scores = [[0f32; 4]; FRAGMENTS];
-        self.start_step::<E>(state, &mut scores);
+        self.start_step::<E, W>(state, &mut scores);
         let sees_all = self.sees_all(step);
         wgmma::wait_group::<1>();
         self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
-        let factors = state.softmax.make_room(self.params.scale_log2, &scores);
+        let scale_log2 = self.logits::<CAPPED>(step.slot, 1.0).scale_log2;
+        let factors = state.softmax.make_room(scale_log2, &scores);
         let values = state.values;
-        self.take_in_around_output::<E>(state, &mut scores);
+        self.take_in_around_output::<E, W>(scale_log2, state, &mut scores);
         if !Self::V_IS_LATE {
             self.v.release_stage(values, self.lane());
         }
@@ -151,7 +161,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
 
     /// The first step of a tile that follows another, whose last output is made meanwhile. Returns what that output is to be multiplied with at the end.
     #[inline(always)]
-    unsafe fn first_step_of_next<E: Element, const CAPPED: bool>(
+    unsafe fn first_step_of_next<E: Element, W: Element, const CAPPED: bool>(
         &mut self,
         step: &Step,
         done_slot: u32,
@@ -159,26 +169,27 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
     ) -> [f32; ROWS_PER_LANE]
     where
         [Fragment; FRAGMENTS]: Accumulator<E>,
-        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
         let mut scores = [[0f32; 4]; FRAGMENTS];
-        self.start_step::<E>(state, &mut scores);
+        self.start_step::<E, W>(state, &mut scores);
         let sees_all = self.sees_all(step);
         let factors = self.finish(done_slot, &state.softmax);
         state.softmax = LazySoftmax::NOTHING;
         wgmma::wait_group::<1>();
         self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
-        state.softmax.find_origins(self.params.scale_log2, &scores);
-        self.take_in_around_output::<E>(state, &mut scores);
+        let scale_log2 = self.logits::<CAPPED>(step.slot, 1.0).scale_log2;
+        state.softmax.find_origins(scale_log2, &scores);
+        self.take_in_around_output::<E, W>(scale_log2, state, &mut scores);
         factors
     }
 
     /// Starts the scores of a step, and the output of the step before.
     #[inline(always)]
-    unsafe fn start_step<E>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>, scores: &mut [Fragment; FRAGMENTS])
+    unsafe fn start_step<E, W>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>, scores: &mut [Fragment; FRAGMENTS])
     where
         [Fragment; FRAGMENTS]: Accumulator<E>,
-        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
         if !state.next_k_is_full {
             self.k.wait_full();
@@ -190,7 +201,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
         scores.hold();
         self.start_scores::<E>(&state.queries, scores);
         self.wait_for_late_v(state.values);
-        self.start_output::<E>(&mut state.output[0], state.is_first, &state.weights, state.values);
+        self.start_output::<W>(&mut state.output[0], state.is_first, &state.weights, state.values);
         self.pass_turn();
     }
 
@@ -204,15 +215,15 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
 
     /// Turns scores into weights, the first half of them while the output of the step before is still being made.
     #[inline(always)]
-    unsafe fn take_in_around_output<E: Element>(
+    unsafe fn take_in_around_output<E, W: Element>(
         &mut self,
+        scale_log2: f32,
         state: &mut State<DIM_BLOCKS, FRAGMENTS>,
         scores: &mut [Fragment; FRAGMENTS],
     ) where
         [Fragment; FRAGMENTS]: Accumulator<E>,
-        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
-        let scale_log2 = self.params.scale_log2;
         state.softmax.take_in(scale_log2, &mut scores[..FRAGMENTS / 2]);
         let zero = state.softmax.zero_after();
         let values_before = state.values;
@@ -232,19 +243,19 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const BESIDE: bool> Consum
         control::fence_arithmetic(state.values, self.v.stages());
         state.next_k_is_full = self.k.is_full();
         state.softmax.take_in(scale_log2, &mut scores[FRAGMENTS / 2..]);
-        state.weights = weights_of::<E, FRAGMENTS>(scores);
+        state.weights = weights_of::<W, FRAGMENTS>(scores);
     }
 
     /// The output of the last step, with no further scores to go along with.
     #[inline(always)]
-    unsafe fn last_output<E>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
+    unsafe fn last_output<W>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
     where
-        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+        [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
         self.wait_for_late_v(state.values);
         state.output[0].hold();
         hold_words(&mut state.weights);
-        self.start_output::<E>(&mut state.output[0], state.is_first, &state.weights, state.values);
+        self.start_output::<W>(&mut state.output[0], state.is_first, &state.weights, state.values);
         wgmma::wait_group::<0>();
         state.output[0].hold();
     }

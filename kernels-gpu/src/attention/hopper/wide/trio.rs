@@ -9,6 +9,7 @@
 
 use super::super::TRIO;
 use super::super::consumer::{Consumer, Queries};
+use super::super::helpers::NoHelpers;
 use super::super::softmax::LazySoftmax;
 use super::{Step, Weights, weights_of};
 use crate::element::Element;
@@ -35,7 +36,7 @@ struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 /// Reached by all threads of the consumers.
 #[inline(always)]
 pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool>(
-    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, TRIO, false>,
+    consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, TRIO, NoHelpers>,
 ) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
@@ -45,7 +46,7 @@ pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, 
     consumer.skip(before);
     let mut state = consumer.first_step::<E, CAPPED>(&step);
     while !step.is_last() {
-        step.column += Consumer::<DIM_BLOCKS, FRAGMENTS, TRIO, false>::STEP;
+        step.column += Consumer::<DIM_BLOCKS, FRAGMENTS, TRIO, NoHelpers>::STEP;
         consumer.further_step::<E, CAPPED>(&step, &mut state);
     }
     consumer.v.wait_full();
@@ -56,7 +57,7 @@ pub unsafe fn tile<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, 
     consumer.skip(step.behind);
 }
 
-impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS, TRIO, false> {
+impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, FRAGMENTS, TRIO, NoHelpers> {
     /// Products take Q from shared memory.
     const NO_QUERIES: Queries<DIM_BLOCKS> = [[0; 2]; DIM_BLOCKS];
 

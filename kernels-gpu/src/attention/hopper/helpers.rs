@@ -1,0 +1,230 @@
+//! What the warpgroup of a block does that is neither the producer nor a consumer, where there is one; and what that changes in how K and V are brought.
+
+use packinfer_abi::TileKind;
+
+use super::producer::load_columns;
+use super::shared::{Ring, Shared};
+use crate::attention::task::Task;
+use crate::shared_tile::BoxTile;
+
+/// K, or V.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Tensor {
+    K,
+    V,
+}
+
+/// What the helpers do, and what of that others must know.
+pub trait Helpers: Copy {
+    /// Whether they do narrow tiles beside the wide ones of the consumers.
+    const READ: bool = false;
+    /// Whether they make K and V of wide tiles of what is stored in FP8.
+    const CONVERT: bool = false;
+    /// Parts of steps, as they are stored, that the copy engine brings for them ahead.
+    const STORED_STAGES: u32 = 0;
+
+    /// Where a producing warp is that has K or V brought.
+    type Loader;
+
+    /// It has brought nothing yet.
+    fn loader<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize>(
+        shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>,
+        tensor: Tensor,
+    ) -> Self::Loader;
+
+    /// Has a task's K or V brought, as [`load_columns`].
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, for every task of the block, one after the other.
+    unsafe fn load<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize>(
+        shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>,
+        tensor: Tensor,
+        task: &Task,
+        loader: &mut Self::Loader,
+        lane: u32,
+        at_step: impl Fn(u32),
+    );
+}
+
+/// K and V are brought as consumers take them: the loader is at a part of the ring.
+macro_rules! brought_as_consumed {
+    () => {
+        type Loader = Ring;
+
+        #[inline(always)]
+        fn loader<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize>(
+            shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>,
+            tensor: Tensor,
+        ) -> Ring {
+            match tensor {
+                Tensor::K => shared.k_ring(),
+                Tensor::V => shared.v_ring(),
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize>(
+            shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>,
+            tensor: Tensor,
+            task: &Task,
+            ring: &mut Ring,
+            lane: u32,
+            at_step: impl Fn(u32),
+        ) {
+            let tiles = match tensor {
+                Tensor::K => shared.k(0),
+                Tensor::V => shared.v(0),
+            };
+            load_columns::<DIM_BLOCKS, FRAGMENTS, 1>(task, tensor, ring, tiles, lane, at_step);
+        }
+    };
+}
+
+/// There are none.
+#[derive(Clone, Copy)]
+pub struct NoHelpers;
+
+impl Helpers for NoHelpers {
+    brought_as_consumed!();
+}
+
+/// They do narrow tiles: see [`reader`](super::reader).
+#[derive(Clone, Copy)]
+pub struct Readers;
+
+impl Helpers for Readers {
+    const READ: bool = true;
+
+    brought_as_consumed!();
+}
+
+/// Parts of a step that are brought one after the other: first those of K, then those of V.
+pub const STORED_PARTS: u32 = 2;
+/// Chunks of 16 bytes of a row as it is stored, at the most: a panel's.
+const STORED_CHUNKS: usize = 8;
+/// Blocks of 8 rows of a part, and of a step.
+const ROWS_OF_PART: usize = 8;
+const ROWS_OF_STEP: usize = STORED_PARTS as usize * ROWS_OF_PART;
+/// A part of a step of K or V as it is stored, in rows of one panel.
+pub type StoredTile = BoxTile<STORED_CHUNKS, ROWS_OF_PART>;
+/// The same of a whole step, of a narrow tile.
+pub type NarrowTile = BoxTile<STORED_CHUNKS, ROWS_OF_STEP>;
+
+/// They make K and V of wide tiles of what is stored in FP8, of which `STAGES` parts are held: see [`converter`](super::converter). Consumers of narrow tiles take it as it is.
+#[derive(Clone, Copy)]
+pub struct Converters<const STAGES: u32>;
+
+/// Where a warp is that fills shared memory, where K and V are stored in FP8: the rings of both kinds of tiles, which lie in the same memory. Each is at the beginning of a step.
+pub struct StoredRings {
+    /// K and V of narrow tiles.
+    pub narrow: [Ring; 2],
+    /// Of wide tiles, as it is stored, and what is made of that.
+    pub to_convert: Ring,
+    pub k: Ring,
+    pub v: Ring,
+    /// The kind of the last tile.
+    kind: TileKind,
+}
+
+impl StoredRings {
+    /// Nothing has been filled yet.
+    #[inline(always)]
+    pub fn new<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>(
+        shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>,
+    ) -> Self {
+        Self {
+            narrow: shared.narrow_rings(),
+            to_convert: shared.stored_ring(),
+            k: shared.k_ring(),
+            v: shared.v_ring(),
+            kind: TileKind::Wide,
+        }
+    }
+
+    /// Before a tile of kind `kind`: waits until nobody uses what lies where it has K and V, if the tile before was of the other kind.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, for every task of the block.
+    #[inline(always)]
+    pub unsafe fn make_room_for(&mut self, kind: TileKind) {
+        if kind == self.kind {
+            return;
+        }
+        self.kind = kind;
+        match kind {
+            TileKind::Wide => {
+                self.narrow[0].wait_all_empty();
+                self.narrow[1].wait_all_empty();
+            }
+            TileKind::Narrow => {
+                self.to_convert.wait_all_empty();
+                self.k.wait_all_empty();
+                self.v.wait_all_empty();
+            }
+        }
+    }
+
+    /// Past a tile of kind `kind` and so many steps.
+    #[inline(always)]
+    pub fn go_past(&mut self, kind: TileKind, steps: u32) {
+        match kind {
+            TileKind::Wide => {
+                self.to_convert.advance_by(2 * STORED_PARTS * steps);
+                self.k.advance_by(steps);
+                self.v.advance_by(steps);
+            }
+            TileKind::Narrow => {
+                self.narrow[0].advance_by(steps);
+                self.narrow[1].advance_by(steps);
+            }
+        }
+    }
+}
+
+impl<const STAGES: u32> Helpers for Converters<STAGES> {
+    const CONVERT: bool = true;
+    const STORED_STAGES: u32 = STAGES;
+
+    type Loader = StoredRings;
+
+    #[inline(always)]
+    fn loader<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize>(
+        shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>,
+        _: Tensor,
+    ) -> StoredRings {
+        StoredRings::new(shared)
+    }
+
+    #[inline(always)]
+    unsafe fn load<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize>(
+        shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>,
+        tensor: Tensor,
+        task: &Task,
+        rings: &mut StoredRings,
+        lane: u32,
+        at_step: impl Fn(u32),
+    ) {
+        let kind = task.item.tile;
+        rings.make_room_for(kind);
+        let item = &task.item;
+        match kind {
+            TileKind::Wide => {
+                let mut ring = rings.to_convert;
+                if tensor == Tensor::V {
+                    ring.advance_by(STORED_PARTS);
+                }
+                load_columns::<STORED_CHUNKS, ROWS_OF_PART, STORED_PARTS>(task, tensor, &mut ring, shared.stored(0), lane, at_step);
+            }
+            TileKind::Narrow => {
+                let (mut ring, tiles) = match tensor {
+                    Tensor::K => (rings.narrow[0], shared.narrow_k(0)),
+                    Tensor::V => (rings.narrow[1], shared.narrow_v(0)),
+                };
+                load_columns::<STORED_CHUNKS, ROWS_OF_STEP, 1>(task, tensor, &mut ring, tiles, lane, at_step);
+            }
+        }
+        rings.go_past(kind, (item.column_end - item.column_begin).div_ceil(NarrowTile::ROWS));
+    }
+}
