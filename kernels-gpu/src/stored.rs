@@ -136,7 +136,7 @@ impl<E: Element + FromE4m3> Stored<E> for E4m3 {
     #[cfg(feature = "sm_80")]
     #[inline(always)]
     unsafe fn scales(params: &AttentionParams, kv_head: u32) -> Scales {
-        let [k, v] = Self::FACTORS;
+        let [k, v] = <Self as Stored<E>>::FACTORS;
         Scales { key: k * scale(params.k_scales, kv_head), value: v * scale(params.v_scales, kv_head) }
     }
 }

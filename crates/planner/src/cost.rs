@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use packinfer_abi::{DIRECT, HeadGroups, NARROW_TILE_ROWS, RowSegment, TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS, WorkItem};
-use packinfer_batch::AttentionShape;
+use packinfer_batch::{AttentionShape, KvDType};
 use serde::{Deserialize, Serialize};
 
 use crate::device::TileTimes;
@@ -217,13 +217,21 @@ impl Line {
     }
 }
 
+/// What a step of a wide tile takes longer because its K and V are made of what is stored in FP8: by hand, from the items of batches of chunks and prompts on an H100.
+fn converting_ns(family: KernelFamily, shape: AttentionShape) -> f64 {
+    /// Of a head dimension of 128.
+    const NS: f64 = 450.0;
+    let converts = family == KernelFamily::Sm90a && shape.kv_dtype() == KvDType::E4m3;
+    if converts { NS * f64::from(shape.head_dim()) / 128.0 } else { 0.0 }
+}
+
 impl CostModel {
     pub fn new(model: &DeviceModel, shape: AttentionShape, heads: HeadGroups) -> Self {
         let of_block = |per_s: f64| 1e9 * f64::from(model.lanes()) / per_s;
         let TileTimes { setup_ns, step_ns } = model.wide;
         // The model's own steps may be of more columns. What a step takes besides its products goes by its columns.
         let columns = |head_dim| f64::from(model.kernel_family.column_step(head_dim));
-        let step_ns = step_ns * columns(shape.head_dim()) / columns(model.head_dim);
+        let step_ns = step_ns * columns(shape.head_dim()) / columns(model.head_dim) + converting_ns(model.kernel_family, shape);
         let wide = TileCosts { setup_ns, step_ns, flop_ns: of_block(model.flops_per_s) };
         let TileTimes { setup_ns, step_ns } = model.narrow;
         let narrow = TileCosts { setup_ns, step_ns, flop_ns: 0.0 }; // the steps are all alike
@@ -439,6 +447,24 @@ mod tests {
         // In steps of 64 columns.
         assert_eq!(hopper(256, 0..200), 4 * 64 * 64);
         assert_eq!(hopper(256, 0..192), 3 * 64 * 64);
+    }
+
+    #[test]
+    fn converting_takes_time_in_wide_tiles() -> Result<(), packinfer_batch::BatchError> {
+        let shape = AttentionShape::new(8, 2, 128, DType::Bf16)?;
+        let block_ns = |kernel_family, shape, kind| {
+            let model = DeviceModel { kernel_family, ..DeviceModel::H100 };
+            CostModel::new(&model, shape, heads()).item(kind, &[segment(4, 0, 1024)], 0..1024, 1.0, false).block_ns
+        };
+        for (family, kind, converts) in [
+            (KernelFamily::Sm90a, TileKind::Wide, true),
+            (KernelFamily::Sm90a, TileKind::Narrow, false),
+            (KernelFamily::Sm80, TileKind::Wide, false),
+        ] {
+            let fp8 = block_ns(family, shape.with_kv_dtype(KvDType::E4m3), kind);
+            assert_eq!(fp8 > block_ns(family, shape, kind), converts, "{family} {kind:?}");
+        }
+        Ok(())
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //!                             narrow: 16 columns of a step each warp   S₀ P₀V₀ · S₁ P₁V₁ · … · merge
 //! ```
 //!
-//! Launches of wide tiles alone have three consumers ([`wide::trio`]); those with narrow tiles beside wide ones have readers besides ([`reader`]).
+//! Launches of wide tiles alone have three consumers ([`wide::trio`]); those with narrow tiles beside wide ones have readers besides ([`reader`]), and those
+//! with K and V in FP8 converters ([`converter`]).
 //!
 //! The producer runs ahead, also across tasks: while the consumers finish one, the Q, K and V of the next arrive. All that passes between
 //! them lies in [`Shared`], guarded by pairs of barriers: *full* (the producer has filled it) and *empty* (the consumers have done with it).

@@ -316,8 +316,8 @@ pub struct SeenSteps {
     pub behind: u32,
 }
 
-/// Where the parts lie, in this order: Q, K, V, tiles of the readers, row tables, exchange, task slots, barriers, the rest of what the readers have. Where narrow tiles are
-/// done `BESIDE` wide ones, by readers, or not at all, by three consumers, there is no exchange, but only room for each consuming warp to store rows of O through.
+/// Where the parts lie, in this order: Q, K, V, what the helpers have tiles of, row tables, exchange, task slots, barriers, the rest of what readers have. Where narrow tiles are
+/// done by readers, or not at all, by three consumers, there is no exchange, but only room for each consuming warp to store rows of O through.
 #[derive(Clone, Copy)]
 pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers> {
     base: u32,
