@@ -20,7 +20,6 @@ use crate::ptx::memory::{load_shared_x4, store_shared_x4};
 use crate::ptx::warp::{self, LANES};
 use crate::ptx::{warpgroup, wgmma};
 
-
 /// Warps of the converters.
 pub const CONVERTER_WARPS: u32 = warpgroup::THREADS / LANES;
 /// Chunks of 16 numbers that a panel is made of: two of its chunks each.

@@ -215,7 +215,14 @@ impl<const STAGES: u32> Helpers for Converters<STAGES> {
                 if tensor == Tensor::V {
                     ring.advance_by(STORED_PARTS);
                 }
-                load_columns::<STORED_CHUNKS, ROWS_OF_PART, STORED_PARTS>(task, tensor, &mut ring, shared.stored(0), lane, at_step);
+                load_columns::<STORED_CHUNKS, ROWS_OF_PART, STORED_PARTS>(
+                    task,
+                    tensor,
+                    &mut ring,
+                    shared.stored(0),
+                    lane,
+                    at_step,
+                );
             }
             TileKind::Narrow => {
                 let (mut ring, tiles) = match tensor {

@@ -4,8 +4,8 @@ use core::marker::PhantomData;
 use core::ops::Range;
 
 use packinfer_abi::{
-    AttentionParams, BESIDE_SHARED_BYTES, CONVERTING_SHARED_BYTES, HOPPER_ROW_TABLE_BYTES, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS, TALL_SHARED_BYTES,
-    TALL_TILE_ROWS, TileKind, WorkItem, hopper_column_step,
+    AttentionParams, BESIDE_SHARED_BYTES, CONVERTING_SHARED_BYTES, HOPPER_ROW_TABLE_BYTES, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS,
+    TALL_SHARED_BYTES, TALL_TILE_ROWS, TileKind, WorkItem, hopper_column_step,
 };
 
 use super::consumer::CONSUMER_ROWS;
@@ -354,7 +354,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const K: u32 = QueryTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES;
     const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const HELPERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
-    const ROWS: u32 = Self::HELPERS + if H::READ { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { H::STORED_STAGES * StoredTile::BYTES };
+    const ROWS: u32 =
+        Self::HELPERS + if H::READ { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { H::STORED_STAGES * StoredTile::BYTES };
     /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
     const TASKS: u32 = if H::READ {
         2

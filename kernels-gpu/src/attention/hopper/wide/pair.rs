@@ -45,14 +45,7 @@ struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 ///
 /// Reached by all threads of the consumers.
 #[inline(always)]
-pub unsafe fn tiles<
-    E: Element,
-    W: Element,
-    const DIM_BLOCKS: usize,
-    const FRAGMENTS: usize,
-    const CAPPED: bool,
-    H: Helpers,
->(
+pub unsafe fn tiles<E: Element, W: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool, H: Helpers>(
     consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, H>,
 ) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
@@ -136,8 +129,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
 
     /// A step of the same tile as the step before, whose output is made meanwhile.
     #[inline(always)]
-    unsafe fn further_step<E: Element, W: Element, const CAPPED: bool>(&mut self, step: &Step, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
-    where
+    unsafe fn further_step<E: Element, W: Element, const CAPPED: bool>(
+        &mut self,
+        step: &Step,
+        state: &mut State<DIM_BLOCKS, FRAGMENTS>,
+    ) where
         [Fragment; FRAGMENTS]: Accumulator<E>,
         [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
