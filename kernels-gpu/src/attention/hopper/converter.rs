@@ -11,8 +11,8 @@
 use packinfer_abi::TileKind;
 
 use super::PAIR;
-use super::helpers::{Converters, STORED_PARTS, StoredRings, StoredTile};
-use super::shared::{ColumnTile, Shared};
+use super::helpers::{Converters, STORED_PARTS, StoredTile};
+use super::shared::{ColumnTile, Ring, Shared};
 use crate::e4m3::FromE4m3;
 use crate::element::{Element, F16};
 use crate::ptx::cp_async::CHUNK_BYTES;
@@ -41,45 +41,35 @@ pub unsafe fn run<E: Element + FromE4m3, const DIM_BLOCKS: usize, const FRAGMENT
     thread: u32,
 ) {
     let step = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, Converters<STAGES>>::STEP;
-    let mut items = shared.item_ring();
-    let mut converter = Converter {
-        stored: shared.stored(0),
-        rings: StoredRings::new(shared),
-        warp: warp::uniform(thread / LANES),
-        lane: thread % LANES,
-    };
+    let (mut items, mut k, mut v) = (shared.item_ring(), shared.k_ring(), shared.v_ring());
+    let mut stored =
+        Stored { tiles: shared.stored(0), ring: shared.stored_ring(), warp: warp::uniform(thread / LANES), lane: thread % LANES };
     while let Some(slot) = shared.next_posted(&items) {
         let columns = shared.columns(slot);
-        let steps = (columns.end - columns.start).div_ceil(step);
-        let kind = if shared.tile_kind(slot) == Some(TileKind::Wide) { TileKind::Wide } else { TileKind::Narrow };
-        converter.rings.make_room_for(kind);
-        match kind {
-            TileKind::Wide => {
-                for _ in 0..steps {
-                    converter.rings.k.wait_empty();
-                    converter.convert::<E, DIM_BLOCKS, FRAGMENTS>(shared.k(converter.rings.k.stage()));
-                    converter.rings.k.fill();
-                    converter.rings.v.wait_empty();
-                    converter.convert::<F16, DIM_BLOCKS, FRAGMENTS>(shared.v(converter.rings.v.stage()));
-                    converter.rings.v.fill();
-                }
+        if shared.tile_kind(slot) == Some(TileKind::Wide) {
+            for _ in 0..(columns.end - columns.start).div_ceil(step) {
+                k.wait_empty();
+                stored.convert::<E, DIM_BLOCKS, FRAGMENTS>(shared.k(k.stage()));
+                k.fill();
+                v.wait_empty();
+                stored.convert::<F16, DIM_BLOCKS, FRAGMENTS>(shared.v(v.stage()));
+                v.fill();
             }
-            TileKind::Narrow => converter.rings.go_past(kind, steps),
         }
         items.release_by_lanes();
     }
 }
 
-/// A converting warp's place.
-struct Converter {
-    /// The first part of what is stored.
-    stored: StoredTile,
-    rings: StoredRings,
+/// What is stored, and a converting warp's place. None of it is there before loaders have [made room](super::helpers::StoredRings) for what becomes of it.
+struct Stored {
+    /// The first of the ring.
+    tiles: StoredTile,
+    ring: Ring,
     warp: u32,
     lane: u32,
 }
 
-impl Converter {
+impl Stored {
     /// Makes a step of K or V, for which there is room at `tile`, of the next parts of what is stored.
     #[inline(always)]
     unsafe fn convert<E: Element + FromE4m3, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
@@ -88,10 +78,10 @@ impl Converter {
     ) {
         const { assert!(STORED_PARTS * StoredTile::ROWS == ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS) };
         for part in 0..STORED_PARTS {
-            self.rings.to_convert.wait_full();
+            self.ring.wait_full();
             self.convert_part::<E, DIM_BLOCKS, FRAGMENTS>(tile, part * StoredTile::ROWS);
             warp::sync();
-            self.rings.to_convert.release(self.lane);
+            self.ring.release(self.lane);
         }
         // Products read it as the copy engine would.
         wgmma::fence_shared_writes();
@@ -106,7 +96,7 @@ impl Converter {
     ) {
         let panels = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS;
         let rows_of_warp = StoredTile::ROWS / CONVERTER_WARPS;
-        let stored = self.stored.skip_tiles(self.rings.to_convert.stage());
+        let stored = self.tiles.skip_tiles(self.ring.stage());
         // Lanes: four chunks for a panel of one row, four of the opposite row; then those for the other panel; then other rows.
         let (chunk, is_opposite, group) =
             (self.lane % CHUNKS_PER_PANEL, self.lane / CHUNKS_PER_PANEL % 2, self.lane / (2 * CHUNKS_PER_PANEL));

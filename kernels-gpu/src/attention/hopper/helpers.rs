@@ -115,14 +115,14 @@ pub type NarrowTile = BoxTile<STORED_CHUNKS, ROWS_OF_STEP>;
 #[derive(Clone, Copy)]
 pub struct Converters<const STAGES: u32>;
 
-/// Where a warp is that fills shared memory, where K and V are stored in FP8: the rings of both kinds of tiles, which lie in the same memory. Each is at the beginning of a step.
+/// Where a loader is, where K and V are stored in FP8: the rings of both kinds of tiles, which lie in the same memory. Each is at the beginning of a step.
 pub struct StoredRings {
     /// K and V of narrow tiles.
-    pub narrow: [Ring; 2],
+    narrow: [Ring; 2],
     /// Of wide tiles, as it is stored, and what is made of that.
-    pub to_convert: Ring,
-    pub k: Ring,
-    pub v: Ring,
+    to_convert: Ring,
+    k: Ring,
+    v: Ring,
     /// The kind of the last tile.
     kind: TileKind,
 }
@@ -130,7 +130,7 @@ pub struct StoredRings {
 impl StoredRings {
     /// Nothing has been filled yet.
     #[inline(always)]
-    pub fn new<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>(
+    fn new<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>(
         shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>,
     ) -> Self {
         Self {
@@ -144,11 +144,15 @@ impl StoredRings {
 
     /// Before a tile of kind `kind`: waits until nobody uses what lies where it has K and V, if the tile before was of the other kind.
     ///
+    /// A barrier's parity only tells whether a part has been emptied to those who know that it was emptied the time before. The loader of K knows that of K of narrow tiles, as it fills
+    /// them, and so, as consumers go on from V to the next K, of V; and that of V the same. When all parts that are to be converted have been, all K and V were emptied but for those of
+    /// the last steps.
+    ///
     /// # Safety
     ///
     /// Reached by all lanes of the warp, for every task of the block.
     #[inline(always)]
-    pub unsafe fn make_room_for(&mut self, kind: TileKind) {
+    unsafe fn make_room_for(&mut self, kind: TileKind) {
         if kind == self.kind {
             return;
         }
@@ -168,7 +172,7 @@ impl StoredRings {
 
     /// Past a tile of kind `kind` and so many steps.
     #[inline(always)]
-    pub fn go_past(&mut self, kind: TileKind, steps: u32) {
+    fn go_past(&mut self, kind: TileKind, steps: u32) {
         match kind {
             TileKind::Wide => {
                 self.to_convert.advance_by(2 * STORED_PARTS * steps);
