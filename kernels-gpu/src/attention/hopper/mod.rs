@@ -168,7 +168,8 @@ unsafe fn attention_tall<
     }
 }
 
-/// The same for K and V in FP8, of which a fourth warpgroup makes such as the consumers take.
+/// The same for K and V in FP8, of which a fourth warpgroup makes such as wide tiles take. It finds `STORED_STAGES` parts of steps ahead: as many as fit into shared memory, which is 15 for a head
+/// dimension of 64, and 5 for others.
 #[inline(always)]
 unsafe fn attention_e4m3<
     E: Element + FromE4m3,

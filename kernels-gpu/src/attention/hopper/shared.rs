@@ -100,11 +100,12 @@ impl Ring {
         self.stage = stage % self.stages;
     }
 
-    /// Filling side: waits until the other has done with all parts.
+    /// Waits until the emptying side has done with all parts that have been filled, of which this is the next.
     ///
     /// # Safety
     ///
-    /// Reached by all lanes of a warp of the filling side, or of one that knows how many parts this side has filled.
+    /// Reached by all lanes of a warp of the filling side, or of one that knows that all but the last of these times the parts were emptied: a parity does not tell one time
+    /// from the one before the last.
     #[inline(always)]
     pub unsafe fn wait_all_empty(mut self) {
         for _ in 0..self.stages {
@@ -356,7 +357,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const HELPERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const ROWS: u32 =
         Self::HELPERS + if H::READ { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { H::STORED_STAGES * StoredTile::BYTES };
-    /// Tasks that are known at a time: so that loads of one may begin before the consumers have finished another.
+    /// Tasks that are known at a time, as many as there is room for, up to four: so that loads of one may begin before the consumers have finished another.
     const TASKS: u32 = if H::READ {
         2
     } else if H::CONVERT {
