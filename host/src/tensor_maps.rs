@@ -27,6 +27,8 @@ struct TensorMap([u8; TENSOR_MAP_BYTES as usize]);
 
 /// Dimensions of the tensors.
 const RANK: usize = 5;
+/// Bytes of a line of the L2 cache.
+const CACHE_LINE_BYTES: u64 = 128;
 
 /// Tensors that an allocation holds the maps of: the layers of a large model.
 const TENSORS_PER_ALLOCATION: usize = 128;
@@ -145,8 +147,9 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
     let element_bytes = shape.kv_element_bytes();
     let strides = tensors.layout.strides(shape);
     let (slot_bytes, head_bytes) = (strides.slot * element_bytes, strides.head * element_bytes);
+    let row_bytes = u64::from(shape.head_dim()) * element_bytes;
     // As if they were of the type of Q: in FP8, two make one of these.
-    let elements = (u64::from(shape.head_dim()) * element_bytes / shape.dtype().size_in_bytes()) as u32;
+    let elements = (row_bytes / shape.dtype().size_in_bytes()) as u32;
     let panels = box_panels(elements);
     let mut maps = [TensorMap::EMPTY; 2 * NUM_KV_BOXES as usize];
     for (index, map) in maps.iter_mut().enumerate() {
@@ -170,6 +173,7 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
             } else {
                 [KV_BOX_ELEMENTS, KV_BOX_GROUP, panels, slots / KV_BOX_GROUP, 1]
             },
+            contiguous_bytes: if slot_bytes == row_bytes { u64::from(slots) * row_bytes } else { row_bytes },
         }
         .encode()?;
     }
@@ -193,6 +197,7 @@ fn encode_queries(tensor: &QueryTensor) -> Result<[TensorMap; NUM_QUERY_BOXES as
             dims: [u64::from(shape.head_dim() / panels), u64::from(shape.num_qo_heads()), u64::from(panels), MOST_TOKENS, 1],
             strides: [row_bytes, panel_bytes(shape), token_bytes, token_bytes],
             box_dims: [KV_BOX_ELEMENTS, tensor.heads_per_group, 1, tokens_of_a_tile.min(1 << log2), 1],
+            contiguous_bytes: u64::from(tensor.heads_per_group) * row_bytes,
         }
         .encode()?;
     }
@@ -218,12 +223,15 @@ struct Boxes {
     strides: [u64; RANK - 1],
     /// Elements of a box in each dimension.
     box_dims: [u32; RANK],
+    /// Bytes of a box that lie one after the other. The L2 cache brings two of its lines at a time from memory, unless a box needs but one of them.
+    contiguous_bytes: u64,
 }
 
 impl Boxes {
     fn encode(&self) -> Result<TensorMap, EngineError> {
         const INTERLEAVE_NONE: u32 = 0;
         const SWIZZLE_128B: u32 = 3;
+        const L2_PROMOTION_128B: u32 = 2;
         const L2_PROMOTION_256B: u32 = 3;
         const FILL_ZEROS: u32 = 0;
         let encode_tiled = encode_tiled()?;
@@ -245,7 +253,7 @@ impl Boxes {
                 [1; RANK].as_ptr(),
                 INTERLEAVE_NONE,
                 SWIZZLE_128B,
-                L2_PROMOTION_256B,
+                if self.contiguous_bytes == CACHE_LINE_BYTES { L2_PROMOTION_128B } else { L2_PROMOTION_256B },
                 FILL_ZEROS,
             )
         }

@@ -26,6 +26,20 @@ pub unsafe fn copy_box(destination: u32, map: u64, at: [u32; 5], barrier: u32) {
         options(nostack));
 }
 
+/// As [`copy_box`], of what nobody will read again: the L2 cache gives it up first.
+///
+/// # Safety
+///
+/// As [`copy_box`].
+#[inline(always)]
+pub unsafe fn copy_box_once(destination: u32, map: u64, at: [u32; 5], barrier: u32) {
+    asm!("{{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;",
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [{0}], [{1}, {{{3}, {4}, {5}, {6}, {7}}}], [{2}], policy; }}",
+        in(reg32) destination, in(reg64) map, in(reg32) barrier,
+        in(reg32) at[0], in(reg32) at[1], in(reg32) at[2], in(reg32) at[3], in(reg32) at[4],
+        options(nostack));
+}
+
 /// Starts to bring a box of a five-dimensional tensor to the L2 cache. PTX ISA, Data Movement and Conversion Instructions: `cp.async.bulk.prefetch.tensor`.
 ///
 /// # Safety

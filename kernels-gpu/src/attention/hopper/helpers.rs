@@ -5,7 +5,7 @@ use packinfer_abi::TileKind;
 use super::producer::load_columns;
 use super::shared::{Ring, Shared};
 use crate::attention::task::Task;
-use crate::shared_tile::BoxTile;
+use crate::shared_tile::{BoxTile, PANEL_BLOCKS};
 
 /// K, or V.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,7 +76,11 @@ macro_rules! brought_as_consumed {
                 Tensor::K => shared.k(0),
                 Tensor::V => shared.v(0),
             };
-            load_columns::<DIM_BLOCKS, FRAGMENTS, 1>(task, tensor, ring, tiles, lane, at_step);
+            // Of what is no multiple of a cache line, lines are shared with other heads.
+            let whole_lines = DIM_BLOCKS % PANEL_BLOCKS == 0;
+            let takes_narrow = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::HAS_EXCHANGE;
+            let read_once = whole_lines && takes_narrow && task.item.tile == TileKind::Narrow;
+            load_columns::<DIM_BLOCKS, FRAGMENTS, 1>(task, tensor, ring, tiles, lane, read_once, at_step);
         }
     };
 }
@@ -225,6 +229,7 @@ impl<const STAGES: u32> Helpers for Converters<STAGES> {
                     &mut ring,
                     shared.stored(0),
                     lane,
+                    false,
                     at_step,
                 );
             }
@@ -233,7 +238,7 @@ impl<const STAGES: u32> Helpers for Converters<STAGES> {
                     Tensor::K => (rings.narrow[0], shared.narrow_k(0)),
                     Tensor::V => (rings.narrow[1], shared.narrow_v(0)),
                 };
-                load_columns::<STORED_CHUNKS, ROWS_OF_STEP, 1>(task, tensor, &mut ring, tiles, lane, at_step);
+                load_columns::<STORED_CHUNKS, ROWS_OF_STEP, 1>(task, tensor, &mut ring, tiles, lane, false, at_step);
             }
         }
         rings.go_past(kind, (item.column_end - item.column_begin).div_ceil(NarrowTile::ROWS));

@@ -17,7 +17,7 @@ use super::shared::{ColumnTile, Ring, Shared};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
 use crate::ptx::memory::prefetch_global;
-use crate::ptx::tma::{copy_box, prefetch_box, prefetch_map};
+use crate::ptx::tma::{copy_box, copy_box_once, prefetch_box, prefetch_map};
 use crate::ptx::warp::{self, LANES};
 use crate::rows::WarpView;
 use crate::shared_tile::{BoxTile, origin_of_panel};
@@ -31,6 +31,10 @@ pub const POSTING_WARPS: u32 = 2;
 /// Steps of a long task, of which the block takes the next only when so many are left to be loaded: early enough to begin with it in time, and late enough that
 /// no block has one in store that another would be free for. Of shorter tasks, the block takes some ahead.
 pub const LONG_TASK_STEPS: u32 = 2;
+
+/// Bytes of K, and as many of V, that a block brings before the L2 cache is to give up what it brings first: until then, these take the place of what others have written there and that
+/// must be stored in memory, all at once. Later they take the place of each other.
+const SETTLED_BYTES: u32 = 512 << 10;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 pub const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
@@ -187,7 +191,7 @@ unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
 }
 
 /// Brings all columns of a task's K or V, step by step, each in `PARTS` tiles one after the other, and calls `at_step`, with one thread, with the steps that are left. `tiles` is
-/// the ring's first tile. Where a step has several parts, those of the other tensor lie between them and those of the next.
+/// the ring's first tile. Where a step has several parts, those of the other tensor lie between them and those of the next. If all is `read_once`, the L2 cache need not keep it.
 ///
 /// # Safety
 ///
@@ -199,6 +203,7 @@ pub unsafe fn load_columns<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize, con
     ring: &mut Ring,
     tiles: BoxTile<DIM_BLOCKS, ROW_BLOCKS>,
     lane: u32,
+    read_once: bool,
     at_step: impl Fn(u32),
 ) {
     let columns = BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::ROWS;
@@ -214,7 +219,13 @@ pub unsafe fn load_columns<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize, con
             let begin_of_part = step + part * columns;
             let end = core::cmp::min(item.column_end, begin_of_part + columns);
             ring.wait_empty();
-            let copies = BoxCopies { tile: tiles.skip_tiles(ring.stage()), maps, kv_head: task.kv_head, barrier: ring.full() };
+            let copies = BoxCopies {
+                tile: tiles.skip_tiles(ring.stage()),
+                maps,
+                kv_head: task.kv_head,
+                barrier: ring.full(),
+                read_once: read_once && ring.passed() * BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES >= SETTLED_BYTES,
+            };
             if lane == 0 {
                 ring.expect(BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES);
                 let filled = if PARTS == 1 { end - begin_of_part } else { end.saturating_sub(begin_of_part) };
@@ -250,6 +261,8 @@ pub struct BoxCopies<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     pub kv_head: u32,
     /// Counts the bytes that have come.
     pub barrier: u32,
+    /// Whether the L2 cache is to give them up first.
+    pub read_once: bool,
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAGMENTS> {
@@ -295,7 +308,12 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
             let boxes = if whole_rows { whole_boxes } else { ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS };
             for panel in 0..boxes {
                 let [element, of_panel] = origin_of_panel::<DIM_BLOCKS>(panel);
-                copy_box(self.tile.row(row, panel), map, [element, slot, of_panel, 0, self.kv_head], self.barrier);
+                let (destination, at) = (self.tile.row(row, panel), [element, slot, of_panel, 0, self.kv_head]);
+                if self.read_once {
+                    copy_box_once(destination, map, at, self.barrier);
+                } else {
+                    copy_box(destination, map, at, self.barrier);
+                }
             }
             slot += 1 << log2;
             row += 1 << log2;

@@ -275,7 +275,7 @@ impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
     unsafe fn fill(&mut self, maps: u64) {
         let Self { task, stage, slot, .. } = *self;
         let lane = opaque(self.lane);
-        let copies = BoxCopies { tile: stage.tile(), maps, kv_head: task.kv_head, barrier: stage.barrier() };
+        let copies = BoxCopies { tile: stage.tile(), maps, kv_head: task.kv_head, barrier: stage.barrier(), read_once: false };
         let first_row = self.warp * WARP_COLUMNS;
         mbarrier::arrive_expecting_if(copies.barrier, StepTile::<DIM_BLOCKS>::BYTES / READER_WARPS, lane == 0);
         let follows = slot == warp::shuffle_up(slot, 1).wrapping_add(1);

@@ -40,6 +40,8 @@ pub struct Ring {
     stage: u32,
     /// Parity of the phase of its full barrier.
     parity: u32,
+    /// Parts that this side has gone past, one by one.
+    passed: u32,
 }
 
 impl Ring {
@@ -50,7 +52,7 @@ impl Ring {
 
     #[inline(always)]
     fn at(barriers: u32, stages: u32) -> Self {
-        Self { barriers, stages, stage: 0, parity: 0 }
+        Self { barriers, stages, stage: 0, parity: 0, passed: 0 }
     }
 
     /// Makes the barriers: so many arrivals fill a part, so many empty it.
@@ -73,6 +75,12 @@ impl Ring {
         self.stage
     }
 
+    /// Parts that this side has [gone past](Self::advance).
+    #[inline(always)]
+    pub fn passed(&self) -> u32 {
+        self.passed
+    }
+
     /// The barrier that ends when the part is full.
     #[inline(always)]
     pub fn full(&self) -> u32 {
@@ -87,6 +95,7 @@ impl Ring {
     /// On to the next part.
     #[inline(always)]
     pub fn advance(&mut self) {
+        self.passed += 1;
         let wraps = self.stage + 1 == self.stages;
         self.stage = if wraps { 0 } else { self.stage + 1 };
         self.parity ^= u32::from(wraps);
