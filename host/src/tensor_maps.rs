@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use cust::sys::{self, CUresult};
 use packinfer_abi::{
-    KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TALL_TILE_ROWS, TENSOR_MAP_BYTES, box_panels,
-    hopper_column_step,
+    HOPPER_STORED_STEP, KV_BOX_ELEMENTS, KV_BOX_GROUP, NUM_KV_BOXES, NUM_QUERY_BOXES, TALL_TILE_ROWS, TENSOR_MAP_BYTES,
+    box_panels, hopper_column_step,
 };
-use packinfer_batch::{AttentionShape, DType, KvLayout};
+use packinfer_batch::{AttentionShape, DType, KvDType, KvLayout};
 
 use crate::EngineError;
 use crate::context::Shared;
@@ -151,10 +151,14 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
     // As if they were of the type of Q: in FP8, two make one of these.
     let elements = (row_bytes / shape.dtype().size_in_bytes()) as u32;
     let panels = box_panels(elements);
+    let step = match shape.kv_dtype() {
+        KvDType::Same => hopper_column_step(shape.head_dim()),
+        KvDType::E4m3 => HOPPER_STORED_STEP,
+    };
     let mut maps = [TensorMap::EMPTY; 2 * NUM_KV_BOXES as usize];
     for (index, map) in maps.iter_mut().enumerate() {
         let (tensor, log2) = (index / NUM_KV_BOXES as usize, index % NUM_KV_BOXES as usize);
-        let slots = hopper_column_step(shape.head_dim()).min(1 << log2);
+        let slots = step.min(1 << log2);
         *map = Boxes {
             dtype: shape.dtype(),
             address: tensors.addresses[tensor],

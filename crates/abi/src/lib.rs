@@ -178,6 +178,9 @@ pub const fn hopper_column_step(head_dim: u32) -> u32 {
     if head_dim > 128 { COLUMN_STEP } else { 2 * COLUMN_STEP }
 }
 
+/// The same of narrow tiles whose K and V, in FP8, are taken as they are stored, whatever the head dimension.
+pub const HOPPER_STORED_STEP: u32 = 2 * COLUMN_STEP;
+
 /// Panels of [`KV_BOX_ELEMENTS`] elements that a box can have: all of a row. A row of which the last panel is not whole comes panel by panel: the box of
 /// the last one reaches past the row, and has zeros there, which are not read from memory.
 pub const fn box_panels(head_dim: u32) -> u32 {
@@ -324,7 +327,8 @@ pub struct AttentionParams {
     /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots of one head, swizzled by 128
     /// bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`] slots, heads; a box of
     /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel. Where [boxes have but one](box_panels), so have the
-    /// maps, and its elements are all of a row. In FP8, two neighbours count as one element. A map whose box would be more than a [step of columns](hopper_column_step) is not used.
+    /// maps, and its elements are all of a row. In FP8, two neighbours count as one element. A map whose box would be more than a [step of columns](hopper_column_step), or in FP8 of
+    /// [stored ones](HOPPER_STORED_STEP), is not used.
     pub kv_maps: DeviceAddress,
     /// Tensor maps of Q, [`NUM_QUERY_BOXES`]; `sm_90a` only. Map `i` copies boxes of `2^i` tokens with the heads of one group, 64 elements of each, swizzled by 128 bytes. Its
     /// dimensions are elements (64), heads, panels of 64 elements, tokens, and one more of length 1; elements and panels as

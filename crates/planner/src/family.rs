@@ -68,17 +68,6 @@ impl KernelFamily {
     }
 }
 
-impl KernelFamily {
-    /// Whether they can compute attention of a shape.
-    pub fn supports(self, shape: AttentionShape) -> bool {
-        match self {
-            Self::Sm80 => true,
-            // O of a head dimension of 256 takes registers that the converters of FP8 need.
-            Self::Sm90a => shape.kv_dtype() == KvDType::Same || shape.head_dim() <= 128,
-        }
-    }
-}
-
 impl FromStr for KernelFamily {
     type Err = String;
 

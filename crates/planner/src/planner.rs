@@ -133,14 +133,14 @@ impl Planner {
     ///
     /// # Errors
     ///
-    /// A batch whose plan has more of something than can be numbered, or that none of the families of kernels supports. The plan is empty then.
+    /// A batch whose plan has more of something than can be numbered. The plan is empty then.
     pub fn plan_into(&mut self, batch: &Batch, plan: &mut Plan) -> Result<(), PlanError> {
         let shape = batch.shape();
         let repeated_tokens = match self.packing {
             Packing::Packed => self.sharing.find(batch),
             Packing::Unshared | Packing::PerRequest => self.sharing.find_nothing(),
         };
-        plan.model = self.choose(batch, repeated_tokens).inspect_err(|_| *plan = Plan::empty(shape))?;
+        plan.model = self.choose(batch, repeated_tokens);
         let heads = match self.packing {
             Packing::Packed | Packing::Unshared => shape.packed_head_groups(),
             Packing::PerRequest => shape.single_head_groups(),
@@ -158,25 +158,20 @@ impl Planner {
 
     /// The model that a batch is planned for, of whose KV tokens so many need not be read: of those that suit its head dimension best, the
     /// one that needs the least time for its bytes and products; the last of those that need about the same.
-    fn choose(&self, batch: &Batch, repeated_tokens: u64) -> Result<DeviceModel, PlanError> {
+    fn choose(&self, batch: &Batch, repeated_tokens: u64) -> DeviceModel {
         /// What the models of two families may differ by where the kernels do not, as part of the time: fitted ones are off by up to 9 % in the median.
         const SPREAD: f64 = 0.1;
         let shape = batch.shape();
         let better = |a: &DeviceModel, b: &DeviceModel| {
             a.kernel_family == b.kernel_family && a.misfit(shape.head_dim()) < b.misfit(shape.head_dim())
         };
-        let suits =
-            |model: &&DeviceModel| model.kernel_family.supports(shape) && !self.models.iter().any(|other| better(other, model));
+        let suits = |model: &&DeviceModel| !self.models.iter().any(|other| better(other, model));
         let suiting = || self.models.iter().filter(suits).copied();
         let work = LeastWork::of(batch, repeated_tokens);
         let least = suiting().map(|model| model.least_ns(work)).fold(f64::INFINITY, f64::min);
         let most = least + least.abs() * SPREAD;
         let is_best = |model: &DeviceModel| model.least_ns(work).partial_cmp(&most) != Some(Ordering::Greater);
-        suiting().rfind(is_best).ok_or(PlanError::NotSupported {
-            family: self.models[0].kernel_family,
-            head_dim: shape.head_dim(),
-            kv_dtype: shape.kv_dtype(),
-        })
+        suiting().rfind(is_best).unwrap_or(self.models[0])
     }
 
     /// Makes the plan with what is to be shared; or with nothing shared, if that takes no longer, or hardly.

@@ -2,7 +2,7 @@
 
 use packinfer_abi::{TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::{AttentionShape, Batch, DType, KvDType, Mask};
-use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, PlanError, Planner, TileTimes};
+use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, Planner, TileTimes};
 use proptest::prelude::*;
 
 mod check;
@@ -303,23 +303,15 @@ fn h100_models() -> [DeviceModel; 2] {
     KernelFamily::ALL.map(|family| of_family(family).expect("an H100 runs both"))
 }
 
-/// Kernels that cannot read KV in FP8, as those for sm_90a of a head dimension of 256, are not chosen for it, and not having any others is an error.
+/// Prompts are for the kernels of Hopper, whatever the head dimension, and whatever K and V are stored in.
 #[test]
-fn kernels_that_cannot_are_not_chosen() {
-    let models = DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132);
-    let hopper = *models.iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("an H100 runs them");
-    let mut planner = Planner::choosing(models);
-    let mut chosen = |batch: &Batch| planner.plan(batch).expect("a batch that can be planned").model().kernel_family;
+fn hopper_has_kernels_for_all_shapes() {
+    let mut planner = Planner::choosing(DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132));
     for head_dim in AttentionShape::HEAD_DIMS {
-        let shape = shape_of(8, 4, head_dim);
-        assert_eq!(chosen(&contiguous(shape, Mask::Causal, [(8192, 8192)])), KernelFamily::Sm90a);
-        let fp8 = contiguous(shape.with_kv_dtype(KvDType::E4m3), Mask::Causal, [(8192, 8192)]);
-        if head_dim <= 128 {
-            assert_eq!(chosen(&fp8), KernelFamily::Sm90a);
-            continue;
+        for kv_dtype in [KvDType::Same, KvDType::E4m3] {
+            let batch = contiguous(shape_of(8, 4, head_dim).with_kv_dtype(kv_dtype), Mask::Causal, [(8192, 8192)]);
+            let plan = planner.plan(&batch).expect("a batch that can be planned");
+            assert_eq!(plan.model().kernel_family, KernelFamily::Sm90a, "{head_dim} {kv_dtype}");
         }
-        assert_eq!(chosen(&fp8), KernelFamily::Sm80);
-        let error = Planner::new(hopper).plan(&fp8).expect_err("no such kernels");
-        assert_eq!(error, PlanError::NotSupported { family: KernelFamily::Sm90a, head_dim, kv_dtype: KvDType::E4m3 });
     }
 }

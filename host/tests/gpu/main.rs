@@ -14,8 +14,8 @@ use std::num::NonZero;
 
 use half::{bf16, f16};
 use packinfer::{
-    AttentionShape, Batch, Calibration, DType, DeviceModel, DeviceSlice, DeviceSliceMut, Engine, EngineError, Mask, Packing,
-    RunOptions, Tensors,
+    AttentionShape, Batch, Calibration, DType, DeviceModel, DeviceSlice, DeviceSliceMut, EngineError, Mask, Packing, RunOptions,
+    Tensors,
 };
 use packinfer_cpu::random_elements;
 use packinfer_planner::Schedule;
@@ -30,15 +30,9 @@ const DECODE: [(u32, u32); 6] = [(1, 5000), (1, 33), (1, 64), (1, 1), (1, 700), 
 /// Query heads of a KV head: one, powers of two, odd, and more than a head group.
 const GQA_RATIOS: [u32; 5] = [1, 4, 7, 8, 32];
 
-/// Head dimensions that the engine has kernels for.
-fn head_dims(engine: &Engine) -> Vec<u32> {
-    let has = |&head_dim: &u32| engine.kernel_families().iter().any(|family| family.supports(shape::<bf16>(1, head_dim)));
-    AttentionShape::HEAD_DIMS.into_iter().filter(has).collect()
-}
-
 fn check_all_shapes<E: Element>(lengths: &[(u32, u32)], page_size: Option<u32>) {
     let Some(engine) = engine() else { return };
-    for head_dim in head_dims(engine) {
+    for head_dim in AttentionShape::HEAD_DIMS {
         for gqa_ratio in GQA_RATIOS {
             let shape = shape::<E>(gqa_ratio, head_dim);
             let case = Case::<E>::new(match page_size {
@@ -92,7 +86,7 @@ fn random_lengths(seed: u64) -> Vec<(u32, u32)> {
 #[test]
 fn random_mixes_of_lengths() {
     let Some(engine) = engine() else { return };
-    let head_dims = head_dims(engine);
+    let head_dims = AttentionShape::HEAD_DIMS;
     for seed in 0..12 {
         let head_dim = head_dims[seed as usize % head_dims.len()];
         let shape = AttentionShape::new(32, 8, head_dim, DType::Bf16).expect("a good shape");
@@ -137,7 +131,7 @@ fn decode_paged_bf16() {
 #[test]
 fn pages_of_any_size() {
     let Some(engine) = engine() else { return };
-    for head_dim in head_dims(engine) {
+    for head_dim in AttentionShape::HEAD_DIMS {
         for page_size in [1, 3, 64, 100] {
             let case = Case::<bf16>::new(paged(shape::<bf16>(4, head_dim), Mask::Causal, &MIXED, page_size));
             case.check(&case.run(engine, Packing::Packed));
@@ -291,7 +285,7 @@ fn calibrations_of_other_devices_are_refused() {
 #[test]
 fn runs_repeat_bit_for_bit() {
     let Some(engine) = engine() else { return };
-    for head_dim in head_dims(engine) {
+    for head_dim in AttentionShape::HEAD_DIMS {
         let case = Case::<bf16>::new(paged(shape::<bf16>(4, head_dim), Mask::Causal, &MIXED, 16));
         let first = case.run(engine, Packing::Packed);
         case.check(&first);

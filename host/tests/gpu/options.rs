@@ -2,10 +2,10 @@
 
 use float8::F8E4M3;
 use half::{bf16, f16};
-use packinfer::{AttentionShape, EngineError, KernelFamily, KvDType, Mask, Packing};
+use packinfer::{AttentionShape, EngineError, KvDType, Mask, Packing};
 
 use crate::case::{Case, Element, contiguous, engine, paged, shape};
-use crate::{DECODE, MIXED, PREFILL, head_dims};
+use crate::{DECODE, MIXED, PREFILL};
 
 #[test]
 fn sliding_windows() {
@@ -42,7 +42,7 @@ fn soft_caps_and_sinks() {
     let Some(engine) = engine() else { return };
     for (soft_cap, sinks) in [(Some(30.0), false), (Some(0.5), false), (None, true), (Some(2.0), true)] {
         for packing in [Packing::Packed, Packing::PerRequest] {
-            for (lengths, head_dim) in iproduct(&[&MIXED[..], &PREFILL, &DECODE], &head_dims(engine)) {
+            for (lengths, head_dim) in iproduct(&[&MIXED[..], &PREFILL, &DECODE], &AttentionShape::HEAD_DIMS) {
                 let case = with_logits::<bf16>(head_dim, lengths, soft_cap, sinks);
                 case.check(&case.run(engine, packing));
                 let case = with_logits::<f16>(head_dim, lengths, soft_cap, sinks);
@@ -73,14 +73,9 @@ fn in_fp8<E: Element>(gqa_ratio: u32, head_dim: u32, mask: Mask, lengths: &[(u32
     case
 }
 
-/// Whether the engine has kernels for K and V in FP8.
-fn has_fp8(engine: &packinfer::Engine) -> bool {
-    engine.kernel_families().contains(&KernelFamily::Sm80)
-}
-
 #[test]
 fn kv_in_fp8() {
-    let Some(engine) = engine().filter(|engine| has_fp8(engine)) else { return };
+    let Some(engine) = engine() else { return };
     for packing in [Packing::Packed, Packing::PerRequest] {
         for (lengths, head_dim) in iproduct(&[&MIXED[..], &PREFILL, &DECODE], &AttentionShape::HEAD_DIMS) {
             for gqa_ratio in [1, 4, 7] {
@@ -95,7 +90,7 @@ fn kv_in_fp8() {
 
 #[test]
 fn kv_in_fp8_with_all_options() {
-    let Some(engine) = engine().filter(|engine| has_fp8(engine)) else { return };
+    let Some(engine) = engine() else { return };
     for head_dim in AttentionShape::HEAD_DIMS {
         let mut case = in_fp8::<bf16>(4, head_dim, Mask::Window(100.try_into().expect("not zero")), &MIXED);
         case.logit_soft_cap = Some(3.0);
@@ -109,7 +104,7 @@ fn kv_in_fp8_with_all_options() {
 
 #[test]
 fn kv_of_another_type_is_an_error() {
-    let Some(engine) = engine().filter(|engine| has_fp8(engine)) else { return };
+    let Some(engine) = engine() else { return };
     let stream = engine.stream().expect("a stream");
     let mut workspace = engine.workspace().expect("there is room");
     let fp8 = in_fp8::<bf16>(4, 128, Mask::Causal, &PREFILL);

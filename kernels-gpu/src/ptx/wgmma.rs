@@ -47,6 +47,20 @@ impl Descriptor {
         Self { low: self.low + (bytes >> 4), ..self }
     }
 
+    /// The operand 128 columns of B on, of one that is along the sum.
+    #[inline(always)]
+    fn next_half_along(self) -> Self {
+        let eight_rows_bytes = (self.high & 0x3FFF) << 4;
+        self.skip(128 / 8 * eight_rows_bytes)
+    }
+
+    /// The same of one that is across the sum.
+    #[inline(always)]
+    fn next_half_across(self) -> Self {
+        let half_bytes = (self.low >> 16) << 4;
+        self.skip(128 / 64 * half_bytes)
+    }
+
     #[inline(always)]
     fn bits(self) -> u64 {
         u64::from(self.high) << 32 | u64::from(self.low)
@@ -135,18 +149,6 @@ pub trait Accumulator<E> {
 }
 
 macro_rules! registers {
-    (128) => {
-        concat!(
-            "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
-            "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, ",
-            "{32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}, ",
-            "{48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, {58}, {59}, {60}, {61}, {62}, {63}, ",
-            "{64}, {65}, {66}, {67}, {68}, {69}, {70}, {71}, {72}, {73}, {74}, {75}, {76}, {77}, {78}, {79}, ",
-            "{80}, {81}, {82}, {83}, {84}, {85}, {86}, {87}, {88}, {89}, {90}, {91}, {92}, {93}, {94}, {95}, ",
-            "{96}, {97}, {98}, {99}, {100}, {101}, {102}, {103}, {104}, {105}, {106}, {107}, {108}, {109}, {110}, {111}, ",
-            "{112}, {113}, {114}, {115}, {116}, {117}, {118}, {119}, {120}, {121}, {122}, {123}, {124}, {125}, {126}, {127}"
-        )
-    };
     (64) => {
         concat!(
             "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
@@ -226,13 +228,57 @@ macro_rules! accumulator {
     };
 }
 
-accumulator!(Bf16, "bf16", 32, 256, 128, operands 128 129 130 131 132 133, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31]);
 accumulator!(Bf16, "bf16", 16, 128, 64, operands 64 65 66 67 68 69, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
 accumulator!(Bf16, "bf16", 12, 96, 48, operands 48 49 50 51 52 53, [0 1 2 3 4 5 6 7 8 9 10 11]);
 accumulator!(Bf16, "bf16", 8, 64, 32, operands 32 33 34 35 36 37, [0 1 2 3 4 5 6 7]);
 accumulator!(Bf16, "bf16", 2, 16, 8, operands 8 9 10 11 12 13, [0 1]);
 accumulator!(F16, "f16", 2, 16, 8, operands 8 9 10 11 12 13, [0 1]);
-accumulator!(F16, "f16", 32, 256, 128, operands 128 129 130 131 132 133, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31]);
 accumulator!(F16, "f16", 16, 128, 64, operands 64 65 66 67 68 69, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
 accumulator!(F16, "f16", 12, 96, 48, operands 48 49 50 51 52 53, [0 1 2 3 4 5 6 7 8 9 10 11]);
 accumulator!(F16, "f16", 8, 64, 32, operands 32 33 34 35 36 37, [0 1 2 3 4 5 6 7]);
+
+/// Of 256 columns, the products of 128 and of the others: one for all of them takes as many registers as the assembler has for a thread of a block of 512.
+impl<E> Accumulator<E> for [Fragment; 32]
+where
+    [Fragment; 16]: Accumulator<E>,
+{
+    #[inline(always)]
+    fn hold(&mut self) {
+        halves(self).into_iter().for_each(Accumulator::hold);
+    }
+
+    #[inline(always)]
+    unsafe fn add_product_shared(&mut self, a: Descriptor, b: Descriptor, accumulate: bool) {
+        let [left, right] = halves(self);
+        left.add_product_shared(a, b, accumulate);
+        right.add_product_shared(a, b.next_half_along(), accumulate);
+    }
+
+    #[inline(always)]
+    unsafe fn add_product_shared_across(&mut self, a: Descriptor, b: Descriptor, accumulate: bool) {
+        let [left, right] = halves(self);
+        left.add_product_shared_across(a, b, accumulate);
+        right.add_product_shared_across(a, b.next_half_along(), accumulate);
+    }
+
+    #[inline(always)]
+    unsafe fn add_product_along(&mut self, a: OperandA, b: Descriptor, accumulate: bool) {
+        let [left, right] = halves(self);
+        left.add_product_along(a, b, accumulate);
+        right.add_product_along(a, b.next_half_along(), accumulate);
+    }
+
+    #[inline(always)]
+    unsafe fn add_product_across(&mut self, a: OperandA, b: Descriptor, accumulate: bool) {
+        let [left, right] = halves(self);
+        left.add_product_across(a, b, accumulate);
+        right.add_product_across(a, b.next_half_across(), accumulate);
+    }
+}
+
+#[inline(always)]
+fn halves(accumulator: &mut [Fragment; 32]) -> [&mut [Fragment; 16]; 2] {
+    let (left, right) = accumulator.split_at_mut(16);
+    // SAFETY: both have 16 fragments.
+    unsafe { [&mut *left.as_mut_ptr().cast(), &mut *right.as_mut_ptr().cast()] }
+}

@@ -125,14 +125,6 @@ impl Backend {
         }
     }
 
-    /// Whether the device has kernels for a case.
-    pub fn supports(&self, case: &Case) -> bool {
-        match self {
-            Self::Cpu(_) => true,
-            Self::Cuda(cuda) => cuda.engine().kernel_families().iter().any(|family| family.supports(case.batch.shape())),
-        }
-    }
-
     /// Checks that the device has room for a batch, as far as that is not the memory of this machine.
     pub fn check_fits(&self, batch: &Batch) -> anyhow::Result<()> {
         match self {

@@ -11,7 +11,7 @@
 use packinfer_abi::TileKind;
 
 use super::PAIR;
-use super::helpers::{Converters, STORED_PARTS, StoredTile};
+use super::helpers::{Converters, STORED_PARTS, StoredPart};
 use super::shared::{ColumnTile, Ring, Shared};
 use crate::e4m3::FromE4m3;
 use crate::element::{Element, F16};
@@ -24,6 +24,8 @@ use crate::ptx::{warpgroup, wgmma};
 pub const CONVERTER_WARPS: u32 = warpgroup::THREADS / LANES;
 /// Chunks of 16 numbers that a panel is made of: two of its chunks each.
 const CHUNKS_PER_PANEL: u32 = 4;
+/// Panels that are made of one as it is stored.
+const PANELS_STORED_IN_ONE: u32 = 2;
 /// The most times that a warp goes on to other rows of a part.
 const MOST_ROUNDS: usize = 4;
 /// Of eight rows, the one that lies opposite of row 0 in both tiles: a swizzle by it moves chunks `0 ..= 3` of one to where `4 ..= 7` were, and even ones of the other to odd ones. Lanes of rows
@@ -36,14 +38,21 @@ const OPPOSITE: u32 = 5;
 ///
 /// Reached by all threads of their warpgroup, of which this is `thread`.
 #[inline(always)]
-pub unsafe fn run<E: Element + FromE4m3, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const STAGES: u32>(
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, Converters<STAGES>>,
+pub unsafe fn run<
+    E: Element + FromE4m3,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const STAGES: u32,
+    const CHUNKS: usize,
+    const PART_BLOCKS: usize,
+>(
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, Converters<STAGES, CHUNKS, PART_BLOCKS>>,
     thread: u32,
 ) {
-    let step = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, Converters<STAGES>>::STEP;
+    let step = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, Converters<STAGES, CHUNKS, PART_BLOCKS>>::STEP;
     let (mut items, mut k, mut v) = (shared.item_ring(), shared.k_ring(), shared.v_ring());
-    let mut stored =
-        Stored { tiles: shared.stored(0), ring: shared.stored_ring(), warp: warp::uniform(thread / LANES), lane: thread % LANES };
+    let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
+    let mut stored = Stored::<CHUNKS, PART_BLOCKS> { parts: shared.stored(0), ring: shared.stored_ring(), warp, lane };
     while let Some(slot) = shared.next_posted(&items) {
         let columns = shared.columns(slot);
         if shared.tile_kind(slot) == Some(TileKind::Wide) {
@@ -61,25 +70,28 @@ pub unsafe fn run<E: Element + FromE4m3, const DIM_BLOCKS: usize, const FRAGMENT
 }
 
 /// What is stored, and a converting warp's place. None of it is there before loaders have [made room](super::helpers::StoredRings) for what becomes of it.
-struct Stored {
+struct Stored<const CHUNKS: usize, const PART_BLOCKS: usize> {
     /// The first of the ring.
-    tiles: StoredTile,
+    parts: StoredPart<CHUNKS, PART_BLOCKS>,
     ring: Ring,
     warp: u32,
     lane: u32,
 }
 
-impl Stored {
+impl<const CHUNKS: usize, const PART_BLOCKS: usize> Stored<CHUNKS, PART_BLOCKS> {
+    /// Rows of a part.
+    const ROWS: u32 = StoredPart::<CHUNKS, PART_BLOCKS>::ROWS;
+
     /// Makes a step of K or V, for which there is room at `tile`, of the next parts of what is stored.
     #[inline(always)]
     unsafe fn convert<E: Element + FromE4m3, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         &mut self,
         tile: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
     ) {
-        const { assert!(STORED_PARTS * StoredTile::ROWS == ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS) };
+        const { assert!(STORED_PARTS * Self::ROWS == ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS) };
         for part in 0..STORED_PARTS {
             self.ring.wait_full();
-            self.convert_part::<E, DIM_BLOCKS, FRAGMENTS>(tile, part * StoredTile::ROWS);
+            self.convert_part::<E, DIM_BLOCKS, FRAGMENTS>(tile, part * Self::ROWS);
             warp::sync();
             self.ring.release(self.lane);
         }
@@ -94,23 +106,30 @@ impl Stored {
         tile: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
         first_row: u32,
     ) {
-        let panels = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS;
-        let rows_of_warp = StoredTile::ROWS / CONVERTER_WARPS;
-        let stored = self.tiles.skip_tiles(self.ring.stage());
+        // Warps divide the rows, or where there are four panels, have one each: then all rounds of a lane are of rows that are swizzled alike.
+        let (panels, panels_of_warp) = const {
+            let panels = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS;
+            (panels, if panels == CONVERTER_WARPS { 1 } else { panels })
+        };
+        let warps_of_rows = panels / panels_of_warp;
+        let rows_of_warp = Self::ROWS * warps_of_rows / CONVERTER_WARPS;
+        let (first_panel, first_of_warp) = (self.warp % warps_of_rows * panels_of_warp, self.warp / warps_of_rows * rows_of_warp);
+        let stored = self.parts.skip_tiles(self.ring.stage());
         // Lanes: four chunks for a panel of one row, four of the opposite row; then those for the other panel; then other rows.
         let (chunk, is_opposite, group) =
             (self.lane % CHUNKS_PER_PANEL, self.lane / CHUNKS_PER_PANEL % 2, self.lane / (2 * CHUNKS_PER_PANEL));
-        let (panel, pair_of_group) = (group % panels, group / panels);
-        let pairs_at_once = LANES / (2 * CHUNKS_PER_PANEL) / panels;
+        let (panel, pair_of_group) = (first_panel + group % panels_of_warp, group / panels_of_warp);
+        let pairs_at_once = LANES / (2 * CHUNKS_PER_PANEL) / panels_of_warp;
         let row_of = |round: usize| {
             let pair = round as u32 * pairs_at_once + pair_of_group;
-            self.warp * rows_of_warp + pair / 4 * 8 + (pair % 4 ^ is_opposite * OPPOSITE)
+            first_of_warp + pair / 4 * 8 + (pair % 4 ^ is_opposite * OPPOSITE)
         };
         let mut words = [[0; 4]; MOST_ROUNDS];
         let rounds = (rows_of_warp / 2 / pairs_at_once) as usize;
         for (round, words) in words[..rounds].iter_mut().enumerate() {
             let row = row_of(round);
-            *words = load_shared_x4(swizzled(stored.row(row, 0), row, panel * CHUNKS_PER_PANEL + chunk));
+            let of_panel = panel % PANELS_STORED_IN_ONE * CHUNKS_PER_PANEL + chunk;
+            *words = load_shared_x4(swizzled(stored.row(row, panel / PANELS_STORED_IN_ONE), row, of_panel));
         }
         for (round, words) in words[..rounds].iter().enumerate() {
             let row = row_of(round);

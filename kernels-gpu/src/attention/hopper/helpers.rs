@@ -1,6 +1,6 @@
 //! What the warpgroup of a block does that is neither the producer nor a consumer, where there is one; and what that changes in how K and V are brought.
 
-use packinfer_abi::TileKind;
+use packinfer_abi::{HOPPER_STORED_STEP, TileKind};
 
 use super::producer::load_columns;
 use super::shared::{Ring, Shared};
@@ -22,6 +22,8 @@ pub trait Helpers: Copy {
     const CONVERT: bool = false;
     /// Parts of steps, as they are stored, that the copy engine brings for them ahead.
     const STORED_STAGES: u32 = 0;
+    /// Bytes of K, or of V, of a step of a narrow tile, where they are taken as they are stored.
+    const NARROW_STEP_BYTES: u32 = 0;
 
     /// Where a producing warp is that has K or V brought.
     type Loader;
@@ -103,21 +105,22 @@ impl Helpers for Readers {
     brought_as_consumed!();
 }
 
-/// Parts of a step that are brought one after the other: first those of K, then those of V.
+/// Parts of a step of a wide tile that are brought one after the other: first those of K, then those of V.
 pub const STORED_PARTS: u32 = 2;
-/// Chunks of 16 bytes of a row as it is stored, at the most: a panel's.
-const STORED_CHUNKS: usize = 8;
-/// Blocks of 8 rows of a part, and of a step.
-const ROWS_OF_PART: usize = 8;
-const ROWS_OF_STEP: usize = STORED_PARTS as usize * ROWS_OF_PART;
-/// A part of a step of K or V as it is stored, in rows of one panel.
-pub type StoredTile = BoxTile<STORED_CHUNKS, ROWS_OF_PART>;
-/// The same of a whole step, of a narrow tile.
-pub type NarrowTile = BoxTile<STORED_CHUNKS, ROWS_OF_STEP>;
+/// Bytes of a part.
+pub const PART_BYTES: u32 = 8 << 10;
+/// Blocks of 8 columns of a step of a narrow tile, whose K and V are taken as they are stored.
+pub const STORED_STEP_BLOCKS: usize = HOPPER_STORED_STEP as usize / 8;
 
-/// They make K and V of wide tiles of what is stored in FP8, of which `STAGES` parts are held: see [`converter`](super::converter). Consumers of narrow tiles take it as it is.
+/// They make K and V of wide tiles of what is stored in FP8, of which `STAGES` parts of `8 * PART_BLOCKS` rows are held: see [`converter`](super::converter). Consumers of narrow
+/// tiles take it as it is. A row has `CHUNKS` chunks of 16 bytes, or fewer.
 #[derive(Clone, Copy)]
-pub struct Converters<const STAGES: u32>;
+pub struct Converters<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize>;
+
+/// Part of a step of K or V as it is stored.
+pub type StoredPart<const CHUNKS: usize, const PART_BLOCKS: usize> = BoxTile<CHUNKS, PART_BLOCKS>;
+/// Step of K or V of a narrow tile, as it is stored.
+pub type StoredStep<const CHUNKS: usize> = BoxTile<CHUNKS, STORED_STEP_BLOCKS>;
 
 /// Where a loader is, where K and V are stored in FP8: the rings of both kinds of tiles, which lie in the same memory. Each is at the beginning of a step.
 pub struct StoredRings {
@@ -191,9 +194,10 @@ impl StoredRings {
     }
 }
 
-impl<const STAGES: u32> Helpers for Converters<STAGES> {
+impl<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize> Helpers for Converters<STAGES, CHUNKS, PART_BLOCKS> {
     const CONVERT: bool = true;
     const STORED_STAGES: u32 = STAGES;
+    const NARROW_STEP_BYTES: u32 = StoredStep::<CHUNKS>::BYTES;
 
     type Loader = StoredRings;
 
@@ -202,6 +206,7 @@ impl<const STAGES: u32> Helpers for Converters<STAGES> {
         shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>,
         _: Tensor,
     ) -> StoredRings {
+        const { assert!(StoredPart::<CHUNKS, PART_BLOCKS>::BYTES == PART_BYTES) };
         StoredRings::new(shared)
     }
 
@@ -216,31 +221,25 @@ impl<const STAGES: u32> Helpers for Converters<STAGES> {
     ) {
         let kind = task.item.tile;
         rings.make_room_for(kind);
-        let item = &task.item;
-        match kind {
+        let step = match kind {
             TileKind::Wide => {
                 let mut ring = rings.to_convert;
                 if tensor == Tensor::V {
                     ring.advance_by(STORED_PARTS);
                 }
-                load_columns::<STORED_CHUNKS, ROWS_OF_PART, STORED_PARTS>(
-                    task,
-                    tensor,
-                    &mut ring,
-                    shared.stored(0),
-                    lane,
-                    false,
-                    at_step,
-                );
+                let parts = shared.stored(0);
+                load_columns::<CHUNKS, PART_BLOCKS, STORED_PARTS>(task, tensor, &mut ring, parts, lane, false, at_step);
+                Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::STEP
             }
             TileKind::Narrow => {
-                let (mut ring, tiles) = match tensor {
+                let (mut ring, steps) = match tensor {
                     Tensor::K => (rings.narrow[0], shared.narrow_k(0)),
                     Tensor::V => (rings.narrow[1], shared.narrow_v(0)),
                 };
-                load_columns::<STORED_CHUNKS, ROWS_OF_STEP, 1>(task, tensor, &mut ring, tiles, lane, false, at_step);
+                load_columns::<CHUNKS, STORED_STEP_BLOCKS, 1>(task, tensor, &mut ring, steps, lane, false, at_step);
+                Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::NARROW_STEP
             }
-        }
-        rings.go_past(kind, (item.column_end - item.column_begin).div_ceil(NarrowTile::ROWS));
+        };
+        rings.go_past(kind, (task.item.column_end - task.item.column_begin).div_ceil(step));
     }
 }

@@ -39,7 +39,7 @@ use crate::ptx::warpgroup::{THREADS, give_registers, take_registers};
 use crate::ptx::wgmma::Accumulator;
 use crate::stored::{AsQueries, E4m3, Stored};
 use consumer::Consumer;
-use helpers::{Converters, Helpers, NoHelpers, Readers};
+use helpers::{Converters, Helpers, NoHelpers, Readers, STORED_STEP_BLOCKS};
 use shared::Shared;
 
 /// Blocks of 8 rows of a wide tile that two consumers have, 64 rows each.
@@ -61,10 +61,6 @@ const READER_WARPS: u32 = 4;
 /// Registers of a consumer's and of a reader's thread where there are readers: 128 at the launch, and 128 · (40 + 88) + 256 · 192 = 512 · 128.
 const CONSUMER_REGISTERS_BESIDE: u32 = 192;
 const READER_REGISTERS: u32 = 88;
-/// The same where there are converters, and a producer with more to keep: 128 · (56 + 56) + 256 · 200 = 512 · 128.
-const PRODUCER_REGISTERS_BESIDE_CONVERTERS: u32 = 56;
-const CONSUMER_REGISTERS_BESIDE_CONVERTERS: u32 = 200;
-const CONVERTER_REGISTERS: u32 = 56;
 
 /// Barriers among warpgroups; 0 is the whole block's.
 mod barrier {
@@ -100,7 +96,9 @@ unsafe fn attention<
         producer::run(&params, shared, thread);
     } else {
         take_registers::<CONSUMER_REGISTERS>();
-        consume::<E, AsQueries, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED, NoHelpers>(&params, shared);
+        consume::<E, AsQueries, DIM_BLOCKS, FRAGMENTS, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED, NoHelpers>(
+            &params, shared,
+        );
     }
 }
 
@@ -169,14 +167,18 @@ unsafe fn attention_tall<
 }
 
 /// The same for K and V in FP8, of which a fourth warpgroup makes such as wide tiles take. It finds `STORED_STAGES` parts of steps ahead: as many as fit into shared memory, which is 15 for a head
-/// dimension of 64, and 5 for others.
+/// dimension of 64, and 5 for others. A part has `8 * PART_BLOCKS` rows of `CHUNKS` chunks of 16 bytes. A consumer's thread has `CONSUMER` registers, one of the producer or of the converters
+/// `OTHER`: 128 · 2 · (`CONSUMER` + `OTHER`) = 512 · 128.
 #[inline(always)]
 unsafe fn attention_e4m3<
     E: Element + FromE4m3,
     const DIM_BLOCKS: usize,
     const FRAGMENTS: usize,
-    const NARROW_FRAGMENTS: usize,
     const STORED_STAGES: u32,
+    const CHUNKS: usize,
+    const PART_BLOCKS: usize,
+    const OTHER: u32,
+    const CONSUMER: u32,
     const CAPPED: bool,
 >(
     params: AttentionParams,
@@ -184,20 +186,22 @@ unsafe fn attention_e4m3<
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<F16>,
 {
-    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, Converters<STORED_STAGES>>::at(dynamic_shared());
+    const { assert!(CONSUMER + OTHER == 256) };
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, Converters<STORED_STAGES, CHUNKS, PART_BLOCKS>>::at(dynamic_shared());
     let thread = thread_index();
     match begin(shared, thread) {
         0 => {
-            give_registers::<PRODUCER_REGISTERS_BESIDE_CONVERTERS>();
+            give_registers::<OTHER>();
             producer::run(&params, shared, thread);
         }
         1 | 2 => {
-            take_registers::<CONSUMER_REGISTERS_BESIDE_CONVERTERS>();
-            consume::<E, E4m3, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED, _>(&params, shared);
+            take_registers::<CONSUMER>();
+            consume::<E, E4m3, DIM_BLOCKS, FRAGMENTS, CHUNKS, STORED_STEP_BLOCKS, 2, CAPPED, _>(&params, shared);
         }
         _ => {
-            give_registers::<CONVERTER_REGISTERS>();
-            converter::run::<E, DIM_BLOCKS, FRAGMENTS, STORED_STAGES>(shared, thread - THREADS - CONSUMER_THREADS);
+            give_registers::<OTHER>();
+            let thread = thread - THREADS - CONSUMER_THREADS;
+            converter::run::<E, DIM_BLOCKS, FRAGMENTS, STORED_STAGES, CHUNKS, PART_BLOCKS>(shared, thread);
         }
     }
 }
@@ -223,6 +227,8 @@ unsafe fn consume<
     KV: Stored<E>,
     const DIM_BLOCKS: usize,
     const FRAGMENTS: usize,
+    const NARROW_CHUNKS: usize,
+    const NARROW_STEP_BLOCKS: usize,
     const NARROW_FRAGMENTS: usize,
     const CAPPED: bool,
     H: Helpers,
@@ -244,7 +250,11 @@ unsafe fn consume<
                 }
                 wide::pair::tiles::<E, KV::Weight, DIM_BLOCKS, FRAGMENTS, CAPPED, H>(&mut consumer);
             }
-            TileKind::Narrow => narrow::tile::<E, KV, DIM_BLOCKS, FRAGMENTS, NARROW_FRAGMENTS, CAPPED, H>(&mut consumer),
+            TileKind::Narrow => {
+                narrow::tile::<E, KV, DIM_BLOCKS, FRAGMENTS, NARROW_CHUNKS, NARROW_STEP_BLOCKS, NARROW_FRAGMENTS, CAPPED, H>(
+                    &mut consumer,
+                )
+            }
         }
         kind_before = kind;
     }
@@ -256,84 +266,112 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_bf16_e4m3_d64(params: AttentionParams) {
-        attention_e4m3::<Bf16, 8, 16, 2, 15, false>(params)
+        attention_e4m3::<Bf16, 8, 16, 15, 8, 8, 56, 200, false>(params)
     }
 
     /// Attention in bf16, head dimension 64, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_bf16_e4m3_d64_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 8, 16, 2, 15, true>(params)
+        attention_e4m3::<Bf16, 8, 16, 15, 8, 8, 56, 200, true>(params)
     }
 
     /// Attention in bf16, head dimension 96, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_bf16_e4m3_d96(params: AttentionParams) {
-        attention_e4m3::<Bf16, 12, 16, 2, 5, false>(params)
+        attention_e4m3::<Bf16, 12, 16, 5, 8, 8, 56, 200, false>(params)
     }
 
     /// Attention in bf16, head dimension 96, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_bf16_e4m3_d96_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 12, 16, 2, 5, true>(params)
+        attention_e4m3::<Bf16, 12, 16, 5, 8, 8, 56, 200, true>(params)
     }
 
     /// Attention in bf16, head dimension 128, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_bf16_e4m3_d128(params: AttentionParams) {
-        attention_e4m3::<Bf16, 16, 16, 2, 5, false>(params)
+        attention_e4m3::<Bf16, 16, 16, 5, 8, 8, 56, 200, false>(params)
     }
 
     /// Attention in bf16, head dimension 128, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_bf16_e4m3_d128_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 16, 16, 2, 5, true>(params)
+        attention_e4m3::<Bf16, 16, 16, 5, 8, 8, 56, 200, true>(params)
+    }
+
+    /// Attention in bf16, head dimension 256, K and V in FP8.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 64)]
+    fn attention_bf16_e4m3_d256(params: AttentionParams) {
+        attention_e4m3::<Bf16, 32, 8, 5, 16, 4, 48, 208, false>(params)
+    }
+
+    /// Attention in bf16, head dimension 256, K and V in FP8, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 64)]
+    fn attention_bf16_e4m3_d256_capped(params: AttentionParams) {
+        attention_e4m3::<Bf16, 32, 8, 5, 16, 4, 48, 208, true>(params)
     }
 
     /// Attention in f16, head dimension 64, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_f16_e4m3_d64(params: AttentionParams) {
-        attention_e4m3::<F16, 8, 16, 2, 15, false>(params)
+        attention_e4m3::<F16, 8, 16, 15, 8, 8, 56, 200, false>(params)
     }
 
     /// Attention in f16, head dimension 64, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_f16_e4m3_d64_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 8, 16, 2, 15, true>(params)
+        attention_e4m3::<F16, 8, 16, 15, 8, 8, 56, 200, true>(params)
     }
 
     /// Attention in f16, head dimension 96, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_f16_e4m3_d96(params: AttentionParams) {
-        attention_e4m3::<F16, 12, 16, 2, 5, false>(params)
+        attention_e4m3::<F16, 12, 16, 5, 8, 8, 56, 200, false>(params)
     }
 
     /// Attention in f16, head dimension 96, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_f16_e4m3_d96_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 12, 16, 2, 5, true>(params)
+        attention_e4m3::<F16, 12, 16, 5, 8, 8, 56, 200, true>(params)
     }
 
     /// Attention in f16, head dimension 128, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_f16_e4m3_d128(params: AttentionParams) {
-        attention_e4m3::<F16, 16, 16, 2, 5, false>(params)
+        attention_e4m3::<F16, 16, 16, 5, 8, 8, 56, 200, false>(params)
     }
 
     /// Attention in f16, head dimension 128, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_f16_e4m3_d128_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 16, 16, 2, 5, true>(params)
+        attention_e4m3::<F16, 16, 16, 5, 8, 8, 56, 200, true>(params)
+    }
+
+    /// Attention in f16, head dimension 256, K and V in FP8.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 64)]
+    fn attention_f16_e4m3_d256(params: AttentionParams) {
+        attention_e4m3::<F16, 32, 8, 5, 16, 4, 48, 208, false>(params)
+    }
+
+    /// Attention in f16, head dimension 256, K and V in FP8, with a soft-cap.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 64)]
+    fn attention_f16_e4m3_d256_capped(params: AttentionParams) {
+        attention_e4m3::<F16, 32, 8, 5, 16, 4, 48, 208, true>(params)
     }
 
     /// Attention in bf16, head dimension 64, narrow tiles beside wide ones.
@@ -436,14 +474,14 @@ kernel! {
 
     /// Attention in bf16, head dimension 256.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 48)]
     fn attention_bf16_d256(params: AttentionParams) {
         attention::<Bf16, 32, 8, 1, false>(params)
     }
 
     /// Attention in bf16, head dimension 256, with a soft-cap.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 48)]
     fn attention_bf16_d256_capped(params: AttentionParams) {
         attention::<Bf16, 32, 8, 1, true>(params)
     }
@@ -548,14 +586,14 @@ kernel! {
 
     /// Attention in f16, head dimension 256.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 48)]
     fn attention_f16_d256(params: AttentionParams) {
         attention::<F16, 32, 8, 1, false>(params)
     }
 
     /// Attention in f16, head dimension 256, with a soft-cap.
     #[launch_bounds(threads = 384, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 40, "mma.sync" = 48)]
+    #[expect("setmaxnreg" = 2, "wgmma.mma_async" = 48, "mma.sync" = 48)]
     fn attention_f16_d256_capped(params: AttentionParams) {
         attention::<F16, 32, 8, 1, true>(params)
     }

@@ -11,7 +11,7 @@ use packinfer_abi::{
 use super::consumer::CONSUMER_ROWS;
 use super::converter::CONVERTER_WARPS;
 use super::exchange::Exchange;
-use super::helpers::{Helpers, NarrowTile, StoredTile};
+use super::helpers::{Helpers, PART_BYTES, STORED_STEP_BLOCKS};
 use super::producer::{LOADER_WARPS, LONG_TASK_STEPS, POSTING_WARPS};
 use super::reader::ReaderMemory;
 use crate::attention::task::Task;
@@ -347,11 +347,14 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     pub const CONSUMER_WARPS: u32 = Self::CONSUMER_THREADS / WARP_LANES;
     /// Whether consumers do narrow tiles too, and exchange what they found.
     pub const HAS_EXCHANGE: bool = !H::READ && Self::CONSUMERS == 2;
-    /// Columns of a step.
+    /// Columns of a step of a wide tile.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
+    /// Those of a narrow tile.
+    pub const NARROW_STEP: u32 = if H::CONVERT { 8 * STORED_STEP_BLOCKS as u32 } else { Self::STEP };
 
     /// Steps whose K is held, and steps whose V is: those that fit beside Q.
     const STAGES: [u32; 2] = match (DIM_BLOCKS, Self::HAS_EXCHANGE) {
+        (32, _) if H::CONVERT => [1, 2],
         _ if H::CONVERT => [2, 2],
         (8, true) => [4, 6],
         (8, false) => [4, 4],
@@ -365,7 +368,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const HELPERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const ROWS: u32 =
-        Self::HELPERS + if H::READ { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { H::STORED_STAGES * StoredTile::BYTES };
+        Self::HELPERS + if H::READ { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { H::STORED_STAGES * PART_BYTES };
     /// Tasks that are known at a time, as many as there is room for, up to four: so that loads of one may begin before the consumers have finished another.
     const TASKS: u32 = if H::READ {
         2
@@ -397,7 +400,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const ITEM_BARRIERS: u32 = Self::TASK_BARRIERS + Ring::bytes(Self::TASKS);
     const STORED_BARRIERS: u32 = Self::ITEM_BARRIERS + Ring::bytes(Self::TASKS);
     /// Steps of narrow tiles whose K and V are held where they are taken as they are stored.
-    const NARROW_STAGES: u32 = if H::CONVERT { (Self::ROWS - Self::K) / (2 * NarrowTile::BYTES) } else { 0 };
+    const NARROW_STAGES: u32 = if H::CONVERT { (Self::ROWS - Self::K) / (2 * H::NARROW_STEP_BYTES) } else { 0 };
     const NARROW_BARRIERS: u32 = Self::STORED_BARRIERS + Ring::bytes(H::STORED_STAGES);
     const NEAR_END_BARRIER: u32 = Self::NARROW_BARRIERS + 2 * Ring::bytes(Self::NARROW_STAGES);
     const READER_WORDS: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
@@ -509,20 +512,21 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
 
     /// A part of K or V as it is stored, for the converters.
     #[inline(always)]
-    pub fn stored(&self, stage: u32) -> StoredTile {
-        StoredTile::at(self.base + Self::HELPERS).skip_tiles(stage)
+    pub fn stored<const CHUNKS: usize, const PART_BLOCKS: usize>(&self, stage: u32) -> BoxTile<CHUNKS, PART_BLOCKS> {
+        BoxTile::at(self.base + Self::HELPERS).skip_tiles(stage)
     }
 
-    /// K of a step of a narrow tile, as it is stored.
+    /// K of a step of a narrow tile, be it as it is stored or not.
     #[inline(always)]
-    pub fn narrow_k(&self, stage: u32) -> NarrowTile {
-        NarrowTile::at(self.base + Self::K).skip_tiles(stage)
+    pub fn narrow_k<const CHUNKS: usize, const STEP_BLOCKS: usize>(&self, stage: u32) -> BoxTile<CHUNKS, STEP_BLOCKS> {
+        BoxTile::at(self.base + Self::K).skip_tiles(stage)
     }
 
-    /// V of a step of a narrow tile, as it is stored.
+    /// V of a step of a narrow tile, be it as it is stored or not.
     #[inline(always)]
-    pub fn narrow_v(&self, stage: u32) -> NarrowTile {
-        self.narrow_k(Self::NARROW_STAGES).skip_tiles(stage)
+    pub fn narrow_v<const CHUNKS: usize, const STEP_BLOCKS: usize>(&self, stage: u32) -> BoxTile<CHUNKS, STEP_BLOCKS> {
+        let before = if H::CONVERT { Self::NARROW_STAGES } else { Self::K_STAGES };
+        self.narrow_k(before + stage)
     }
 
     #[inline(always)]
@@ -639,7 +643,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     #[inline(always)]
     pub unsafe fn is_long(&self, stage: u32) -> bool {
         let columns = self.columns(stage);
-        (columns.end - columns.start).div_ceil(Self::STEP) >= LONG_TASK_STEPS
+        let is_narrow = Self::NARROW_STEP != Self::STEP && self.tile_kind(stage) == Some(TileKind::Narrow);
+        let step = if is_narrow { Self::NARROW_STEP } else { Self::STEP };
+        (columns.end - columns.start).div_ceil(step) >= LONG_TASK_STEPS
     }
 
     /// The index of the task.
