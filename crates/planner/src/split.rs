@@ -14,7 +14,7 @@ use crate::cost::{self, CostModel, Ns, WorkTimes, num_rows};
 use crate::device::LanesOfGroups;
 use crate::lanes::Lanes;
 use crate::tile::{Tile, siblings};
-use crate::{DeviceModel, Plan};
+use crate::{DeviceModel, KernelFamily, Plan};
 
 /// Splits are at multiples of so many columns: whole steps of every kernel.
 const SPLIT_STEP: u32 = 2 * COLUMN_STEP;
@@ -22,6 +22,9 @@ const SPLIT_STEP: u32 = 2 * COLUMN_STEP;
 const LEAST_PART: f64 = 1.0;
 /// A part takes at most this share of what a lane has to do, so that lanes that fall behind can be helped out …
 const LONGEST_PART: f64 = 0.5;
+/// … which is better done after one long part than after two, with what is short; but there must be enough of that for all lanes, of which the `sm_80` kernels have
+/// twice as many …
+const LONGEST_PART_OF_HOPPER: f64 = 0.75;
 /// … or so many times what it takes besides its columns, so that tiles of many rows do not leave too many partials.
 const WORTHWHILE_PART: f64 = 6.0;
 /// Lanes that end this close together, as a share of the whole, are not worth a split.
@@ -129,6 +132,10 @@ impl Splitter {
         let share = |work: Ns| work.div_ceil(Ns::from(num_lanes));
         self.parts.clear();
         self.lanes.reset(num_lanes);
+        let longest_part = match plan.model.kernel_family {
+            KernelFamily::Sm80 => LONGEST_PART,
+            KernelFamily::Sm90a => LONGEST_PART_OF_HOPPER,
+        };
         let (mut placed, mut unplaced): (Ns, Ns) = (0, work);
         let mut end = share(work);
         for &(Reverse(whole), index) in &self.order {
@@ -151,7 +158,7 @@ impl Splitter {
                 let room = end.saturating_sub(free_from);
                 let mut columns = left;
                 if rest > room {
-                    let longest = (end as f64 * LONGEST_PART).max(tile_cost.fixed_partial_ns * WORTHWHILE_PART) as Ns;
+                    let longest = (end as f64 * longest_part).max(tile_cost.fixed_partial_ns * WORTHWHILE_PART) as Ns;
                     let part = tile_cost.columns_within(room.min(longest)).max(tile_cost.least_columns);
                     if left.saturating_sub(part) >= tile_cost.least_columns {
                         columns = part;
