@@ -7,7 +7,7 @@
 use std::cmp::Reverse;
 use std::ops::Range;
 
-use packinfer_abi::COLUMN_STEP;
+use packinfer_abi::{COLUMN_STEP, TileKind};
 use packinfer_batch::Batch;
 
 use crate::cost::{self, CostModel, Ns, WorkTimes, num_rows};
@@ -22,9 +22,9 @@ const SPLIT_STEP: u32 = 2 * COLUMN_STEP;
 const LEAST_PART: f64 = 1.0;
 /// A part takes at most this share of what a lane has to do, so that lanes that fall behind can be helped out …
 const LONGEST_PART: f64 = 0.5;
-/// … which is better done after one long part than after two, with what is short; but there must be enough of that for all lanes, of which the `sm_80` kernels have
-/// twice as many …
-const LONGEST_PART_OF_HOPPER: f64 = 0.75;
+/// … which for decodes is better done after one long part than after two, with what is short; but there must be enough of that for all lanes, of which the `sm_80`
+/// kernels have twice as many …
+const LONGEST_NARROW_PART_OF_HOPPER: f64 = 0.75;
 /// … or so many times what it takes besides its columns, so that tiles of many rows do not leave too many partials.
 const WORTHWHILE_PART: f64 = 6.0;
 /// Lanes that end this close together, as a share of the whole, are not worth a split.
@@ -132,10 +132,6 @@ impl Splitter {
         let share = |work: Ns| work.div_ceil(Ns::from(num_lanes));
         self.parts.clear();
         self.lanes.reset(num_lanes);
-        let longest_part = match plan.model.kernel_family {
-            KernelFamily::Sm80 => LONGEST_PART,
-            KernelFamily::Sm90a => LONGEST_PART_OF_HOPPER,
-        };
         let (mut placed, mut unplaced): (Ns, Ns) = (0, work);
         let mut end = share(work);
         for &(Reverse(whole), index) in &self.order {
@@ -145,6 +141,10 @@ impl Splitter {
                 continue; // It was cut where the first of its siblings was.
             }
             let tile_cost = TileCost::of(tile, plan, cost, whole);
+            let longest_part = match (plan.model.kernel_family, tile.kind) {
+                (KernelFamily::Sm90a, TileKind::Narrow) => LONGEST_NARROW_PART_OF_HOPPER,
+                _ => LONGEST_PART,
+            };
             let mut begin = 0;
             while begin < tile.columns {
                 let left = tile.columns - begin;
