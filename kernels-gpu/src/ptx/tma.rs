@@ -26,7 +26,7 @@ pub unsafe fn copy_box(destination: u32, map: u64, at: [u32; 5], barrier: u32) {
         options(nostack));
 }
 
-/// As [`copy_box`], of what nobody will read again: the L2 cache gives it up first.
+/// As [`copy_box`], of what nobody will read again: the L2 cache gives it up first (PTX ISA, `createpolicy`).
 ///
 /// # Safety
 ///
