@@ -22,6 +22,8 @@ pub struct Descriptor {
 
 impl Descriptor {
     const SWIZZLE_128B: u32 = 1 << 30;
+    /// Of the upper half, the stride, in units of 16 bytes.
+    const STRIDE: u32 = 0x3FFF;
 
     #[inline(always)]
     const fn new(address: u32, leading_bytes: u32, stride_bytes: u32) -> Self {
@@ -47,18 +49,18 @@ impl Descriptor {
         Self { low: self.low + (bytes >> 4), ..self }
     }
 
-    /// The operand 128 columns of B on, of one that is along the sum.
+    /// The operand of the next [`HALF_COLUMNS`] columns of B, of one that is along the sum.
     #[inline(always)]
     fn next_half_along(self) -> Self {
-        let eight_rows_bytes = (self.high & 0x3FFF) << 4;
-        self.skip(128 / 8 * eight_rows_bytes)
+        let eight_rows_bytes = (self.high & Self::STRIDE) << 4;
+        self.skip(HALF_COLUMNS / 8 * eight_rows_bytes)
     }
 
     /// The same of one that is across the sum.
     #[inline(always)]
     fn next_half_across(self) -> Self {
         let half_bytes = (self.low >> 16) << 4;
-        self.skip(128 / 64 * half_bytes)
+        self.skip(HALF_COLUMNS / 64 * half_bytes)
     }
 
     #[inline(always)]
@@ -237,6 +239,9 @@ accumulator!(F16, "f16", 16, 128, 64, operands 64 65 66 67 68 69, [0 1 2 3 4 5 6
 accumulator!(F16, "f16", 12, 96, 48, operands 48 49 50 51 52 53, [0 1 2 3 4 5 6 7 8 9 10 11]);
 accumulator!(F16, "f16", 8, 64, 32, operands 32 33 34 35 36 37, [0 1 2 3 4 5 6 7]);
 
+/// Columns of each product that one of 256 columns is made of.
+const HALF_COLUMNS: u32 = 128;
+
 /// Of 256 columns, the products of 128 and of the others: one for all of them takes as many registers as the assembler has for a thread of a block of 512.
 impl<E> Accumulator<E> for [Fragment; 32]
 where
@@ -276,6 +281,7 @@ where
     }
 }
 
+/// The accumulators of both products.
 #[inline(always)]
 fn halves(accumulator: &mut [Fragment; 32]) -> [&mut [Fragment; 16]; 2] {
     let (left, right) = accumulator.split_at_mut(16);

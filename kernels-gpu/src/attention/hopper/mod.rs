@@ -62,6 +62,9 @@ const READER_WARPS: u32 = 4;
 const CONSUMER_REGISTERS_BESIDE: u32 = 192;
 const READER_REGISTERS: u32 = 88;
 
+/// Fragments of 8 columns that a warp takes of a step of a narrow tile, where K and V are taken as they are stored.
+const STORED_FRAGMENTS: usize = STORED_STEP_BLOCKS / CONSUMER_WARPS as usize;
+
 /// Barriers among warpgroups; 0 is the whole block's.
 mod barrier {
     /// The turn of consumer 0 to start products, and after it those of the others, of which there are two at most.
@@ -166,11 +169,31 @@ unsafe fn attention_tall<
     }
 }
 
-/// The same for K and V in FP8, of which a fourth warpgroup makes such as wide tiles take. It finds `STORED_STAGES` parts of steps ahead: as many as fit into shared memory, which is 15 for a head
-/// dimension of 64, and 5 for others. A part has `8 * PART_BLOCKS` rows of `CHUNKS` chunks of 16 bytes. A consumer's thread has `CONSUMER` registers, one of the producer or of the converters
-/// `OTHER`: 128 · 2 · (`CONSUMER` + `OTHER`) = 512 · 128.
+/// The same for K and V in FP8, of which a fourth warpgroup makes such as wide tiles take: for head dimensions whose rows, as they are stored, fit into one panel. Of parts of steps that are
+/// brought ahead, `STORED_STAGES` fit into shared memory.
 #[inline(always)]
-unsafe fn attention_e4m3<
+unsafe fn attention_e4m3<E: Element + FromE4m3, const DIM_BLOCKS: usize, const STORED_STAGES: u32, const CAPPED: bool>(
+    params: AttentionParams,
+) where
+    [Fragment; DIM_BLOCKS]: Accumulator<F16>,
+    [Fragment; 16]: Accumulator<E>,
+{
+    attention_converting::<E, DIM_BLOCKS, 16, STORED_STAGES, 8, 8, 56, 200, CAPPED>(params)
+}
+
+/// The same for a head dimension of 256: rows as they are stored have two panels, steps 64 columns, and O takes registers that the others give.
+#[inline(always)]
+unsafe fn attention_e4m3_d256<E: Element + FromE4m3, const CAPPED: bool>(params: AttentionParams)
+where
+    [Fragment; 8]: Accumulator<E>,
+{
+    attention_converting::<E, 32, 8, 5, 16, 4, 48, 208, CAPPED>(params)
+}
+
+/// Attention with K and V in FP8, of which `STORED_STAGES` parts of `8 * PART_BLOCKS` rows are held as they are stored, in `CHUNKS` chunks of 16 bytes. A consumer's thread has
+/// `CONSUMER` registers, one of the producer or of the converters `OTHER`: 128 · 2 · (`CONSUMER` + `OTHER`) = 512 · 128.
+#[inline(always)]
+unsafe fn attention_converting<
     E: Element + FromE4m3,
     const DIM_BLOCKS: usize,
     const FRAGMENTS: usize,
@@ -196,7 +219,7 @@ unsafe fn attention_e4m3<
         }
         1 | 2 => {
             take_registers::<CONSUMER>();
-            consume::<E, E4m3, DIM_BLOCKS, FRAGMENTS, CHUNKS, STORED_STEP_BLOCKS, 2, CAPPED, _>(&params, shared);
+            consume::<E, E4m3, DIM_BLOCKS, FRAGMENTS, CHUNKS, STORED_STEP_BLOCKS, STORED_FRAGMENTS, CAPPED, _>(&params, shared);
         }
         _ => {
             give_registers::<OTHER>();
@@ -266,112 +289,112 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_bf16_e4m3_d64(params: AttentionParams) {
-        attention_e4m3::<Bf16, 8, 16, 15, 8, 8, 56, 200, false>(params)
+        attention_e4m3::<Bf16, 8, 15, false>(params)
     }
 
     /// Attention in bf16, head dimension 64, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_bf16_e4m3_d64_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 8, 16, 15, 8, 8, 56, 200, true>(params)
+        attention_e4m3::<Bf16, 8, 15, true>(params)
     }
 
     /// Attention in bf16, head dimension 96, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_bf16_e4m3_d96(params: AttentionParams) {
-        attention_e4m3::<Bf16, 12, 16, 5, 8, 8, 56, 200, false>(params)
+        attention_e4m3::<Bf16, 12, 5, false>(params)
     }
 
     /// Attention in bf16, head dimension 96, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_bf16_e4m3_d96_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 12, 16, 5, 8, 8, 56, 200, true>(params)
+        attention_e4m3::<Bf16, 12, 5, true>(params)
     }
 
     /// Attention in bf16, head dimension 128, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_bf16_e4m3_d128(params: AttentionParams) {
-        attention_e4m3::<Bf16, 16, 16, 5, 8, 8, 56, 200, false>(params)
+        attention_e4m3::<Bf16, 16, 5, false>(params)
     }
 
     /// Attention in bf16, head dimension 128, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_bf16_e4m3_d128_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 16, 16, 5, 8, 8, 56, 200, true>(params)
+        attention_e4m3::<Bf16, 16, 5, true>(params)
     }
 
     /// Attention in bf16, head dimension 256, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 64)]
     fn attention_bf16_e4m3_d256(params: AttentionParams) {
-        attention_e4m3::<Bf16, 32, 8, 5, 16, 4, 48, 208, false>(params)
+        attention_e4m3_d256::<Bf16, false>(params)
     }
 
     /// Attention in bf16, head dimension 256, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 64)]
     fn attention_bf16_e4m3_d256_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 32, 8, 5, 16, 4, 48, 208, true>(params)
+        attention_e4m3_d256::<Bf16, true>(params)
     }
 
     /// Attention in f16, head dimension 64, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_f16_e4m3_d64(params: AttentionParams) {
-        attention_e4m3::<F16, 8, 16, 15, 8, 8, 56, 200, false>(params)
+        attention_e4m3::<F16, 8, 15, false>(params)
     }
 
     /// Attention in f16, head dimension 64, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_f16_e4m3_d64_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 8, 16, 15, 8, 8, 56, 200, true>(params)
+        attention_e4m3::<F16, 8, 15, true>(params)
     }
 
     /// Attention in f16, head dimension 96, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_f16_e4m3_d96(params: AttentionParams) {
-        attention_e4m3::<F16, 12, 16, 5, 8, 8, 56, 200, false>(params)
+        attention_e4m3::<F16, 12, 5, false>(params)
     }
 
     /// Attention in f16, head dimension 96, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_f16_e4m3_d96_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 12, 16, 5, 8, 8, 56, 200, true>(params)
+        attention_e4m3::<F16, 12, 5, true>(params)
     }
 
     /// Attention in f16, head dimension 128, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_f16_e4m3_d128(params: AttentionParams) {
-        attention_e4m3::<F16, 16, 16, 5, 8, 8, 56, 200, false>(params)
+        attention_e4m3::<F16, 16, 5, false>(params)
     }
 
     /// Attention in f16, head dimension 128, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_f16_e4m3_d128_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 16, 16, 5, 8, 8, 56, 200, true>(params)
+        attention_e4m3::<F16, 16, 5, true>(params)
     }
 
     /// Attention in f16, head dimension 256, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 64)]
     fn attention_f16_e4m3_d256(params: AttentionParams) {
-        attention_e4m3::<F16, 32, 8, 5, 16, 4, 48, 208, false>(params)
+        attention_e4m3_d256::<F16, false>(params)
     }
 
     /// Attention in f16, head dimension 256, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 64)]
     fn attention_f16_e4m3_d256_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 32, 8, 5, 16, 4, 48, 208, true>(params)
+        attention_e4m3_d256::<F16, true>(params)
     }
 
     /// Attention in bf16, head dimension 64, narrow tiles beside wide ones.
