@@ -4,9 +4,9 @@ use packinfer_abi::DeviceAddress;
 
 use crate::element::{Bf16, F16};
 use crate::ptx::memory::load_global;
-use crate::ptx::packed::multiply_bf16x2;
 #[cfg(feature = "sm_90a")]
-use crate::ptx::packed::{e4m3_pair_to_f16, permute};
+use crate::ptx::packed::e4m3_pair_to_f16;
+use crate::ptx::packed::multiply_bf16x2;
 
 /// Element types that hold all numbers of e4m3.
 pub trait FromE4m3 {
@@ -15,10 +15,6 @@ pub trait FromE4m3 {
     fn pair(word: u32) -> u32;
     /// What products with such numbers must be multiplied with.
     const FACTOR: f32;
-
-    /// The four numbers of a word, two a word.
-    #[cfg(feature = "sm_90a")]
-    fn four(word: u32) -> [u32; 2];
 }
 
 impl FromE4m3 for F16 {
@@ -28,12 +24,6 @@ impl FromE4m3 for F16 {
     }
 
     const FACTOR: f32 = (1 << (15 - 7)) as f32;
-
-    #[cfg(feature = "sm_90a")]
-    #[inline(always)]
-    fn four(word: u32) -> [u32; 2] {
-        [e4m3_pair_to_f16(word as u16), e4m3_pair_to_f16((word >> 16) as u16)]
-    }
 }
 
 impl FromE4m3 for Bf16 {
@@ -45,13 +35,13 @@ impl FromE4m3 for Bf16 {
     }
 
     const FACTOR: f32 = 1.0;
+}
 
-    #[cfg(feature = "sm_90a")]
-    #[inline(always)]
-    fn four(word: u32) -> [u32; 2] {
-        // Bytes 0 and 1 above zeros, then 2 and 3.
-        [Self::pair(permute::<0x1404>(word)), Self::pair(permute::<0x3424>(word))]
-    }
+/// The four numbers of a word in float16, two a word.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub fn four_to_f16(word: u32) -> [u32; 2] {
+    [e4m3_pair_to_f16(word as u16), e4m3_pair_to_f16((word >> 16) as u16)]
 }
 
 /// A KV head's scale; 1 where there are none.

@@ -6,6 +6,10 @@ use crate::ptx::mma::{self, Fragment, OperandA, OperandB};
 
 /// An element type of Q, K, V and O.
 pub trait Element {
+    /// Whether float16 has all of its numbers.
+    #[cfg(feature = "sm_90a")]
+    const IS_OF_F16: bool;
+
     /// `d += a · b`.
     ///
     /// # Safety
@@ -24,11 +28,14 @@ pub trait Element {
 pub const ELEMENT_BYTES: u32 = 2;
 
 macro_rules! element {
-    ($(#[doc = $doc:literal])* $name:ident, $mma:ident, $cvt:literal, $unpack:ident) => {
+    ($(#[doc = $doc:literal])* $name:ident, $mma:ident, $cvt:literal, $unpack:ident, $is_of_f16:literal) => {
         $(#[doc = $doc])*
         pub struct $name;
 
         impl Element for $name {
+            #[cfg(feature = "sm_90a")]
+            const IS_OF_F16: bool = $is_of_f16;
+
             #[inline(always)]
             unsafe fn mma(d: &mut Fragment, a: OperandA, b: OperandB) {
                 mma::$mma(d, a, b);
@@ -71,9 +78,9 @@ fn unpack_f16(word: u32) -> [f32; 2] {
 
 element! {
     /// bfloat16.
-    Bf16, mma_bf16, "cvt.rn.bf16x2.f32", unpack_bf16
+    Bf16, mma_bf16, "cvt.rn.bf16x2.f32", unpack_bf16, false
 }
 element! {
     /// IEEE half precision.
-    F16, mma_f16, "cvt.rn.f16x2.f32", unpack_f16
+    F16, mma_f16, "cvt.rn.f16x2.f32", unpack_f16, true
 }

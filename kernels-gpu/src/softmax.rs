@@ -124,6 +124,7 @@ impl Logits {
 }
 
 /// Bounds scores, if the launch asks for a soft-cap: each becomes the hyperbolic tangent of its part of the cap.
+#[cfg(feature = "sm_80")]
 #[inline(always)]
 pub fn soft_cap<const FRAGMENTS: usize>(logits: Logits, scores: &mut [Fragment; FRAGMENTS]) {
     if logits.soft_cap_log2 != 0.0 {
@@ -131,6 +132,17 @@ pub fn soft_cap<const FRAGMENTS: usize>(logits: Logits, scores: &mut [Fragment; 
             for score in fragment {
                 *score = math::tanh_of_half_log2(*score * logits.soft_cap_log2);
             }
+        }
+    }
+}
+
+/// The same in launches with a soft-cap, where it is another for products of each of the lane's rows.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub fn soft_cap_rows<const FRAGMENTS: usize>(soft_cap_log2: [f32; ROWS_PER_LANE], scores: &mut [Fragment; FRAGMENTS]) {
+    for fragment in scores {
+        for (index, score) in fragment.iter_mut().enumerate() {
+            *score = math::tanh_of_half_log2(*score * soft_cap_log2[index / 2]);
         }
     }
 }

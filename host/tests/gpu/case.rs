@@ -117,6 +117,14 @@ impl<E: Element, K: KvElement<E>> Case<E, K> {
         }
     }
 
+    /// Changes Q: each number of it, given its row (a query token's head) and its place in the row.
+    pub fn change_q(&mut self, change: impl Fn(usize, usize, E) -> E) {
+        let head_dim = self.batch.shape().head_dim() as usize;
+        for (row, numbers) in self.q.chunks_mut(head_dim).enumerate() {
+            numbers.iter_mut().enumerate().for_each(|(place, number)| *number = change(row, place, *number));
+        }
+    }
+
     /// Replaces K and V.
     pub fn set_kv(&mut self, k: &[K], v: &[K]) {
         (self.k, self.v) = (k.to_vec(), v.to_vec());

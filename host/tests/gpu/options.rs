@@ -102,6 +102,43 @@ fn kv_in_fp8_with_all_options() {
     }
 }
 
+/// Where rows of Q are split into numbers with fewer bits, none may be lost.
+#[test]
+fn queries_of_any_size_with_kv_in_fp8() {
+    let Some(engine) = engine() else { return };
+    for (lengths, head_dim) in iproduct(&[&MIXED[..], &PREFILL], &AttentionShape::HEAD_DIMS) {
+        let mut case = in_fp8::<bf16>(4, head_dim, Mask::Causal, lengths);
+        let factors = [2f32.powi(-120), 2f32.powi(-20), 1.0, 3.0, 0.0];
+        let outlier = |place: usize| if place % 31 == 5 { 40.0 } else { 1.0 };
+        case.change_q(|row, place, number| bf16::from_f32(number.to_f32() * factors[row % factors.len()] * outlier(place)));
+        case.check(&case.run(engine, Packing::Packed));
+    }
+}
+
+#[test]
+fn queries_that_are_not_finite_spoil_their_rows_alone() {
+    let Some(engine) = engine() else { return };
+    for (lengths, head_dim) in iproduct(&[&MIXED[..], &PREFILL, &DECODE], &AttentionShape::HEAD_DIMS) {
+        let mut case = in_fp8::<bf16>(4, head_dim, Mask::Causal, lengths);
+        let (finite, _) = case.run(engine, Packing::Packed);
+        let spoiled = |row: usize| row % 7 == 3;
+        case.change_q(|row, place, number| match (spoiled(row), place) {
+            (true, 17) if row % 2 == 0 => bf16::NAN,
+            (true, 17) => bf16::INFINITY,
+            _ => number,
+        });
+        let (o, _) = case.run(engine, Packing::Packed);
+        let head_dim = head_dim as usize;
+        for (row, (o, finite)) in o.chunks(head_dim).zip(finite.chunks(head_dim)).enumerate() {
+            if !spoiled(row) {
+                assert!(o == finite, "row {row}, head dimension {head_dim}");
+            } else if row % 2 == 0 {
+                assert!(o.iter().all(|number| number.is_nan()), "row {row}, head dimension {head_dim}: {o:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn kv_of_another_type_is_an_error() {
     let Some(engine) = engine() else { return };

@@ -26,6 +26,16 @@ pub fn multiply_bf16x2(a: u32, b: u32) -> u32 {
     result
 }
 
+/// The greater of both halves of two words, without signs. PTX ISA, Integer Arithmetic Instructions: `max`.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub fn max_u16x2(a: u32, b: u32) -> u32 {
+    let result: u32;
+    // SAFETY: register arithmetic.
+    unsafe { asm!("max.u16x2 {0}, {1}, {2};", out(reg32) result, in(reg32) a, in(reg32) b, options(pure, nomem, nostack)) };
+    result
+}
+
 /// Two numbers in e4m3, the first in the lower byte, as float16. PTX ISA, `cvt`.
 #[cfg(feature = "sm_90a")]
 #[inline(always)]

@@ -2,6 +2,9 @@
 
 use core::arch::asm;
 
+#[cfg(feature = "sm_90a")]
+use super::packed::max_u16x2;
+
 /// Lanes of a warp.
 pub const LANES: u32 = 32;
 
@@ -133,6 +136,19 @@ pub unsafe fn lanes_where(condition: bool) -> u32 {
 pub unsafe fn quad_max(value: f32) -> f32 {
     let value = super::math::max(value, shuffle_xor(value, 1));
     super::math::max(value, shuffle_xor(value, 2))
+}
+
+/// As [`quad_max`], of both halves of a word, without signs.
+///
+/// # Safety
+///
+/// Reached by all lanes of the warp.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn quad_max_u16x2(value: u32) -> u32 {
+    let other = |value: u32, lane: u32| shuffle_xor(f32::from_bits(value), lane).to_bits();
+    let value = max_u16x2(value, other(value, 1));
+    max_u16x2(value, other(value, 2))
 }
 
 /// The sum over the four lanes that hold one row of an accumulator fragment.

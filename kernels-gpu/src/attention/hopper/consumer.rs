@@ -5,6 +5,7 @@ use packinfer_abi::{AttentionParams, TileKind};
 use super::barrier;
 use super::helpers::Helpers;
 use super::shared::{QueryTile, Ring, Shared};
+use super::softmax::OfRows;
 use super::{CONSUMER_THREADS, PAIR};
 use crate::attention::task::Stamper;
 use crate::ptx::math::opaque;
@@ -13,7 +14,7 @@ use crate::ptx::special::thread_index;
 use crate::ptx::wgmma::{Accumulator, Descriptor, hold_words};
 use crate::ptx::{control, warp, warpgroup};
 use crate::shared_tile::{PANEL_BLOCKS, PANEL_ROW_BYTES, SharedTile};
-use crate::softmax::{Logits, soft_cap};
+use crate::softmax::{Logits, ROWS_PER_LANE, soft_cap_rows};
 
 /// Rows of a warp.
 pub const WARP_ROWS: u32 = 16;
@@ -48,6 +49,8 @@ pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const R
     pub stored: [Ring; 2],
     /// The warp, counted over all consumers. It is the same for all lanes, and the assembler knows: what is worked out from it takes no register of a lane.
     pub warp: u32,
+    /// What products with the rows of Q that the lane holds scores of must be multiplied with, where it is [scaled](super::scaled).
+    pub query_factors: OfRows,
 }
 
 impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>
@@ -78,6 +81,7 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
             v: shared.v_ring(),
             stored: shared.narrow_rings(),
             warp,
+            query_factors: [1.0; ROWS_PER_LANE],
         }
     }
 
@@ -242,23 +246,34 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
         Logits { scale_log2: scale_log2 * inside, soft_cap_log2: 0.0 }
     }
 
-    /// Bounds scores, in a kernel for launches with a soft-cap.
+    /// The same for each of the lane's rows of a wide tile: what scores are multiplied with in the end, and in a kernel for launches with a soft-cap before it.
     ///
     /// # Safety
     ///
-    /// As [`Self::logits`], which they are.
+    /// As [`Self::logits`].
     #[inline(always)]
-    pub unsafe fn cap<const CAPPED: bool, const N: usize>(&self, logits: Logits, scores: &mut [Fragment; N]) {
+    pub unsafe fn scales_of_rows<const CAPPED: bool>(&self, slot: u32) -> [OfRows; 2] {
+        let Logits { scale_log2, soft_cap_log2 } = self.logits::<CAPPED>(slot, 1.0);
+        if !H::CONVERT {
+            return [[scale_log2; ROWS_PER_LANE], [soft_cap_log2; ROWS_PER_LANE]];
+        }
+        let of_rows = |scale: f32| self.query_factors.map(|factor| scale * factor);
+        if CAPPED { [[scale_log2; ROWS_PER_LANE], of_rows(soft_cap_log2)] } else { [of_rows(scale_log2), [0.0; ROWS_PER_LANE]] }
+    }
+
+    /// Bounds scores, in a kernel for launches with a soft-cap: for each of the lane's rows, what is said by [`Self::scales_of_rows`], or the same in [`Self::logits`].
+    #[inline(always)]
+    pub fn cap<const CAPPED: bool, const N: usize>(&self, soft_cap_log2: OfRows, scores: &mut [Fragment; N]) {
         if CAPPED {
-            core::hint::assert_unchecked(logits.soft_cap_log2 != 0.0);
             if ROW_BLOCKS == PAIR {
-                soft_cap(logits, scores);
+                soft_cap_rows(soft_cap_log2, scores);
                 return;
             }
             // Else the assembler works on all of them at once, and has no registers for that.
             for (index, scores) in (0..).zip(scores.chunks_exact_mut(CAPPED_AT_ONCE)) {
-                let scores = scores.first_chunk_mut::<CAPPED_AT_ONCE>().unwrap_unchecked();
-                soft_cap(logits, scores);
+                // SAFETY: it has so many.
+                let scores = unsafe { scores.first_chunk_mut::<CAPPED_AT_ONCE>().unwrap_unchecked() };
+                soft_cap_rows(soft_cap_log2, scores);
                 control::fence_arithmetic(self.k.stage() + index, self.k.stages() + index);
             }
         }

@@ -1,4 +1,4 @@
-//! The converters: make K and V of wide tiles in the element types of products, of what is stored in FP8. Consumers of narrow tiles do so by themselves.
+//! The converters: make K and V of wide tiles in float16, of what is stored in FP8. Consumers of narrow tiles do so by themselves.
 //!
 //! ```text
 //! copy engine   K₀ₐ K₀ᵦ V₀ₐ V₀ᵦ K₁ₐ …       a ring of parts of a step, as they are stored
@@ -6,19 +6,20 @@
 //! consumers                 S₀ · S₁ P₀V₀ …
 //! ```
 //!
-//! K becomes numbers of the type of Q; V float16, which weights are in too. Numbers are as they are stored: the scales of K and V go into the [scale](Shared::scales) of the softmax, and into O.
+//! K and V become float16, which weights are in too, and Q (see [`scaled`](super::scaled)). Numbers are as they are stored: the scales of K and V go into the [scale](Shared::scales) of the softmax, and into O.
 
 use packinfer_abi::TileKind;
 
 use super::PAIR;
 use super::helpers::{Converters, STORED_PARTS, StoredPart};
 use super::shared::{ColumnTile, Ring, Shared};
-use crate::e4m3::FromE4m3;
-use crate::element::{Element, F16};
+use crate::e4m3::four_to_f16;
 use crate::ptx::cp_async::CHUNK_BYTES;
+use crate::ptx::math::opaque;
 use crate::ptx::memory::{load_shared_x4, store_shared_x4};
 use crate::ptx::warp::{self, LANES};
 use crate::ptx::{warpgroup, wgmma};
+use crate::shared_tile::PANEL_BLOCKS;
 
 /// Warps of the converters.
 pub const CONVERTER_WARPS: u32 = warpgroup::THREADS / LANES;
@@ -26,7 +27,7 @@ pub const CONVERTER_WARPS: u32 = warpgroup::THREADS / LANES;
 const CHUNKS_PER_PANEL: u32 = 4;
 /// Panels that are made of one as it is stored.
 const PANELS_STORED_IN_ONE: u32 = 2;
-/// The most times that a warp goes on to other rows of a part.
+/// The most [rounds](Share::rounds) of a part.
 const MOST_ROUNDS: usize = 4;
 /// Of eight rows, the one that lies opposite of row 0 in both tiles: a swizzle by it moves chunks `0 ..= 3` of one to where `4 ..= 7` were, and even ones of the other to odd ones. Lanes of rows
 /// that differ by it meet no bank twice.
@@ -39,7 +40,6 @@ const OPPOSITE: u32 = 5;
 /// Reached by all threads of their warpgroup, of which this is `thread`.
 #[inline(always)]
 pub unsafe fn run<
-    E: Element + FromE4m3,
     const DIM_BLOCKS: usize,
     const FRAGMENTS: usize,
     const STAGES: u32,
@@ -57,12 +57,8 @@ pub unsafe fn run<
         let columns = shared.columns(slot);
         if shared.tile_kind(slot) == Some(TileKind::Wide) {
             for _ in 0..(columns.end - columns.start).div_ceil(step) {
-                k.wait_empty();
-                stored.convert::<E, DIM_BLOCKS, FRAGMENTS>(shared.k(k.stage()));
-                k.fill();
-                v.wait_empty();
-                stored.convert::<F16, DIM_BLOCKS, FRAGMENTS>(shared.v(v.stage()));
-                v.fill();
+                stored.convert(&mut k, shared.k(0));
+                stored.convert(&mut v, shared.v(0));
             }
         }
         items.release_by_lanes();
@@ -82,61 +78,83 @@ impl<const CHUNKS: usize, const PART_BLOCKS: usize> Stored<CHUNKS, PART_BLOCKS> 
     /// Rows of a part.
     const ROWS: u32 = StoredPart::<CHUNKS, PART_BLOCKS>::ROWS;
 
-    /// Makes a step of K or V, for which there is room at `tile`, of the next parts of what is stored.
+    /// Makes the next step of K or V for `ring`, at `first_tile` and behind it, of the next parts of what is stored.
     #[inline(always)]
-    unsafe fn convert<E: Element + FromE4m3, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+    unsafe fn convert<const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         &mut self,
-        tile: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
+        ring: &mut Ring,
+        first_tile: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
     ) {
         const { assert!(STORED_PARTS * Self::ROWS == ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS) };
+        let rounds = const { Share::<DIM_BLOCKS>::rounds(Self::ROWS) };
+        // Worked out again for each step: the compiler would keep all addresses that depend on it.
+        let Place { row, panel, chunk } = Share::<DIM_BLOCKS>::first(rounds, self.warp, opaque(self.lane));
+        let of_panel = panel % PANELS_STORED_IN_ONE * CHUNKS_PER_PANEL + chunk;
+        let mut chunks = [[0; 4]; MOST_ROUNDS];
         for part in 0..STORED_PARTS {
             self.ring.wait_full();
-            self.convert_part::<E, DIM_BLOCKS, FRAGMENTS>(tile, part * Self::ROWS);
+            let of_part = self.parts.skip_tiles(self.ring.stage()).row(row, panel / PANELS_STORED_IN_ONE);
+            let first = swizzled(of_part, row, of_panel);
+            for (round, words) in (0..rounds).zip(&mut chunks) {
+                *words = load_shared_x4(first + round * StoredPart::<CHUNKS, PART_BLOCKS>::EIGHT_ROWS_BYTES);
+            }
+            if part == 0 {
+                ring.wait_empty();
+            }
+            let of_step = first_tile.skip_tiles(ring.stage()).row(part * Self::ROWS + row, panel);
+            let first = [0, 1].map(|half| swizzled(of_step, row, 2 * chunk + half));
+            for (round, words) in (0..rounds).zip(&chunks) {
+                let [a, b, c, d] = words.map(four_to_f16);
+                let rows_on = round * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES;
+                store_shared_x4(first[0] + rows_on, [a[0], a[1], b[0], b[1]]);
+                store_shared_x4(first[1] + rows_on, [c[0], c[1], d[0], d[1]]);
+            }
             warp::sync();
             self.ring.release(self.lane);
         }
         // Products read it as the copy engine would.
         wgmma::fence_shared_writes();
+        ring.fill();
+    }
+}
+
+/// What a lane converts at once: 16 numbers of a row of a part. In every round, those eight rows on: so all that it converts is swizzled alike.
+struct Place {
+    row: u32,
+    /// The panel that they become a part of, and which chunk they are of what becomes that.
+    panel: u32,
+    chunk: u32,
+}
+
+/// How warps share parts, whose rows are of `8 * DIM_BLOCKS` numbers.
+struct Share<const DIM_BLOCKS: usize>;
+
+impl<const DIM_BLOCKS: usize> Share<DIM_BLOCKS> {
+    /// Panels of a row.
+    const PANELS: u32 = DIM_BLOCKS.div_ceil(PANEL_BLOCKS) as u32;
+    /// Of these, those that a warp has.
+    const PANELS_OF_WARP: u32 = if Self::PANELS == CONVERTER_WARPS { 1 } else { Self::PANELS };
+    /// Of the four pairs of opposite rows among eight, those that a warp has.
+    const PAIRS_OF_WARP: u32 = LANES / (2 * CHUNKS_PER_PANEL) / Self::PANELS_OF_WARP;
+    /// Warps that share eight rows: by their pairs, and by panels.
+    const WARPS_BY_PAIR: u32 = 4 / Self::PAIRS_OF_WARP;
+    const WARPS: u32 = Self::WARPS_BY_PAIR * (Self::PANELS / Self::PANELS_OF_WARP);
+
+    /// Rounds that a part of `rows` rows takes.
+    const fn rounds(rows: u32) -> u32 {
+        rows / 8 * Self::WARPS / CONVERTER_WARPS
     }
 
-    /// Makes the rows of `tile` from `first_row` on of the next part of what is stored.
+    /// What the lane has in the first of these rounds. Lanes: four chunks for a panel of one row, four of the opposite row; then those for the other panel; then other rows.
     #[inline(always)]
-    unsafe fn convert_part<E: Element + FromE4m3, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
-        &self,
-        tile: ColumnTile<DIM_BLOCKS, FRAGMENTS>,
-        first_row: u32,
-    ) {
-        // Warps divide the rows, or where there are four panels, have one each: then all rounds of a lane are of rows that are swizzled alike.
-        let (panels, panels_of_warp) = const {
-            let panels = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS;
-            (panels, if panels == CONVERTER_WARPS { 1 } else { panels })
-        };
-        let warps_of_rows = panels / panels_of_warp;
-        let rows_of_warp = Self::ROWS * warps_of_rows / CONVERTER_WARPS;
-        let (first_panel, first_of_warp) = (self.warp % warps_of_rows * panels_of_warp, self.warp / warps_of_rows * rows_of_warp);
-        let stored = self.parts.skip_tiles(self.ring.stage());
-        // Lanes: four chunks for a panel of one row, four of the opposite row; then those for the other panel; then other rows.
-        let (chunk, is_opposite, group) =
-            (self.lane % CHUNKS_PER_PANEL, self.lane / CHUNKS_PER_PANEL % 2, self.lane / (2 * CHUNKS_PER_PANEL));
-        let (panel, pair_of_group) = (first_panel + group % panels_of_warp, group / panels_of_warp);
-        let pairs_at_once = LANES / (2 * CHUNKS_PER_PANEL) / panels_of_warp;
-        let row_of = |round: usize| {
-            let pair = round as u32 * pairs_at_once + pair_of_group;
-            first_of_warp + pair / 4 * 8 + (pair % 4 ^ is_opposite * OPPOSITE)
-        };
-        let mut words = [[0; 4]; MOST_ROUNDS];
-        let rounds = (rows_of_warp / 2 / pairs_at_once) as usize;
-        for (round, words) in words[..rounds].iter_mut().enumerate() {
-            let row = row_of(round);
-            let of_panel = panel % PANELS_STORED_IN_ONE * CHUNKS_PER_PANEL + chunk;
-            *words = load_shared_x4(swizzled(stored.row(row, panel / PANELS_STORED_IN_ONE), row, of_panel));
-        }
-        for (round, words) in words[..rounds].iter().enumerate() {
-            let row = row_of(round);
-            let [a, b, c, d] = words.map(E::four);
-            let made = tile.row(first_row + row, panel);
-            store_shared_x4(swizzled(made, row, 2 * chunk), [a[0], a[1], b[0], b[1]]);
-            store_shared_x4(swizzled(made, row, 2 * chunk + 1), [c[0], c[1], d[0], d[1]]);
+    fn first(rounds: u32, warp: u32, lane: u32) -> Place {
+        let (is_opposite, group) = (lane / CHUNKS_PER_PANEL % 2, lane / (2 * CHUNKS_PER_PANEL));
+        let of_rows = warp % Self::WARPS;
+        let pair = of_rows % Self::WARPS_BY_PAIR * Self::PAIRS_OF_WARP + group / Self::PANELS_OF_WARP;
+        Place {
+            row: warp / Self::WARPS * rounds * 8 + (pair ^ is_opposite * OPPOSITE),
+            panel: of_rows / Self::WARPS_BY_PAIR * Self::PANELS_OF_WARP + group % Self::PANELS_OF_WARP,
+            chunk: lane % CHUNKS_PER_PANEL,
         }
     }
 }

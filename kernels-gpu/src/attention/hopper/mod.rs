@@ -23,6 +23,7 @@ mod producer;
 mod queries;
 mod queue;
 mod reader;
+mod scaled;
 mod shared;
 mod softmax;
 mod wide;
@@ -176,17 +177,13 @@ unsafe fn attention_e4m3<E: Element + FromE4m3, const DIM_BLOCKS: usize, const S
     params: AttentionParams,
 ) where
     [Fragment; DIM_BLOCKS]: Accumulator<F16>,
-    [Fragment; 16]: Accumulator<E>,
 {
     attention_converting::<E, DIM_BLOCKS, 16, STORED_STAGES, 8, 8, 56, 200, CAPPED>(params)
 }
 
 /// The same for a head dimension of 256: rows as they are stored have two panels, steps 64 columns, and O takes registers that the others give.
 #[inline(always)]
-unsafe fn attention_e4m3_d256<E: Element + FromE4m3, const CAPPED: bool>(params: AttentionParams)
-where
-    [Fragment; 8]: Accumulator<E>,
-{
+unsafe fn attention_e4m3_d256<E: Element + FromE4m3, const CAPPED: bool>(params: AttentionParams) {
     attention_converting::<E, 32, 8, 5, 16, 4, 48, 208, CAPPED>(params)
 }
 
@@ -206,7 +203,7 @@ unsafe fn attention_converting<
 >(
     params: AttentionParams,
 ) where
-    [Fragment; FRAGMENTS]: Accumulator<E>,
+    [Fragment; FRAGMENTS]: Accumulator<F16>,
     [Fragment; DIM_BLOCKS]: Accumulator<F16>,
 {
     const { assert!(CONSUMER + OTHER == 256) };
@@ -224,7 +221,7 @@ unsafe fn attention_converting<
         _ => {
             give_registers::<OTHER>();
             let thread = thread - THREADS - CONSUMER_THREADS;
-            converter::run::<E, DIM_BLOCKS, FRAGMENTS, STORED_STAGES, CHUNKS, PART_BLOCKS>(shared, thread);
+            converter::run::<DIM_BLOCKS, FRAGMENTS, STORED_STAGES, CHUNKS, PART_BLOCKS>(shared, thread);
         }
     }
 }
@@ -259,7 +256,7 @@ unsafe fn consume<
     params: &AttentionParams,
     shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, H>,
 ) where
-    [Fragment; FRAGMENTS]: Accumulator<E>,
+    [Fragment; FRAGMENTS]: Accumulator<KV::Weight>,
     [Fragment; DIM_BLOCKS]: Accumulator<KV::Weight>,
 {
     let mut consumer = Consumer::new(params, shared);
@@ -289,42 +286,42 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_bf16_e4m3_d64(params: AttentionParams) {
-        attention_e4m3::<Bf16, 8, 15, false>(params)
+        attention_e4m3::<Bf16, 8, 17, false>(params)
     }
 
     /// Attention in bf16, head dimension 64, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_bf16_e4m3_d64_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 8, 15, true>(params)
+        attention_e4m3::<Bf16, 8, 17, true>(params)
     }
 
     /// Attention in bf16, head dimension 96, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_bf16_e4m3_d96(params: AttentionParams) {
-        attention_e4m3::<Bf16, 12, 5, false>(params)
+        attention_e4m3::<Bf16, 12, 9, false>(params)
     }
 
     /// Attention in bf16, head dimension 96, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_bf16_e4m3_d96_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 12, 5, true>(params)
+        attention_e4m3::<Bf16, 12, 9, true>(params)
     }
 
     /// Attention in bf16, head dimension 128, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_bf16_e4m3_d128(params: AttentionParams) {
-        attention_e4m3::<Bf16, 16, 5, false>(params)
+        attention_e4m3::<Bf16, 16, 9, false>(params)
     }
 
     /// Attention in bf16, head dimension 128, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_bf16_e4m3_d128_capped(params: AttentionParams) {
-        attention_e4m3::<Bf16, 16, 5, true>(params)
+        attention_e4m3::<Bf16, 16, 9, true>(params)
     }
 
     /// Attention in bf16, head dimension 256, K and V in FP8.
@@ -345,42 +342,42 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_f16_e4m3_d64(params: AttentionParams) {
-        attention_e4m3::<F16, 8, 15, false>(params)
+        attention_e4m3::<F16, 8, 17, false>(params)
     }
 
     /// Attention in f16, head dimension 64, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
     fn attention_f16_e4m3_d64_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 8, 15, true>(params)
+        attention_e4m3::<F16, 8, 17, true>(params)
     }
 
     /// Attention in f16, head dimension 96, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_f16_e4m3_d96(params: AttentionParams) {
-        attention_e4m3::<F16, 12, 5, false>(params)
+        attention_e4m3::<F16, 12, 9, false>(params)
     }
 
     /// Attention in f16, head dimension 96, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_f16_e4m3_d96_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 12, 5, true>(params)
+        attention_e4m3::<F16, 12, 9, true>(params)
     }
 
     /// Attention in f16, head dimension 128, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_f16_e4m3_d128(params: AttentionParams) {
-        attention_e4m3::<F16, 16, 5, false>(params)
+        attention_e4m3::<F16, 16, 9, false>(params)
     }
 
     /// Attention in f16, head dimension 128, K and V in FP8, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 48, "mma.sync" = 32)]
     fn attention_f16_e4m3_d128_capped(params: AttentionParams) {
-        attention_e4m3::<F16, 16, 5, true>(params)
+        attention_e4m3::<F16, 16, 9, true>(params)
     }
 
     /// Attention in f16, head dimension 256, K and V in FP8.

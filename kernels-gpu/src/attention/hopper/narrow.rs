@@ -72,7 +72,7 @@ pub unsafe fn tile<
         warp::sync();
         consumer.narrow_k().release(lane);
         if sees_any {
-            consumer.cap::<CAPPED, SCORE_FRAGMENTS>(logits, &mut scores[0]);
+            consumer.cap::<CAPPED, SCORE_FRAGMENTS>([logits.soft_cap_log2; ROWS_PER_LANE], &mut scores[0]);
             if warp::any(!view.sees_all(column, warp_columns)) {
                 mask(&mut scores[0], &rows, column, lane);
             }

@@ -354,8 +354,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
 
     /// Steps whose K is held, and steps whose V is: those that fit beside Q.
     const STAGES: [u32; 2] = match (DIM_BLOCKS, Self::HAS_EXCHANGE) {
-        (32, _) if H::CONVERT => [1, 2],
-        _ if H::CONVERT => [2, 2],
+        _ if H::CONVERT => [1, 2],
         (8, true) => [4, 6],
         (8, false) => [4, 4],
         (12 | 16, true) => [2, 3],

@@ -39,11 +39,11 @@ impl LazySoftmax {
     #[inline(always)]
     pub unsafe fn make_room<const FRAGMENTS: usize>(
         &mut self,
-        scale_log2: f32,
+        scale_log2: OfRows,
         scores: &[Fragment; FRAGMENTS],
     ) -> Option<OfRows> {
         let greatest = greatest_of_lane(scores);
-        let is_out_of_range = |half: usize, score: f32| score * scale_log2 > RANGE_LOG2 - self.offset[half];
+        let is_out_of_range = |half: usize, score: f32| score * scale_log2[half] > RANGE_LOG2 - self.offset[half];
         if !warp::any(is_out_of_range(0, greatest[0]) || is_out_of_range(1, greatest[1])) {
             return None;
         }
@@ -58,18 +58,18 @@ impl LazySoftmax {
     ///
     /// Reached by all lanes of the warp.
     #[inline(always)]
-    pub unsafe fn find_origins<const FRAGMENTS: usize>(&mut self, scale_log2: f32, scores: &[Fragment; FRAGMENTS]) {
+    pub unsafe fn find_origins<const FRAGMENTS: usize>(&mut self, scale_log2: OfRows, scores: &[Fragment; FRAGMENTS]) {
         let greatest = greatest_of_lane(scores);
         self.move_up(scale_log2, [warp::quad_max(greatest[0]), warp::quad_max(greatest[1])]);
     }
 
     /// Moves origins up to scores that are above them.
     #[inline(always)]
-    fn move_up(&mut self, scale_log2: f32, scores: OfRows) -> OfRows {
+    fn move_up(&mut self, scale_log2: OfRows, scores: OfRows) -> OfRows {
         let mut factors = [1.0; ROWS_PER_LANE];
         for half in 0..ROWS_PER_LANE {
             let before = self.offset[half];
-            self.offset[half] = math::min(before, -scores[half] * scale_log2);
+            self.offset[half] = math::min(before, -scores[half] * scale_log2[half]);
             // Of a row that has seen nothing before, sum and output are zero.
             factors[half] = if before == NOTHING_SEEN { 1.0 } else { math::exp2(self.offset[half] - before) };
             self.sum[half] *= factors[half];
@@ -79,11 +79,11 @@ impl LazySoftmax {
 
     /// Turns scores into exponentials and takes them in.
     #[inline(always)]
-    pub fn take_in(&mut self, scale_log2: f32, scores: &mut [Fragment]) {
+    pub fn take_in(&mut self, scale_log2: OfRows, scores: &mut [Fragment]) {
         for fragment in scores {
             for half in 0..ROWS_PER_LANE {
                 for score in &mut fragment[2 * half..2 * half + 2] {
-                    *score = math::exp2(math::fma(*score, scale_log2, self.offset[half]));
+                    *score = math::exp2(math::fma(*score, scale_log2[half], self.offset[half]));
                 }
                 self.sum[half] += fragment[2 * half] + fragment[2 * half + 1];
             }

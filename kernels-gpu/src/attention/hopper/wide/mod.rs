@@ -129,7 +129,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         if step.is_last() {
             self.release_queries();
         }
-        self.cap::<CAPPED, FRAGMENTS>(self.logits::<CAPPED>(step.slot, 1.0), scores);
+        let [_, soft_cap_log2] = self.scales_of_rows::<CAPPED>(step.slot);
+        self.cap::<CAPPED, FRAGMENTS>(soft_cap_log2, scores);
         self.mask(sees_all, step, scores);
     }
 

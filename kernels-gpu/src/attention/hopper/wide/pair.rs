@@ -13,7 +13,7 @@ use super::super::PAIR;
 use super::super::consumer::{Consumer, Queries};
 use super::super::helpers::Helpers;
 use super::super::shared::Shared;
-use super::super::softmax::LazySoftmax;
+use super::super::softmax::{LazySoftmax, OfRows};
 use super::{Step, Weights, weights_of};
 use crate::element::Element;
 use crate::ptx::control;
@@ -39,7 +39,7 @@ struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     next_k_is_full: bool,
 }
 
-/// Goes through tiles that follow each other without a gap, from the next one on, which is wide.
+/// Goes through tiles that follow each other without a gap, from the next one on, which is wide. Q and O are of type `E`, products of type `W`.
 ///
 /// # Safety
 ///
@@ -48,24 +48,24 @@ struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 pub unsafe fn tiles<E: Element, W: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const CAPPED: bool, H: Helpers>(
     consumer: &mut Consumer<DIM_BLOCKS, FRAGMENTS, PAIR, H>,
 ) where
-    [Fragment; FRAGMENTS]: Accumulator<E>,
+    [Fragment; FRAGMENTS]: Accumulator<W>,
     [Fragment; DIM_BLOCKS]: Accumulator<W>,
 {
     let (mut step, before) = consumer.next_tile();
-    let queries = consumer.take_queries(consumer.first_row());
+    let queries = consumer.take_wide_queries::<E>();
     consumer.skip(before);
-    let mut state = consumer.first_step::<E, W, CAPPED>(&step, queries);
+    let mut state = consumer.first_step::<W, CAPPED>(&step, queries);
     loop {
         while !step.is_last() {
             step.column += Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, H>::STEP;
-            consumer.further_step::<E, W, CAPPED>(&step, &mut state);
+            consumer.further_step::<W, CAPPED>(&step, &mut state);
         }
         let (done, values) = (step, state.values);
         let follows = done.behind == 0 && consumer.has_tile_that_follows();
         let factors = if follows {
             (step, _) = consumer.next_tile();
-            state.queries = consumer.take_queries(consumer.first_row());
-            consumer.first_step_of_next::<E, W, CAPPED>(&step, done.slot, &mut state)
+            state.queries = consumer.take_wide_queries::<E>();
+            consumer.first_step_of_next::<W, CAPPED>(&step, done.slot, &mut state)
         } else {
             consumer.last_output::<W>(&mut state);
             consumer.finish(done.slot, &state.softmax)
@@ -99,27 +99,37 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
             && self.shared.seen_steps(self.tasks.stage(), self.index()).before == 0
     }
 
+    /// Takes the warp's rows of the tile's Q, as products take them.
+    #[inline(always)]
+    unsafe fn take_wide_queries<E: Element>(&mut self) -> Queries<DIM_BLOCKS> {
+        let queries = self.take_queries(self.first_row());
+        if H::CONVERT && !E::IS_OF_F16 {
+            self.scale_queries(self.first_row());
+        }
+        queries
+    }
+
     /// The scores of a first step, and what comes of them, with no output of a step before to go along with.
     #[inline(always)]
-    unsafe fn first_step<E: Element, W: Element, const CAPPED: bool>(
+    unsafe fn first_step<W: Element, const CAPPED: bool>(
         &mut self,
         step: &Step,
         queries: Queries<DIM_BLOCKS>,
     ) -> State<DIM_BLOCKS, FRAGMENTS>
     where
-        [Fragment; FRAGMENTS]: Accumulator<E>,
+        [Fragment; FRAGMENTS]: Accumulator<W>,
     {
         let mut softmax = LazySoftmax::NOTHING;
         let mut scores = [[0f32; 4]; FRAGMENTS];
         self.k.wait_full();
         self.take_turn();
         scores.hold();
-        self.start_scores::<E>(&queries, &mut scores);
+        self.start_scores::<W>(&queries, &mut scores);
         self.pass_turn();
         let sees_all = self.sees_all(step);
         wgmma::wait_group::<0>();
-        self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
-        let scale_log2 = self.logits::<CAPPED>(step.slot, 1.0).scale_log2;
+        self.take_scores::<W, CAPPED>(step, sees_all, &mut scores);
+        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
         softmax.find_origins(scale_log2, &scores);
         softmax.take_in(scale_log2, &mut scores);
         let weights = weights_of::<W, FRAGMENTS>(&scores);
@@ -129,23 +139,20 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
 
     /// A step of the same tile as the step before, whose output is made meanwhile.
     #[inline(always)]
-    unsafe fn further_step<E: Element, W: Element, const CAPPED: bool>(
-        &mut self,
-        step: &Step,
-        state: &mut State<DIM_BLOCKS, FRAGMENTS>,
-    ) where
-        [Fragment; FRAGMENTS]: Accumulator<E>,
+    unsafe fn further_step<W: Element, const CAPPED: bool>(&mut self, step: &Step, state: &mut State<DIM_BLOCKS, FRAGMENTS>)
+    where
+        [Fragment; FRAGMENTS]: Accumulator<W>,
         [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
         let mut scores = [[0f32; 4]; FRAGMENTS];
-        self.start_step::<E, W>(state, &mut scores);
+        self.start_step::<W>(state, &mut scores);
         let sees_all = self.sees_all(step);
         wgmma::wait_group::<1>();
-        self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
-        let scale_log2 = self.logits::<CAPPED>(step.slot, 1.0).scale_log2;
+        self.take_scores::<W, CAPPED>(step, sees_all, &mut scores);
+        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
         let factors = state.softmax.make_room(scale_log2, &scores);
         let values = state.values;
-        self.take_in_around_output::<E, W>(scale_log2, state, &mut scores);
+        self.take_in_around_output::<W>(scale_log2, state, &mut scores);
         if !Self::V_IS_LATE {
             self.v.release_stage(values, self.lane());
         }
@@ -157,34 +164,34 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
 
     /// The first step of a tile that follows another, whose last output is made meanwhile. Returns what that output is to be multiplied with at the end.
     #[inline(always)]
-    unsafe fn first_step_of_next<E: Element, W: Element, const CAPPED: bool>(
+    unsafe fn first_step_of_next<W: Element, const CAPPED: bool>(
         &mut self,
         step: &Step,
         done_slot: u32,
         state: &mut State<DIM_BLOCKS, FRAGMENTS>,
     ) -> [f32; ROWS_PER_LANE]
     where
-        [Fragment; FRAGMENTS]: Accumulator<E>,
+        [Fragment; FRAGMENTS]: Accumulator<W>,
         [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
         let mut scores = [[0f32; 4]; FRAGMENTS];
-        self.start_step::<E, W>(state, &mut scores);
+        self.start_step::<W>(state, &mut scores);
         let sees_all = self.sees_all(step);
         let factors = self.finish(done_slot, &state.softmax);
         state.softmax = LazySoftmax::NOTHING;
         wgmma::wait_group::<1>();
-        self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
-        let scale_log2 = self.logits::<CAPPED>(step.slot, 1.0).scale_log2;
+        self.take_scores::<W, CAPPED>(step, sees_all, &mut scores);
+        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
         state.softmax.find_origins(scale_log2, &scores);
-        self.take_in_around_output::<E, W>(scale_log2, state, &mut scores);
+        self.take_in_around_output::<W>(scale_log2, state, &mut scores);
         factors
     }
 
     /// Starts the scores of a step, and the output of the step before.
     #[inline(always)]
-    unsafe fn start_step<E, W>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>, scores: &mut [Fragment; FRAGMENTS])
+    unsafe fn start_step<W>(&mut self, state: &mut State<DIM_BLOCKS, FRAGMENTS>, scores: &mut [Fragment; FRAGMENTS])
     where
-        [Fragment; FRAGMENTS]: Accumulator<E>,
+        [Fragment; FRAGMENTS]: Accumulator<W>,
         [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
         if !state.next_k_is_full {
@@ -195,7 +202,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
         hold_words(&mut state.weights);
         Self::hold(&mut state.queries);
         scores.hold();
-        self.start_scores::<E>(&state.queries, scores);
+        self.start_scores::<W>(&state.queries, scores);
         self.wait_for_late_v(state.values);
         self.start_output::<W>(&mut state.output[0], state.is_first, &state.weights, state.values);
         self.pass_turn();
@@ -211,13 +218,13 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
 
     /// Turns scores into weights, the first half of them while the output of the step before is still being made.
     #[inline(always)]
-    unsafe fn take_in_around_output<E, W: Element>(
+    unsafe fn take_in_around_output<W: Element>(
         &mut self,
-        scale_log2: f32,
+        scale_log2: OfRows,
         state: &mut State<DIM_BLOCKS, FRAGMENTS>,
         scores: &mut [Fragment; FRAGMENTS],
     ) where
-        [Fragment; FRAGMENTS]: Accumulator<E>,
+        [Fragment; FRAGMENTS]: Accumulator<W>,
         [Fragment; DIM_BLOCKS]: Accumulator<W>,
     {
         state.softmax.take_in(scale_log2, &mut scores[..FRAGMENTS / 2]);

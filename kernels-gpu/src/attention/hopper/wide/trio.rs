@@ -71,8 +71,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         self.k.wait_full();
         self.take_turn();
         let mut scores = self.scores_in_turn::<E, CAPPED>(step);
-        softmax.find_origins(self.params.scale_log2, &scores);
-        softmax.take_in(self.params.scale_log2, &mut scores);
+        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
+        softmax.find_origins(scale_log2, &scores);
+        softmax.take_in(scale_log2, &mut scores);
         State { softmax, weights: weights_of::<E, FRAGMENTS>(&scores), output: [[[0f32; 4]; DIM_BLOCKS]], is_first: true }
     }
 
@@ -88,10 +89,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         self.take_turn();
         self.add_to_output::<E>(state);
         let mut scores = self.scores_in_turn::<E, CAPPED>(step);
-        if let Some(factors) = state.softmax.make_room(self.params.scale_log2, &scores) {
+        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
+        if let Some(factors) = state.softmax.make_room(scale_log2, &scores) {
             scale_rows(&mut state.output, &[factors]);
         }
-        state.softmax.take_in(self.params.scale_log2, &mut scores);
+        state.softmax.take_in(scale_log2, &mut scores);
         state.weights = weights_of::<E, FRAGMENTS>(&scores);
     }
 
