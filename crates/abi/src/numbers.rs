@@ -1,4 +1,4 @@
-//! Arithmetic that is to give the same on the device as on the host, where it is tested: rounding to FP8, and the angles of RoPE.
+//! Arithmetic that is to give the same on the device as on the host, where it is tested: rounding to FP8, bf16 as float16, and the angles of RoPE.
 //!
 //! Angles are fixed-point numbers whose unit is a turn. Multiplying one by a position wraps around by itself, which leaves exactly the part of a turn
 //! that matters, however many turns came before; in radians and float32 it would be lost at positions of some thousands.
@@ -53,6 +53,59 @@ pub const fn e4m3(number: f32) -> u8 {
     (sign | rounded) as u8
 }
 
+/// A word of two equal halves, each 1.
+const ONES: u32 = 0x1_0001;
+/// Signs of the two numbers of a word, in bf16 or float16.
+pub const SIGNS_OF_PAIR: u32 = ONES << 15;
+
+/// The power of two that a row of numbers in bf16 is multiplied with to become float16, which has more bits but a narrower range: one that has its greatest number between 2^14 and 2^15; at most 2^112.
+#[derive(Clone, Copy)]
+pub struct ScaleToF16 {
+    /// The exponent of the row's greatest number.
+    exponent: u32,
+    /// What all exponents become less by, as they are stored.
+    less: u32,
+}
+
+impl ScaleToF16 {
+    /// Bits of the fraction in bf16, in float16 and in float32.
+    const FRACTION: u32 = 7;
+    const FRACTION_OF_F16: u32 = 10;
+    const FRACTION_OF_F32: u32 = 23;
+    /// What is added to an exponent in float16.
+    const BIAS_OF_F16: u32 = 15;
+    /// The exponent that the greatest number of a row gets.
+    const GREATEST: u32 = Self::BIAS_OF_F16 + 14;
+    /// The exponent of infinities and NaN in bf16.
+    const NOT_FINITE: u32 = 0xFF;
+
+    /// Of a row of which either half of `greatest` is the greatest number, without its sign.
+    #[inline(always)]
+    pub const fn of_greatest(greatest: u32) -> Self {
+        let (high, low) = (greatest >> 16, greatest & 0xFFFF);
+        let exponent = (if high > low { high } else { low }) >> Self::FRACTION;
+        Self { exponent, less: (if exponent > Self::GREATEST { exponent } else { Self::GREATEST }) - Self::GREATEST }
+    }
+
+    /// Two numbers of the row, as float16. That is exact, but for numbers that are less than a 2^28th part of the greatest, which are off by half of such a part at most. `max` is that of both halves of words, without signs.
+    #[inline(always)]
+    pub fn pair(self, word: u32, max: impl Fn(u32, u32) -> u32) -> u32 {
+        let subtrahends = (self.less << Self::FRACTION) * ONES;
+        let bits = max(word & !SIGNS_OF_PAIR, subtrahends) - subtrahends;
+        (word & SIGNS_OF_PAIR) | bits << (Self::FRACTION_OF_F16 - Self::FRACTION)
+    }
+
+    /// What these numbers must be multiplied with to be what they were; NaN if one of the row is not finite, as then none of them is right.
+    #[inline(always)]
+    pub const fn inverse(self) -> f32 {
+        if self.exponent == Self::NOT_FINITE {
+            return f32::NAN;
+        }
+        // The bias of float32 is that of bf16; that of what was made of it, that of float16.
+        f32::from_bits((self.less + Self::BIAS_OF_F16) << Self::FRACTION_OF_F32)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,5 +131,50 @@ mod tests {
         assert_eq!(turn(1, third), turn(3_000_001, third));
         assert_eq!(turn(u32::MAX, 1 << 63), 1 << 31);
         assert_eq!(turn(u32::MAX - 1, 1 << 63), 0);
+    }
+
+    fn bf16(bits: u32) -> f64 {
+        f64::from(f32::from_bits(bits << 16))
+    }
+
+    fn f16(bits: u32) -> f64 {
+        extern crate std;
+        let (exponent, fraction) = (bits >> 10 & 0x1F, bits & 0x3FF);
+        assert!(exponent < 0x1F, "{bits:#x} is not finite");
+        let magnitude =
+            if exponent == 0 { f64::from(fraction) } else { f64::from(1 << 10 | fraction) * 2f64.powi(exponent as i32 - 1) };
+        magnitude / 2f64.powi(24) * if bits >> 15 == 0 { 1.0 } else { -1.0 }
+    }
+
+    fn max_of_halves(a: u32, b: u32) -> u32 {
+        (a >> 16).max(b >> 16) << 16 | (a & 0xFFFF).max(b & 0xFFFF)
+    }
+
+    #[test]
+    fn numbers_in_bf16_are_numbers_of_float16_once_they_are_scaled() {
+        extern crate std;
+        const INFINITY: u32 = 0x7F80;
+        // All exponents, with the least and the greatest fraction.
+        for greatest in (0..INFINITY).step_by(0x80).flat_map(|power| [power, power + 0x7F]) {
+            let scale = ScaleToF16::of_greatest(greatest << 16);
+            let inverse = f64::from(scale.inverse());
+            for number in 0..=greatest {
+                let pair = scale.pair(number << 16 | number | 1 << 15, max_of_halves);
+                let (exact, made) = (bf16(number), [f16(pair >> 16), -f16(pair & 0xFFFF)]);
+                for made in made {
+                    let error = (made * inverse - exact).abs();
+                    let part = bf16(greatest) / 2f64.powi(28);
+                    assert!(error == 0.0 || exact < part && error <= part / 2.0, "{exact:e} of {:e}: {made}", bf16(greatest));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_with_numbers_that_are_not_finite_have_no_scale() {
+        for greatest in [0x7F80, 0x7F81, 0x7FFF] {
+            assert!(ScaleToF16::of_greatest(greatest).inverse().is_nan());
+            assert!(ScaleToF16::of_greatest(greatest << 16).inverse().is_nan());
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! Q in bf16 of wide tiles in float16 instead, for products with a K that was made of FP8: all of its numbers are numbers of float16, and one instruction makes two of them, where it takes five for
 //! two in bf16.
 //!
-//! A number in bf16 has fewer bits than one in float16, but a wider range. So each row is multiplied by a power of two that has its greatest number between 2^14 and 2^15, and its scores by the
-//! inverse. That is exact, but for numbers that are less than a 2^28th part of the greatest, which are off by half of such a part at most.
+//! A number in bf16 has fewer bits than one in float16, but a wider range. So each row is multiplied by a power of two ([`ScaleToF16`]), and its scores by the inverse.
+
+use packinfer_abi::{SIGNS_OF_PAIR, ScaleToF16};
 
 use super::consumer::Consumer;
 use super::helpers::Helpers;
@@ -18,20 +19,6 @@ use crate::softmax::{ROWS_PER_LANE, row_of_lane};
 const LANES_OF_ROW: u32 = 4;
 /// The most chunks of a row that a lane has.
 const MOST_CHUNKS: usize = 8;
-/// A word of two equal halves, each 1.
-const ONES: u32 = 0x1_0001;
-/// Signs of the two numbers of a word.
-const SIGNS: u32 = ONES << 15;
-/// Bits of the fraction in bf16, in float16 and in float32.
-const FRACTION: u32 = 7;
-const FRACTION_OF_F16: u32 = 10;
-const FRACTION_OF_F32: u32 = 23;
-/// What is added to an exponent in float16; in bf16, as in float32.
-const BIAS_OF_F16: u32 = 15;
-/// The exponent that the greatest number of a row gets, as it is stored in float16.
-const GREATEST: u32 = BIAS_OF_F16 + 14;
-/// The exponent of infinities and NaN in bf16.
-const NOT_FINITE: u32 = 0xFF;
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>
     Consumer<'_, DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>
@@ -75,23 +62,16 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
 #[inline(always)]
 unsafe fn scale_row(chunks: &mut [[u32; 4]]) -> f32 {
     // Numbers that are not negative have the order of their bits.
-    let magnitude = |word: u32| word & !SIGNS;
     let mut greatest = [0; 4];
     for words in chunks.iter() {
         for (greatest, &word) in greatest.iter_mut().zip(words) {
-            *greatest = max_u16x2(*greatest, magnitude(word));
+            *greatest = max_u16x2(*greatest, word & !SIGNS_OF_PAIR);
         }
     }
     let [a, b, c, d] = greatest;
-    let greatest = warp::quad_max_u16x2(max_u16x2(max_u16x2(a, b), max_u16x2(c, d)));
-    let exponent = core::cmp::max(greatest >> 16, greatest & 0xFFFF) >> FRACTION;
-    // All exponents become less by that.
-    let less = core::cmp::max(exponent, GREATEST) - GREATEST;
-    let subtrahends = (less << FRACTION) * ONES;
+    let scale = ScaleToF16::of_greatest(warp::quad_max_u16x2(max_u16x2(max_u16x2(a, b), max_u16x2(c, d))));
     for word in chunks.as_flattened_mut() {
-        let bits = max_u16x2(magnitude(*word), subtrahends) - subtrahends;
-        *word = (*word & SIGNS) | bits << (FRACTION_OF_F16 - FRACTION);
+        *word = scale.pair(*word, max_u16x2);
     }
-    // With numbers that are not finite, nothing is right. The bias is that of float16 now.
-    if exponent == NOT_FINITE { f32::NAN } else { f32::from_bits((less + BIAS_OF_F16) << FRACTION_OF_F32) }
+    scale.inverse()
 }
