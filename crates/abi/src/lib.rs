@@ -34,7 +34,7 @@ use core::ops::Range;
 pub use kv::{
     KV_APPEND_THREADS, KV_MOVE_THREADS, KvAppendParams, KvCopyPiece, KvMoveParams, PIECE_VECTORS, RopeLayout, VECTOR_BYTES,
 };
-pub use numbers::{SIGNS_OF_PAIR, ScaleToF16, e4m3, sin_cos, turn};
+pub use numbers::{ScaleToF16, e4m3, sin_cos, turn};
 
 /// The most rows of a [`TileKind::Wide`] tile that is not [tall](TALL_TILE_ROWS); see [`wide_tile_rows`].
 pub const WIDE_TILE_ROWS: u32 = 128;

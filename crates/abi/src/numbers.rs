@@ -56,14 +56,14 @@ pub const fn e4m3(number: f32) -> u8 {
 /// A word of two equal halves, each 1.
 const ONES: u32 = 0x1_0001;
 /// Signs of the two numbers of a word, in bf16 or float16.
-pub const SIGNS_OF_PAIR: u32 = ONES << 15;
+const SIGNS: u32 = ONES << 15;
 
 /// The power of two that a row of numbers in bf16 is multiplied with to become float16, which has more bits but a narrower range: one that has its greatest number between 2^14 and 2^15; at most 2^112.
 #[derive(Clone, Copy)]
 pub struct ScaleToF16 {
-    /// The exponent of the row's greatest number.
+    /// The exponent of the row's greatest number, as it is stored.
     exponent: u32,
-    /// What all exponents become less by, as they are stored.
+    /// What all exponents become less by.
     less: u32,
 }
 
@@ -79,7 +79,13 @@ impl ScaleToF16 {
     /// The exponent of infinities and NaN in bf16.
     const NOT_FINITE: u32 = 0xFF;
 
-    /// Of a row of which either half of `greatest` is the greatest number, without its sign.
+    /// The numbers of a word without their signs: they have the order of their bits.
+    #[inline(always)]
+    pub const fn magnitudes(word: u32) -> u32 {
+        word & !SIGNS
+    }
+
+    /// Of a row of which either half of `greatest` is the greatest [magnitude](Self::magnitudes).
     #[inline(always)]
     pub const fn of_greatest(greatest: u32) -> Self {
         let (high, low) = (greatest >> 16, greatest & 0xFFFF);
@@ -91,8 +97,8 @@ impl ScaleToF16 {
     #[inline(always)]
     pub fn pair(self, word: u32, max: impl Fn(u32, u32) -> u32) -> u32 {
         let subtrahends = (self.less << Self::FRACTION) * ONES;
-        let bits = max(word & !SIGNS_OF_PAIR, subtrahends) - subtrahends;
-        (word & SIGNS_OF_PAIR) | bits << (Self::FRACTION_OF_F16 - Self::FRACTION)
+        let bits = max(Self::magnitudes(word), subtrahends) - subtrahends;
+        (word & SIGNS) | bits << (Self::FRACTION_OF_F16 - Self::FRACTION)
     }
 
     /// What these numbers must be multiplied with to be what they were; NaN if one of the row is not finite, as then none of them is right.

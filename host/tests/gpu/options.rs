@@ -102,7 +102,7 @@ fn kv_in_fp8_with_all_options() {
     }
 }
 
-/// Where rows of Q are split into numbers with fewer bits, none may be lost.
+/// Where rows of Q in bf16 become float16, no number may be too large or too small for that.
 #[test]
 fn queries_of_any_size_with_kv_in_fp8() {
     let Some(engine) = engine() else { return };

@@ -5,7 +5,7 @@ use packinfer_abi::{AttentionParams, TileKind};
 use super::barrier;
 use super::helpers::Helpers;
 use super::shared::{QueryTile, Ring, Shared};
-use super::softmax::OfRows;
+use super::softmax::{LogitsOfRows, OfRows};
 use super::{CONSUMER_THREADS, PAIR};
 use crate::attention::task::Stamper;
 use crate::ptx::math::opaque;
@@ -246,22 +246,24 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
         Logits { scale_log2: scale_log2 * inside, soft_cap_log2: 0.0 }
     }
 
-    /// The same for each of the lane's rows of a wide tile: what scores are multiplied with in the end, and in a kernel for launches with a soft-cap before it.
+    /// The same for each of the lane's rows of a wide tile.
     ///
     /// # Safety
     ///
     /// As [`Self::logits`].
     #[inline(always)]
-    pub unsafe fn scales_of_rows<const CAPPED: bool>(&self, slot: u32) -> [OfRows; 2] {
+    pub unsafe fn logits_of_rows<const CAPPED: bool>(&self, slot: u32) -> LogitsOfRows {
         let Logits { scale_log2, soft_cap_log2 } = self.logits::<CAPPED>(slot, 1.0);
-        if !H::CONVERT {
-            return [[scale_log2; ROWS_PER_LANE], [soft_cap_log2; ROWS_PER_LANE]];
+        let mut of_rows = LogitsOfRows { scale_log2: [scale_log2; ROWS_PER_LANE], soft_cap_log2: [soft_cap_log2; ROWS_PER_LANE] };
+        if H::CONVERT {
+            // Inside of the hyperbolic tangent, if there is one.
+            let inside = if CAPPED { &mut of_rows.soft_cap_log2 } else { &mut of_rows.scale_log2 };
+            *inside = self.query_factors.map(|factor| inside[0] * factor);
         }
-        let of_rows = |scale: f32| self.query_factors.map(|factor| scale * factor);
-        if CAPPED { [[scale_log2; ROWS_PER_LANE], of_rows(soft_cap_log2)] } else { [of_rows(scale_log2), [0.0; ROWS_PER_LANE]] }
+        of_rows
     }
 
-    /// Bounds scores, in a kernel for launches with a soft-cap: for each of the lane's rows, what is said by [`Self::scales_of_rows`], or the same in [`Self::logits`].
+    /// Bounds scores, in a kernel for launches with a soft-cap: for each of the lane's rows, what [`Self::logits_of_rows`] says, or [`Self::logits`] of all.
     #[inline(always)]
     pub fn cap<const CAPPED: bool, const N: usize>(&self, soft_cap_log2: OfRows, scores: &mut [Fragment; N]) {
         if CAPPED {

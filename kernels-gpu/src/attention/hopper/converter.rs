@@ -19,7 +19,7 @@ use crate::ptx::math::opaque;
 use crate::ptx::memory::{load_shared_x4, store_shared_x4};
 use crate::ptx::warp::{self, LANES};
 use crate::ptx::{warpgroup, wgmma};
-use crate::shared_tile::PANEL_BLOCKS;
+use crate::shared_tile::BoxTile;
 
 /// Warps of the converters.
 pub const CONVERTER_WARPS: u32 = warpgroup::THREADS / LANES;
@@ -99,6 +99,7 @@ impl<const CHUNKS: usize, const PART_BLOCKS: usize> Stored<CHUNKS, PART_BLOCKS> 
                 *words = load_shared_x4(first + round * StoredPart::<CHUNKS, PART_BLOCKS>::EIGHT_ROWS_BYTES);
             }
             if part == 0 {
+                // Only now: what is loaded needs no room there.
                 ring.wait_empty();
             }
             let of_step = first_tile.skip_tiles(ring.stage()).row(part * Self::ROWS + row, panel);
@@ -131,7 +132,7 @@ struct Share<const DIM_BLOCKS: usize>;
 
 impl<const DIM_BLOCKS: usize> Share<DIM_BLOCKS> {
     /// Panels of a row.
-    const PANELS: u32 = DIM_BLOCKS.div_ceil(PANEL_BLOCKS) as u32;
+    const PANELS: u32 = BoxTile::<DIM_BLOCKS, 1>::PANELS;
     /// Of these, those that a warp has.
     const PANELS_OF_WARP: u32 = if Self::PANELS == CONVERTER_WARPS { 1 } else { Self::PANELS };
     /// Of the four pairs of opposite rows among eight, those that a warp has.

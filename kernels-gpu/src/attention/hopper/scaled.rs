@@ -3,7 +3,7 @@
 //!
 //! A number in bf16 has fewer bits than one in float16, but a wider range. So each row is multiplied by a power of two ([`ScaleToF16`]), and its scores by the inverse.
 
-use packinfer_abi::{SIGNS_OF_PAIR, ScaleToF16};
+use packinfer_abi::ScaleToF16;
 
 use super::consumer::Consumer;
 use super::helpers::Helpers;
@@ -17,12 +17,15 @@ use crate::softmax::{ROWS_PER_LANE, row_of_lane};
 
 /// Lanes that share a row.
 const LANES_OF_ROW: u32 = 4;
-/// The most chunks of a row that a lane has.
+/// The most [chunks](Consumer::CHUNKS_OF_LANE) that a lane has of a row.
 const MOST_CHUNKS: usize = 8;
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>
     Consumer<'_, DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>
 {
+    /// Chunks of a row of Q that a lane has.
+    const CHUNKS_OF_LANE: usize = DIM_BLOCKS / LANES_OF_ROW as usize;
+
     /// Makes float16 of the warp's rows of the tile's Q, which are there, from `first_row` on. Products with them come behind a barrier of the consumer.
     ///
     /// # Safety
@@ -36,19 +39,19 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         let address_of = |half: usize, index: usize| {
             let row = first_row + row_of_lane(0, half, lane);
             // Lanes of neighbouring rows have chunks of different halves of a panel, which are in different banks, but for the half that has no other.
-            let is_alone = index + 1 == DIM_BLOCKS / LANES_OF_ROW as usize && index % 2 == 0;
+            let is_alone = index + 1 == Self::CHUNKS_OF_LANE && index % 2 == 0;
             let half_of_panel = if is_alone { 0 } else { (index as u32 ^ row) % 2 };
             let chunk = half_of_panel * LANES_OF_ROW + lane % LANES_OF_ROW;
             queries.panel_row(index as u32 / 2, row) + (chunk ^ row % PANEL_BLOCKS as u32) * CHUNK_BYTES
         };
         let mut chunks = [[[0; 4]; MOST_CHUNKS]; ROWS_PER_LANE];
         for half in 0..ROWS_PER_LANE {
-            for index in 0..DIM_BLOCKS / LANES_OF_ROW as usize {
+            for index in 0..Self::CHUNKS_OF_LANE {
                 chunks[half][index] = load_shared_x4(address_of(half, index));
             }
         }
         for half in 0..ROWS_PER_LANE {
-            let chunks = &mut chunks[half][..DIM_BLOCKS / LANES_OF_ROW as usize];
+            let chunks = &mut chunks[half][..Self::CHUNKS_OF_LANE];
             self.query_factors[half] = scale_row(chunks);
             for (index, words) in chunks.iter().enumerate() {
                 store_shared_x4(address_of(half, index), *words);
@@ -61,11 +64,10 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
 /// Makes float16 of the row that four lanes share. Returns what products with it must be multiplied with.
 #[inline(always)]
 unsafe fn scale_row(chunks: &mut [[u32; 4]]) -> f32 {
-    // Numbers that are not negative have the order of their bits.
     let mut greatest = [0; 4];
     for words in chunks.iter() {
         for (greatest, &word) in greatest.iter_mut().zip(words) {
-            *greatest = max_u16x2(*greatest, word & !SIGNS_OF_PAIR);
+            *greatest = max_u16x2(*greatest, ScaleToF16::magnitudes(word));
         }
     }
     let [a, b, c, d] = greatest;

@@ -354,6 +354,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
 
     /// Steps whose K is held, and steps whose V is: those that fit beside Q.
     const STAGES: [u32; 2] = match (DIM_BLOCKS, Self::HAS_EXCHANGE) {
+        // The more parts as they are stored: K of the next step is made while consumers are at their softmax.
         _ if H::CONVERT => [1, 2],
         (8, true) => [4, 6],
         (8, false) => [4, 4],

@@ -17,6 +17,12 @@ pub const NOTHING_SEEN: f32 = f32::MAX;
 /// A number for each row that the lane holds a part of.
 pub type OfRows = [f32; ROWS_PER_LANE];
 
+/// What becomes of the products of queries and keys, as [`Logits`](crate::softmax::Logits), of each of these rows.
+pub struct LogitsOfRows {
+    pub scale_log2: OfRows,
+    pub soft_cap_log2: OfRows,
+}
+
 /// Origin and sum of each row that the lane holds a part of.
 #[derive(Clone, Copy)]
 pub struct LazySoftmax {

@@ -129,8 +129,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         if step.is_last() {
             self.release_queries();
         }
-        let [_, soft_cap_log2] = self.scales_of_rows::<CAPPED>(step.slot);
-        self.cap::<CAPPED, FRAGMENTS>(soft_cap_log2, scores);
+        self.cap::<CAPPED, FRAGMENTS>(self.logits_of_rows::<CAPPED>(step.slot).soft_cap_log2, scores);
         self.mask(sees_all, step, scores);
     }
 

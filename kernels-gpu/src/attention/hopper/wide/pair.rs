@@ -129,7 +129,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
         let sees_all = self.sees_all(step);
         wgmma::wait_group::<0>();
         self.take_scores::<W, CAPPED>(step, sees_all, &mut scores);
-        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
+        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
         softmax.find_origins(scale_log2, &scores);
         softmax.take_in(scale_log2, &mut scores);
         let weights = weights_of::<W, FRAGMENTS>(&scores);
@@ -149,7 +149,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
         let sees_all = self.sees_all(step);
         wgmma::wait_group::<1>();
         self.take_scores::<W, CAPPED>(step, sees_all, &mut scores);
-        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
+        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
         let factors = state.softmax.make_room(scale_log2, &scores);
         let values = state.values;
         self.take_in_around_output::<W>(scale_log2, state, &mut scores);
@@ -181,7 +181,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
         state.softmax = LazySoftmax::NOTHING;
         wgmma::wait_group::<1>();
         self.take_scores::<W, CAPPED>(step, sees_all, &mut scores);
-        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
+        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
         state.softmax.find_origins(scale_log2, &scores);
         self.take_in_around_output::<W>(scale_log2, state, &mut scores);
         factors

@@ -71,7 +71,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         self.k.wait_full();
         self.take_turn();
         let mut scores = self.scores_in_turn::<E, CAPPED>(step);
-        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
+        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
         softmax.find_origins(scale_log2, &scores);
         softmax.take_in(scale_log2, &mut scores);
         State { softmax, weights: weights_of::<E, FRAGMENTS>(&scores), output: [[[0f32; 4]; DIM_BLOCKS]], is_first: true }
@@ -89,7 +89,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         self.take_turn();
         self.add_to_output::<E>(state);
         let mut scores = self.scores_in_turn::<E, CAPPED>(step);
-        let [scale_log2, _] = self.scales_of_rows::<CAPPED>(step.slot);
+        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
         if let Some(factors) = state.softmax.make_room(scale_log2, &scores) {
             scale_rows(&mut state.output, &[factors]);
         }
