@@ -140,7 +140,6 @@ pub(crate) struct Layout {
     pub runs: usize,
     pub merge_tokens: usize,
     pub merge_sources: usize,
-    pub merge_of_partial: usize,
     /// Bytes of all arrays.
     num_bytes: usize,
 }
@@ -174,7 +173,6 @@ impl Layout {
             runs: place(bytes_of(plan.runs())),
             merge_tokens: place(bytes_of(plan.merge_tokens())),
             merge_sources: place(bytes_of(plan.merge_sources())),
-            merge_of_partial: place(bytes_of(plan.merge_of_partial())),
             num_bytes,
         })
     }
@@ -197,14 +195,13 @@ impl Layout {
     }
 
     /// The plan's arrays, where they lie.
-    fn arrays<'a>(&self, plan: &'a Plan) -> [(usize, &'a [u8]); 6] {
+    fn arrays<'a>(&self, plan: &'a Plan) -> [(usize, &'a [u8]); 5] {
         [
             (self.items, bytes_of(plan.items())),
             (self.segments, bytes_of(plan.segments())),
             (self.runs, bytes_of(plan.runs())),
             (self.merge_tokens, bytes_of(plan.merge_tokens())),
             (self.merge_sources, bytes_of(plan.merge_sources())),
-            (self.merge_of_partial, bytes_of(plan.merge_of_partial())),
         ]
     }
 }

@@ -25,6 +25,11 @@ pub struct DeviceBuffer<T> {
 impl<T: Pod> DeviceBuffer<T> {
     /// `len` zeros, for what is named in the error if there is no room.
     pub(crate) fn zeroed(shared: &Arc<Shared>, len: usize, what: &'static str) -> Result<Self, EngineError> {
+        Self::filled(shared, 0, len, what)
+    }
+
+    /// `len` elements, each byte of which is `byte`, for what is named in the error if there is no room.
+    pub(crate) fn filled(shared: &Arc<Shared>, byte: u8, len: usize, what: &'static str) -> Result<Self, EngineError> {
         check_not_capturing("allocating device memory")?;
         shared.enter()?;
         let num_bytes = len as u64 * size_of::<T>() as u64;
@@ -36,7 +41,7 @@ impl<T: Pod> DeviceBuffer<T> {
         let buffer = Self { bytes: ManuallyDrop::new(bytes), len, shared: shared.clone(), elements: PhantomData };
         if num_bytes > 0 {
             // SAFETY: the buffer has so many bytes.
-            unsafe { sys::cuMemsetD8_v2(buffer.address(), 0, num_bytes as usize) }.doing("clearing device memory")?;
+            unsafe { sys::cuMemsetD8_v2(buffer.address(), byte, num_bytes as usize) }.doing("filling device memory")?;
             // Streams do not wait for this by themselves.
             shared.synchronize()?;
         }

@@ -3,14 +3,14 @@
 use std::fmt;
 use std::sync::Arc;
 
-use packinfer_abi::Scheduler;
+use packinfer_abi::{NOT_STORED, Scheduler};
 
-use crate::EngineError;
 use crate::context::Shared;
 use crate::device_plan::{DevicePlan, Layout};
 use crate::memory::DeviceBuffer;
 use crate::stream::Stream;
 use crate::tensor_maps::{KvTensors, QueryTensor, TensorMaps};
+use crate::{EngineError, KernelFamily};
 
 /// What the parts of a workspace are aligned to, in bytes.
 const ALIGNMENT: u64 = 256;
@@ -21,8 +21,9 @@ const ALIGNMENT: u64 = 256;
 ///
 /// Runs that use the same workspace come one after the other, so streams that are to run concurrently need one each.
 pub struct Workspace {
-    partials: DeviceBuffer<u8>,
-    /// Apart from the partials, as they are zero between runs, whatever plans have run before.
+    /// Partial results, for each family of kernels: those of `sm_90a` have every word [`NOT_STORED`] between runs, whatever plans have run before.
+    partials: [DeviceBuffer<u8>; 2],
+    /// Zero between runs.
     counters: DeviceBuffer<u8>,
     maps: TensorMaps,
     /// The stream of the last run.
@@ -32,9 +33,14 @@ pub struct Workspace {
 
 impl Workspace {
     pub(crate) fn new(shared: &Arc<Shared>) -> Result<Self, EngineError> {
-        let [partials, counters] = [(); 2].map(|()| DeviceBuffer::zeroed(shared, ALIGNMENT as usize, "a workspace"));
-        let (partials, counters) = (partials?, counters?);
-        Ok(Self { partials, counters, maps: TensorMaps::default(), used_on: None, shared: shared.clone() })
+        let [ampere, hopper, counters] = [(); 3].map(|()| DeviceBuffer::zeroed(shared, 0, "a workspace"));
+        Ok(Self {
+            partials: [ampere?, hopper?],
+            counters: counters?,
+            maps: TensorMaps::default(),
+            used_on: None,
+            shared: shared.clone(),
+        })
     }
 
     /// Grows now if the plan needs more, so that running it allocates nothing.
@@ -44,8 +50,12 @@ impl Workspace {
     /// Not enough device memory.
     pub fn reserve(&mut self, plan: &DevicePlan) -> Result<(), EngineError> {
         let Needed { partial_bytes, counter_bytes, .. } = Needed::by(&plan.layout);
-        if partial_bytes > self.partials.len() as u64 {
-            self.partials = DeviceBuffer::zeroed(&self.shared, partial_bytes as usize, "partial results")?;
+        let family = plan.layout.family;
+        if partial_bytes > self.partials_of(family).len() as u64 {
+            // Each byte of the word is the same.
+            let [byte, ..] = NOT_STORED.to_ne_bytes();
+            let partials = DeviceBuffer::filled(&self.shared, byte, partial_bytes as usize, "partial results")?;
+            *self.partials_of(family) = partials;
         }
         if counter_bytes > self.counters.len() as u64 {
             self.counters = DeviceBuffer::zeroed(&self.shared, counter_bytes as usize, "counters")?;
@@ -56,7 +66,8 @@ impl Workspace {
     /// The parts for a run of the plan, after earlier runs.
     pub(crate) fn parts(&mut self, plan: &DevicePlan, stream: &Stream) -> Result<Parts, EngineError> {
         let Needed { lse_offset, partial_bytes, counter_bytes } = Needed::by(&plan.layout);
-        if partial_bytes > self.partials.len() as u64 || counter_bytes > self.counters.len() as u64 {
+        let family = plan.layout.family;
+        if partial_bytes > self.partials_of(family).len() as u64 || counter_bytes > self.counters.len() as u64 {
             stream.check_not_captured("growing a workspace")?;
             self.reserve(plan)?;
         }
@@ -65,13 +76,18 @@ impl Workspace {
             self.used_on = None;
         }
         self.used_on.get_or_insert_with(|| stream.clone());
-        let (partials, counters) = (self.partials.address(), self.counters.address());
+        let (partials, counters) = (self.partials_of(family).address(), self.counters.address());
         Ok(Parts {
             partial_o: partials,
             partial_lse: partials + lse_offset,
             scheduler: counters,
-            arrivals: counters + ARRIVALS_OFFSET,
+            lse_readers: counters + LSE_READERS_OFFSET,
         })
+    }
+
+    /// Where kernels of a family put partial results.
+    fn partials_of(&mut self, family: KernelFamily) -> &mut DeviceBuffer<u8> {
+        &mut self.partials[usize::from(family == KernelFamily::Sm90a)]
     }
 
     /// Address of the tensor maps of K and V, for a run on the stream that [`Self::parts`] was called with.
@@ -103,11 +119,11 @@ pub(crate) struct Parts {
     /// A [`Scheduler`], which is zero between runs.
     pub scheduler: u64,
     /// A counter for each row that is merged; zero between runs.
-    pub arrivals: u64,
+    pub lse_readers: u64,
 }
 
-/// Where the arrivals lie among the counters, in bytes: behind the scheduler.
-const ARRIVALS_OFFSET: u64 = (size_of::<Scheduler>() as u64).next_multiple_of(ALIGNMENT);
+/// Where the counters of rows lie among the counters, in bytes: behind the scheduler.
+const LSE_READERS_OFFSET: u64 = (size_of::<Scheduler>() as u64).next_multiple_of(ALIGNMENT);
 
 /// What a plan needs of a workspace.
 struct Needed {
@@ -122,7 +138,7 @@ impl Needed {
         let partials = u64::from(layout.heads.num_groups) * u64::from(layout.num_partial_rows);
         let lse_bytes = partials * size_of::<f32>() as u64;
         let lse_offset = (lse_bytes * u64::from(layout.shape.head_dim())).next_multiple_of(ALIGNMENT);
-        let arrival_bytes = u64::from(layout.merged_rows) * size_of::<u32>() as u64;
-        Self { lse_offset, partial_bytes: lse_offset + lse_bytes, counter_bytes: ARRIVALS_OFFSET + arrival_bytes }
+        let reader_bytes = u64::from(layout.merged_rows) * size_of::<u32>() as u64;
+        Self { lse_offset, partial_bytes: lse_offset + lse_bytes, counter_bytes: LSE_READERS_OFFSET + reader_bytes }
     }
 }

@@ -289,6 +289,10 @@ pub struct TaskStamp {
     pub unused: u32,
 }
 
+/// A word of the partial buffers that has not been stored yet, in `sm_90a`'s kernels: a NaN that they never store. All words are that between launches, and
+/// whoever merges a row waits until none of its partials' are.
+pub const NOT_STORED: u32 = u32::MAX;
+
 /// Parameters of the attention kernels.
 ///
 /// The `sm_80` kernel is launched with a block for each task; the `sm_90a` kernel with as many blocks as the device holds at a time, and merges the partials too.
@@ -319,11 +323,9 @@ pub struct AttentionParams {
     pub merge_tokens: DeviceAddress,
     /// Merge sources, `u32`.
     pub merge_sources: DeviceAddress,
-    /// For each query token of the partial buffers, which is `heads_per_group` of their rows, the index of its [`MergeToken`]; `u32`.
-    pub merge_of_partial: DeviceAddress,
-    /// How many partials of each row that is merged have been stored, `[merge tokens, num_qo_heads]` `u32`. Zero between launches; each launch that may
+    /// How many have read the log-sum-exps of the partials of each row that is merged in parts, `[merge tokens, num_qo_heads]` `u32`. Zero between launches; each launch that may
     /// run beside another has its own.
-    pub arrivals: DeviceAddress,
+    pub lse_readers: DeviceAddress,
     /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots of one head, swizzled by 128
     /// bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`] slots, heads; a box of
     /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel. Where [boxes have but one](box_panels), so have the
@@ -338,6 +340,8 @@ pub struct AttentionParams {
     pub heads: HeadGroups,
     /// Rows of the partial buffers.
     pub num_partial_rows: u32,
+    /// Rows of O that are merged: merge tokens times `num_qo_heads`; `sm_90a` only.
+    pub num_merged_rows: u32,
     /// Number of work items.
     pub num_items: u32,
     /// Number of KV runs.

@@ -132,8 +132,7 @@ impl Plan {
             + size_of_val(self.segments())
             + size_of_val(self.runs())
             + size_of_val(self.merge_tokens())
-            + size_of_val(self.merge_sources())
-            + size_of_val(self.merge_of_partial());
+            + size_of_val(self.merge_sources());
 
         let mut lanes = Lanes::default();
         let predicted_ns = self.predicted_ns(model, &mut lanes);

@@ -81,25 +81,11 @@ impl Merger {
                 }
             }
         }
-        plan.find_merges_of_partials();
     }
 
     /// The entries of a segment's tokens.
     fn of(&mut self, segment: &RowSegment) -> &mut [u32] {
         &mut self.next[segment.first_token as usize..][..segment.num_tokens as usize]
-    }
-}
-
-impl Plan {
-    /// Notes of each partial which merge it is a source of: exactly one.
-    fn find_merges_of_partials(&mut self) {
-        let Self { merge_tokens, merge_sources, merge_of_partial, .. } = self;
-        merge_of_partial.resize(merge_sources.len(), 0);
-        for (merge, token) in (0..).zip(merge_tokens) {
-            for source in &merge_sources[token.source_begin as usize..][..token.num_sources as usize] {
-                merge_of_partial[(source / self.heads.heads_per_group) as usize] = merge;
-            }
-        }
     }
 }
 

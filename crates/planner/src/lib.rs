@@ -49,6 +49,7 @@ mod fit;
 mod items;
 mod lanes;
 mod least_squares;
+mod order;
 mod pack;
 mod plan;
 mod planner;

@@ -28,7 +28,6 @@ pub struct Plan {
     pub(crate) beside: bool,
     pub(crate) merge_tokens: Vec<MergeToken>,
     pub(crate) merge_sources: Vec<u32>,
-    pub(crate) merge_of_partial: Vec<u32>,
     pub(crate) num_partial_rows: u32,
     pub(crate) num_query_tokens: u32,
     pub(crate) num_slots: u32,
@@ -53,7 +52,6 @@ impl Plan {
             beside: false,
             merge_tokens: Vec::new(),
             merge_sources: Vec::new(),
-            merge_of_partial: Vec::new(),
             num_partial_rows: 0,
             num_query_tokens: 0,
             num_slots: 0,
@@ -73,7 +71,6 @@ impl Plan {
         shared.clear();
         self.merge_tokens.clear();
         self.merge_sources.clear();
-        self.merge_of_partial.clear();
         (self.num_front_items, self.back_lanes, self.beside) = (0, 0, false);
         self.num_partial_rows = 0;
         self.num_query_tokens = batch.num_query_tokens();
@@ -163,11 +160,6 @@ impl Plan {
     /// Partial rows that [`Self::merge_tokens`] refer to.
     pub fn merge_sources(&self) -> &[u32] {
         &self.merge_sources
-    }
-
-    /// For each query token of the partial buffers, which is `heads_per_group` of their rows, the index of its merge in [`Self::merge_tokens`].
-    pub fn merge_of_partial(&self) -> &[u32] {
-        &self.merge_of_partial
     }
 
     /// Rows of the partial buffers, for each head group.

@@ -5,10 +5,11 @@ use std::cmp::Ordering;
 use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::Batch;
 
-use crate::cost::{CostModel, Ns, WorkTimes};
+use crate::cost::{CostModel, WorkTimes};
 use crate::device::{BesideTimes, LanesOfGroups, LeastWork};
 use crate::items::{Item, Merger, make_items};
 use crate::lanes::Lanes;
+use crate::order::Order;
 use crate::pack::Packer;
 use crate::queues::{Arrangement, Queues};
 use crate::share::Sharing;
@@ -48,25 +49,10 @@ pub struct Planner {
     merger: Merger,
     /// For predictions.
     lanes: Lanes,
-    /// What the longest item of each pack takes.
-    longest: Vec<Ns>,
-    order: Vec<Place>,
-    /// Narrow items of that order, while they are put behind the others.
-    narrow: Vec<Place>,
+    order: Order,
     /// What the parts of each item take.
     times: Vec<WorkTimes>,
     queues: Queues,
-}
-
-/// What an item's place in the plan is decided by, in this order.
-#[derive(Clone, Copy, Debug)]
-struct Place {
-    /// What the longest item of its pack takes, or itself if nobody else reads its columns.
-    longest: Ns,
-    pack: u32,
-    /// The least comes first of its pack.
-    rank: Ns,
-    item: u32,
 }
 
 impl Default for Planner {
@@ -100,9 +86,7 @@ impl Planner {
             items: Vec::new(),
             merger: Merger::default(),
             lanes: Lanes::default(),
-            longest: Vec::new(),
-            order: Vec::new(),
-            narrow: Vec::new(),
+            order: Order::default(),
             times: Vec::new(),
             queues: Queues::default(),
         }
@@ -242,29 +226,27 @@ impl Planner {
         }
     }
 
-    /// Puts the items into the plan: pack after pack, so that tiles that read the same KV run at the same time and find it in the L2
-    /// cache; the packs with the longest items first. Of each pack the longest come first, so that the device ends with short ones; but
-    /// items of shared columns go by these. Items whose columns nobody else reads are packs by themselves. Persistent blocks have two queues, if
-    /// there are wide items and narrow ones.
+    /// Puts the items into the plan, in [order](Order). Persistent blocks have two queues, if there are wide items and narrow ones.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
         let mut has_queues = false;
         if self.packing == Packing::PerRequest {
-            self.order.clear();
-            self.order.extend((0..self.items.len() as u32).map(|item| Place { longest: 0, pack: 0, rank: 0, item }));
+            self.order.keep(&self.items);
         } else {
             self.find_times(plan, cost);
-            self.sort();
+            let device = plan.model.lanes_of_groups(plan.heads.num_groups);
+            let Self { items, tiles, splitter, times, order, .. } = self;
+            order.sort(items, tiles, times, splitter.longest_first(), device);
             if plan.model.kernel_family == KernelFamily::Sm90a {
                 let can_be_beside = plan.model.kernel_family.does_narrow_beside_wide(plan.shape);
                 let beside = plan.model.beside.filter(|_| can_be_beside);
-                let queues = self.make_queues(plan.model.lanes_of_groups(plan.heads.num_groups), beside);
+                let queues = self.make_queues(device, beside);
                 has_queues = queues.is_some();
                 let Arrangement { back_lanes, beside } = queues.unwrap_or_default();
                 (plan.back_lanes, plan.beside) = (back_lanes, beside);
             }
         }
         let Self { order, items, tiles, .. } = self;
-        let in_order = || order.iter().map(|place| &items[place.item as usize]);
+        let in_order = || order.iter().map(|item| &items[item]);
         let is_front = |item: &&Item| !has_queues || item.item.tile == TileKind::Wide;
         plan.num_front_items = in_order().filter(is_front).count() as u32;
         plan.items.extend(in_order().map(|item| item.item));
@@ -284,51 +266,12 @@ impl Planner {
         }));
     }
 
-    /// Finds the order of the items.
-    fn sort(&mut self) {
-        let Self { items, tiles, splitter, times, longest, order, .. } = self;
-        longest.clear();
-        longest.resize(tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
-        for (item, times) in items.iter().zip(&*times) {
-            let longest = &mut longest[tiles[item.tile as usize].pack as usize];
-            *longest = times.full_ns().max(*longest);
-        }
-        let place = |index: u32| {
-            let (Item { item, tile }, full_ns) = (&items[index as usize], times[index as usize].full_ns());
-            let Tile { pack, fresh, shared, .. } = tiles[*tile as usize];
-            // Nobody else reads the columns.
-            let is_alone = fresh == 1.0;
-            let longest = if is_alone { full_ns } else { longest[pack as usize] };
-            let rank = if shared { Ns::from(item.column_begin) } else { !full_ns };
-            Place { longest, pack, rank, item: index }
-        };
-        order.clear();
-        if items.len() == tiles.len() {
-            // Items are whole tiles: in this order they are sorted already, or nearly.
-            order.extend(splitter.longest_first().map(place));
-        } else {
-            order.extend((0..items.len() as u32).map(place));
-        }
-        // By numbers, which are sorted faster than by fields; so packs come first, then what is in each.
-        order.sort_unstable_by_key(|place| {
-            u128::from(!place.longest) << 64 | u128::from(place.pack) << 32 | u128::from(place.item)
-        });
-        for of_pack in order.chunk_by_mut(|a, b| (a.longest, a.pack) == (b.longest, b.pack)).filter(|places| places.len() > 1) {
-            of_pack.sort_unstable_by_key(|place| u128::from(place.rank) << 32 | u128::from(place.item));
-        }
-    }
-
-    /// Puts narrow items, which memory limits, behind wide ones, which products limit, each kind in its order, if there is much of both; and
-    /// returns how the device should go about them.
+    /// Puts narrow items, which memory limits, behind wide ones, which products limit, if there is much of both; and returns how the device should go about them.
     fn make_queues(&mut self, device: LanesOfGroups, beside: Option<BesideTimes>) -> Option<Arrangement> {
-        let Self { items, order, narrow, times, queues, .. } = self;
-        let is_narrow = |place: &Place| items[place.item as usize].item.tile == TileKind::Narrow;
-        queues.fill(order.iter().map(|place| (items[place.item as usize].item.tile, times[place.item as usize])));
+        let Self { items, order, times, queues, .. } = self;
+        queues.fill(order.iter().map(|item| (items[item].item.tile, times[item])));
         let arrangement = queues.arrange(device, beside)?;
-        narrow.clear();
-        narrow.extend(order.iter().filter(|place| is_narrow(place)));
-        order.retain(|place| !is_narrow(place));
-        order.append(narrow);
+        order.put_narrow_last(items);
         Some(arrangement)
     }
 }

@@ -86,7 +86,7 @@ proptest! {
         let mut plan = growing(&first, Headroom { steps, runs: steps });
         assert_valid(&first, &plan);
         assert_in_order(&first, &plan, plan.model());
-        let (items, merges, merge_of_partial) = (plan.items().len(), plan.merge_tokens().to_vec(), plan.merge_of_partial().to_vec());
+        let (items, merges, sources) = (plan.items().len(), plan.merge_tokens().to_vec(), plan.merge_sources().to_vec());
         for _ in 0..steps {
             let slots = next_slots(&mut sequences, page_size, &mut next_page);
             plan.append(&slots).expect("there is room");
@@ -94,7 +94,7 @@ proptest! {
         }
         assert_eq!(plan.append(&next_slots(&mut sequences, page_size, &mut next_page)), Err(AppendError::NoSteps));
         assert_eq!((plan.items().len(), plan.merge_tokens()), (items, &merges[..]));
-        assert_eq!(plan.merge_of_partial(), merge_of_partial);
+        assert_eq!(plan.merge_sources(), sources);
     }
 }
 

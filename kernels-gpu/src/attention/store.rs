@@ -2,9 +2,16 @@
 
 use core::f32::consts::LOG2_E;
 
+#[cfg(feature = "sm_90a")]
+use packinfer_abi::NOT_STORED;
+
 use super::task::Task;
 use crate::ptx::math::divide;
-use crate::ptx::memory::{load_global, store_global_f32, store_global_f32x2};
+#[cfg(not(feature = "sm_90a"))]
+use crate::ptx::memory::store_global_f32x2;
+use crate::ptx::memory::{load_global, store_global_f32};
+#[cfg(feature = "sm_90a")]
+use crate::ptx::memory::{store_for_device, store_for_device_x2};
 use crate::ptx::mma::Fragment;
 use crate::rows::Row;
 use crate::softmax::{LN_2, ROWS_PER_LANE, RowFactors, RowSum, row_of_lane};
@@ -20,7 +27,7 @@ pub unsafe fn lse(task: &Task, row: u32, index: u32, lse_log2: f32) {
     if task.is_direct() {
         store_global_f32(task.params.lse + 4 * u64::from(index), lse);
     } else {
-        store_global_f32(task.params.partial_lse + 4 * task.partial_index(row), lse);
+        partial_lse(task.params.partial_lse + 4 * task.partial_index(row), lse);
     }
 }
 
@@ -92,9 +99,42 @@ pub unsafe fn partial<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize>(
                 let row = task.partial_index(first_row + row_of_lane(block, half, lane));
                 let address = task.params.partial_o + row * (8 * DIM_BLOCKS as u64 * 4);
                 for (dim, fragment) in output[block].iter().enumerate() {
-                    store_global_f32x2(address + 4 * u64::from(element(dim, lane)), fragment[2 * half], fragment[2 * half + 1]);
+                    partial_pair(address + 4 * u64::from(element(dim, lane)), [fragment[2 * half], fragment[2 * half + 1]]);
                 }
             }
         }
     }
+}
+
+/// Stores the log-sum-exp of a partial.
+///
+/// # Safety
+///
+/// `address` is that of one.
+#[inline(always)]
+unsafe fn partial_lse(address: u64, lse: f32) {
+    #[cfg(feature = "sm_90a")]
+    store_for_device(address, stored(lse));
+    #[cfg(not(feature = "sm_90a"))]
+    store_global_f32(address, lse);
+}
+
+/// Stores two neighbouring elements of a partial.
+///
+/// # Safety
+///
+/// `address` is that of the first.
+#[inline(always)]
+pub unsafe fn partial_pair(address: u64, pair: [f32; 2]) {
+    #[cfg(feature = "sm_90a")]
+    store_for_device_x2(address, pair.map(|element| stored(element)));
+    #[cfg(not(feature = "sm_90a"))]
+    store_global_f32x2(address, pair[0], pair[1]);
+}
+
+/// A number as partials have it: where it would say that it is [`NOT_STORED`], another NaN.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+fn stored(number: f32) -> u32 {
+    core::cmp::min(number.to_bits(), NOT_STORED - 1)
 }

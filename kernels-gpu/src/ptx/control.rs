@@ -36,6 +36,14 @@ pub fn fence_arithmetic(number: u32, bound: u32) {
     }
 }
 
+/// Waits for up to twice so many nanoseconds. PTX ISA, Miscellaneous Instructions: `nanosleep`.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub fn sleep(ns: u32) {
+    // SAFETY: does nothing else.
+    unsafe { asm!("nanosleep.u32 {0};", in(reg32) ns, options(nomem, nostack)) };
+}
+
 /// Aborts the kernel with an error. PTX ISA, Miscellaneous Instructions: `trap`.
 #[inline(always)]
 pub fn trap() -> ! {

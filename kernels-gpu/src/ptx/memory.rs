@@ -96,7 +96,7 @@ pub unsafe fn load_written_x2(address: u64) -> [u32; 2] {
 ///
 /// # Safety
 ///
-/// `address` is aligned to 4 bytes and, where `condition` holds, readable; nobody writes it now.
+/// `address` is aligned to 4 bytes and, where `condition` holds, readable; others write it [for the device](store_for_device).
 #[cfg(feature = "sm_90a")]
 #[inline(always)]
 pub unsafe fn load_of_device_if(address: u64, condition: bool, otherwise: u32) -> u32 {
@@ -129,6 +129,40 @@ pub unsafe fn load_of_device_x4_if(address: u64, condition: bool) -> [u32; 4] {
 #[inline(always)]
 pub unsafe fn store_global(address: u64, value: u32) {
     asm!("st.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack));
+}
+
+/// Stores one word where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and, where `condition` holds, writable.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn store_global_if(address: u64, value: u32, condition: bool) {
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {2}, 0; @p st.global.u32 [{0}], {1}; }}",
+        in(reg64) address, in(reg32) value, in(reg32) condition as u32, options(nostack));
+}
+
+/// Stores a word that another block waits for, and sees there, whatever else this thread has stored.
+///
+/// # Safety
+///
+/// `address` is aligned to 4 bytes and writable.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn store_for_device(address: u64, value: u32) {
+    asm!("st.relaxed.gpu.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack));
+}
+
+/// The same, of two words.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and writable.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn store_for_device_x2(address: u64, [a, b]: [u32; 2]) {
+    asm!("st.relaxed.gpu.global.v2.u32 [{0}], {{{1}, {2}}};", in(reg64) address, in(reg32) a, in(reg32) b, options(nostack));
 }
 
 /// Stores two words.
@@ -320,8 +354,7 @@ pub unsafe fn fetch_add_global(address: u64, value: u32) -> u32 {
     before
 }
 
-/// Adds to a word that other blocks change too, where `condition` holds, and returns what it was, else zero. It orders no other memory accesses: see
-/// [`fence_device`]. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+/// Adds to a word that other blocks change too, where `condition` holds, and returns what it was, else zero. It orders no other memory accesses. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
 ///
 /// # Safety
 ///
@@ -333,15 +366,6 @@ pub unsafe fn fetch_add_global_if(address: u64, value: u32, condition: bool) -> 
     asm!("{{ .reg .pred p; setp.ne.u32 p, {3}, 0; @p atom.relaxed.gpu.global.add.u32 {0}, [{1}], {2}; }}",
         inout(reg32) before, in(reg64) address, in(reg32) value, in(reg32) condition as u32, options(nostack));
     before
-}
-
-/// Orders this thread's memory accesses before it, and those that it knows of through a barrier, before those behind it, for all threads of the device. PTX ISA,
-/// Parallel Synchronization and Communication Instructions: `fence`.
-#[cfg(feature = "sm_90a")]
-#[inline(always)]
-pub fn fence_device() {
-    // SAFETY: orders memory accesses.
-    unsafe { asm!("fence.acq_rel.gpu;", options(nostack)) };
 }
 
 /// Brings a line of global memory to the second-level cache.

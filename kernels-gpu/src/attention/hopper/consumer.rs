@@ -2,12 +2,12 @@
 
 use packinfer_abi::{AttentionParams, TileKind};
 
-use super::barrier;
 use super::helpers::Helpers;
 use super::shared::{QueryTile, Ring, Shared};
 use super::softmax::{LogitsOfRows, OfRows};
-use super::{CONSUMER_THREADS, PAIR};
+use super::{CONSUMER_THREADS, PAIR, barrier, merge};
 use crate::attention::task::Stamper;
+use crate::element::Element;
 use crate::ptx::math::opaque;
 use crate::ptx::mma::{Fragment, OperandA};
 use crate::ptx::special::thread_index;
@@ -279,6 +279,18 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
                 control::fence_arithmetic(self.k.stage() + index, self.k.stages() + index);
             }
         }
+    }
+
+    /// Merges the warp's share of the rows of O that are merged.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all lanes of the warp, when no task is [left](Self::next_kind).
+    #[inline(always)]
+    pub unsafe fn merge_rows<E: Element>(&self) {
+        let warps = const { WARPS * Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::CONSUMERS };
+        let share = self.shared.share(self.tasks.stage());
+        merge::merge_rows::<E, DIM_BLOCKS>(self.params, share, self.warp, warps);
     }
 
     /// Waits until all consuming warps are here.

@@ -9,9 +9,7 @@ use super::{CONSUMER_THREADS, CONSUMER_WARPS};
 use crate::attention::{store, task::Task};
 use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::math;
-use crate::ptx::memory::{
-    load_shared_f32x2, load_shared_x4, store_global, store_global_f32x2, store_shared_f32, store_shared_f32x2,
-};
+use crate::ptx::memory::{load_shared_f32x2, load_shared_x4, store_global, store_shared_f32, store_shared_f32x2};
 use crate::ptx::mma::Fragment;
 use crate::rows::{NO_ROW, Row};
 use crate::shared_tile::PANEL_ROW_BYTES;
@@ -157,7 +155,7 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
             let address = task.params.o + element(u64::from(index)) * u64::from(ELEMENT_BYTES);
             store_global(address, E::pack(sum[0], sum[1]));
         } else {
-            store_global_f32x2(task.params.partial_o + element(task.partial_index(first_row + row)) * 4, sum[0], sum[1]);
+            store::partial_pair(task.params.partial_o + element(task.partial_index(first_row + row)) * 4, sum);
         }
     }
 }

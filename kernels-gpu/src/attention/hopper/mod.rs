@@ -129,6 +129,7 @@ where
                 wide::pair::tiles::<E, E, DIM_BLOCKS, FRAGMENTS, false, Readers>(&mut consumer);
             }
             consumer.end_turns();
+            consumer.merge_rows::<E>();
         }
         _ => {
             give_registers::<READER_REGISTERS>();
@@ -167,6 +168,7 @@ unsafe fn attention_tall<
             wide::trio::tile::<E, DIM_BLOCKS, FRAGMENTS, CAPPED>(&mut consumer);
         }
         consumer.end_turns();
+        consumer.merge_rows::<E>();
     }
 }
 
@@ -279,6 +281,7 @@ unsafe fn consume<
         kind_before = kind;
     }
     consumer.end_turns();
+    consumer.merge_rows::<E>();
 }
 
 kernel! {
@@ -396,14 +399,14 @@ kernel! {
 
     /// Attention in bf16, head dimension 64, narrow tiles beside wide ones.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 3, "bar.sync" = 15, "wgmma.mma_async" = 44)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 44)]
     fn attention_bf16_d64_beside(params: AttentionParams) {
         attention_beside::<Bf16, 8, 16>(params)
     }
 
     /// Attention in bf16, head dimension 128, narrow tiles beside wide ones.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 3, "bar.sync" = 15, "wgmma.mma_async" = 64)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 64)]
     fn attention_bf16_d128_beside(params: AttentionParams) {
         attention_beside::<Bf16, 16, 16>(params)
     }
@@ -508,14 +511,14 @@ kernel! {
 
     /// Attention in f16, head dimension 64, narrow tiles beside wide ones.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 3, "bar.sync" = 15, "wgmma.mma_async" = 44)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 44)]
     fn attention_f16_d64_beside(params: AttentionParams) {
         attention_beside::<F16, 8, 16>(params)
     }
 
     /// Attention in f16, head dimension 128, narrow tiles beside wide ones.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 3, "bar.sync" = 15, "wgmma.mma_async" = 64)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 64)]
     fn attention_f16_d128_beside(params: AttentionParams) {
         attention_beside::<F16, 16, 16>(params)
     }

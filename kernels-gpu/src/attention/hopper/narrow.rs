@@ -9,7 +9,7 @@ use super::consumer::{Consumer, Queries, operand_of};
 use super::exchange::Exchange;
 use super::helpers::Helpers;
 use super::shared::{Ring, Shared};
-use super::{CONSUMER_WARPS, PAIR, merge};
+use super::{CONSUMER_WARPS, PAIR};
 use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::memory::load_shared_f32x2;
 use crate::ptx::mma::{Fragment, OperandA};
@@ -18,13 +18,6 @@ use crate::rows::{NO_ROW, Row};
 use crate::shared_tile::{BoxTile, PANEL_BLOCKS};
 use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, row_of_lane, scale_rows};
 use crate::stored::Stored;
-
-/// Rows that each warp sees to the merging of.
-const ROWS_OF_WARP: u32 = NARROW_TILE_ROWS / CONSUMER_WARPS;
-/// Rows that a warp merges at once: most narrow tiles have no more for it.
-const MERGED_ROWS_AT_ONCE: usize = 1;
-/// Partials of each that are loaded at once.
-const PARTIALS_AHEAD: usize = 8;
 
 /// Does the next tile, which is narrow, and whose K and V are stored as `KV`, in rows of `CHUNKS` chunks of 16 bytes and steps of `8 * STEP_BLOCKS` columns. A warp takes
 /// `SCORE_FRAGMENTS` fragments of 8 columns of a step.
@@ -185,11 +178,6 @@ unsafe fn store<E: Element, KV: Stored<E>, const DIM_BLOCKS: usize, const FRAGME
     }
     consumer.note_end(task.index);
     warp::sync();
-    if !task.is_direct() {
-        consumer.meet(); // all have stored their parts of the rows
-        let row = warp + CONSUMER_WARPS * (lane % ROWS_OF_WARP);
-        merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(&task, lane, row, lane < ROWS_OF_WARP);
-    }
 }
 
 /// Scores of the warp's columns of the next step.

@@ -99,7 +99,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
         let stage = tasks.stage();
         let task = Task::load(*params, index, shared.rows(stage));
         if leads {
-            shared.post_task(stage, Some(&task));
+            shared.post_task(stage, &task);
             prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         items.fill_by(leads);
@@ -132,8 +132,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
     items.wait_empty();
     tasks.wait_empty();
     if leads {
-        shared.post_task(tasks.stage(), None);
-        leave::<H>(params);
+        shared.post_end(tasks.stage(), leave::<H>(params));
     }
     items.fill_by(leads);
     tasks.fill();

@@ -99,19 +99,22 @@ impl ReaderQueue {
     }
 }
 
-/// Says that this block takes no more tasks; where its readers take some too, each of the two does. The last to say so makes the scheduler ready for the next launch.
+/// Says that this block takes no more tasks; where its readers take some too, each of the two does. The last to say so makes the scheduler ready for the next launch. Returns a number that no other
+/// block gets: how many blocks have said so before, if there are no readers.
 ///
 /// # Safety
 ///
 /// Reached by one thread of the producer, and one of the readers, if there are any.
 #[inline(always)]
-pub unsafe fn leave<H: Helpers>(params: &AttentionParams) {
+pub unsafe fn leave<H: Helpers>(params: &AttentionParams) -> u32 {
     let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
     let leaving = if H::READ { 2 * num_blocks() } else { num_blocks() };
-    if fetch_add_global(finished, 1) == leaving - 1 {
+    let before = fetch_add_global(finished, 1);
+    if before == leaving - 1 {
         let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
         store_global(taken, 0);
         store_global(taken + size_of::<u32>() as u64, 0);
         store_global(finished, 0);
     }
+    if H::READ { block_index() } else { before }
 }

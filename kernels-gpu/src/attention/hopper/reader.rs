@@ -18,15 +18,14 @@ use super::producer::{BoxCopies, NO_SLOT};
 use super::queue::{NO_TASK, ReaderQueue, leave};
 use super::shared::Shared;
 use super::softmax::{NOTHING_SEEN, RANGE_LOG2};
-use super::{PAIR, READER_WARPS, barrier, merge};
+use super::{PAIR, READER_WARPS, barrier};
 use crate::attention::store;
 use crate::attention::task::{Stamper, Task};
 use crate::columns::RunWindow;
 use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::math::opaque;
 use crate::ptx::memory::{
-    load_global_x4, load_shared, load_shared_f32, store_global, store_global_f32x2, store_shared, store_shared_if,
-    store_shared_x4,
+    load_global_x4, load_shared, load_shared_f32, store_global, store_shared, store_shared_if, store_shared_x4,
 };
 use crate::ptx::mma::{Fragment, store_matrices_transposed};
 use crate::ptx::warp::{self, LANES};
@@ -46,13 +45,6 @@ const HALF_OF_COLUMNS: u32 = ALL_COLUMNS - 1;
 
 /// The most panels of a head dimension.
 const MOST_PANELS: usize = 2;
-
-/// Rows that each warp sees to the merging of.
-const ROWS_OF_WARP: u32 = NARROW_TILE_ROWS / READER_WARPS;
-/// Rows that a warp merges at once.
-const MERGED_ROWS_AT_ONCE: usize = 1;
-/// Partials of each that are loaded at once.
-const PARTIALS_AHEAD: usize = 8;
 
 /// K or V of a step.
 type StepTile<const DIM_BLOCKS: usize> = BoxTile<DIM_BLOCKS, { STEP as usize / 8 }>;
@@ -546,11 +538,6 @@ where
     if let Some(stamper) = Stamper::of(&task.params).filter(|_| opaque(warp) == 0 && lane == 0) {
         stamper.end(task.index);
     }
-    if !task.is_direct() {
-        meet(); // all have stored their parts of the rows
-        let row = warp + READER_WARPS * (lane % ROWS_OF_WARP);
-        merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(task, lane, row, lane < ROWS_OF_WARP);
-    }
 }
 
 /// Works out the task's rows, brings Q, and tells of the next task. Returns what the rows see.
@@ -725,7 +712,7 @@ unsafe fn finish<E: Element, const DIM_BLOCKS: usize>(
                 if task.is_direct() {
                     store_global(task.params.o + (u64::from(index) * dim + element) * u64::from(ELEMENT_BYTES), E::pack(a, b));
                 } else {
-                    store_global_f32x2(task.params.partial_o + (task.partial_index(row) * dim + element) * 4, a, b);
+                    store::partial_pair(task.params.partial_o + (task.partial_index(row) * dim + element) * 4, [a, b]);
                 }
             }
         }

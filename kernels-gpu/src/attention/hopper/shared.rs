@@ -572,16 +572,32 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     ///
     /// Reached by one thread of the filling side, between waiting for the slot and filling it.
     #[inline(always)]
-    pub unsafe fn post_task(&self, stage: u32, task: Option<&Task>) {
+    pub unsafe fn post_task(&self, stage: u32, task: &Task) {
         let slot = self.slot(stage);
-        if let Some(task) = task {
-            let words: [[u32; 4]; 2] = core::mem::transmute(task.item);
-            store_shared_x4(slot + Self::SLOT_ITEM, words[0]);
-            store_shared_x4(slot + Self::SLOT_ITEM + 16, words[1]);
-            store_shared_x4(slot + Self::SLOT_TASK, [1 + task.item.tile as u32, task.head_group, task.kv_head, task.index]);
-        } else {
-            store_shared_x4(slot + Self::SLOT_TASK, [0; 4]);
-        }
+        let words: [[u32; 4]; 2] = core::mem::transmute(task.item);
+        store_shared_x4(slot + Self::SLOT_ITEM, words[0]);
+        store_shared_x4(slot + Self::SLOT_ITEM + 16, words[1]);
+        store_shared_x4(slot + Self::SLOT_TASK, [1 + task.item.tile as u32, task.head_group, task.kv_head, task.index]);
+    }
+
+    /// Says, instead of posting a task, that none is left, and what [share](merge::merge_rows) the block has in merging rows.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::post_task`].
+    #[inline(always)]
+    pub unsafe fn post_end(&self, stage: u32, share: u32) {
+        store_shared_x4(self.slot(stage) + Self::SLOT_TASK, [0, 0, 0, share]);
+    }
+
+    /// What [`Self::post_end`] told.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::tile_kind`]; no task is left.
+    #[inline(always)]
+    pub unsafe fn share(&self, stage: u32) -> u32 {
+        load_shared(self.slot(stage) + Self::SLOT_TASK + 12)
     }
 
     /// The slot of the next task that is posted, if there is one left.

@@ -5,26 +5,19 @@
 pub mod pair;
 pub mod trio;
 
-use super::consumer::{Consumer, Queries, WARP_ROWS};
+use super::consumer::{Consumer, Queries};
 use super::helpers::Helpers;
 use super::shared::{ColumnTile, STAGED_BLOCKS, SeenSteps, Shared};
 use super::softmax::LazySoftmax;
-use super::{TRIO, barrier, epilogue, merge};
+use super::{barrier, epilogue};
 use crate::attention::store;
 use crate::element::Element;
 use crate::ptx::math::opaque;
 use crate::ptx::mma::Fragment;
+use crate::ptx::warpgroup;
 use crate::ptx::wgmma::{self, Accumulator, Descriptor};
-use crate::ptx::{warp, warpgroup};
 use crate::shared_tile::PANEL_BLOCKS;
 use crate::softmax::{ROWS_PER_LANE, element_of_lane, mask};
-
-/// Rows that a warp merges at once: it may have 16 of them, but partials of four at once leave no registers for the next tile's Q and weights.
-const MERGED_ROWS_AT_ONCE: usize = 2;
-/// The same where there are three consumers, which have fewer registers.
-const MERGED_ROWS_AT_ONCE_OF_TRIO: usize = 1;
-/// Partials of each that are loaded at once.
-const PARTIALS_AHEAD: usize = 4;
 
 /// Exponentials of a step in the element type, two words a fragment of scores: one for each row that the lane holds a part of. Those of two
 /// neighbouring fragments are an operand A.
@@ -160,13 +153,6 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
             let rows = task.rows.of_lane::<1>(first_row, lane);
             store::partial(&task, lane, first_row, &rows, output, element_of_lane);
             self.note_end(task.index);
-            warp::sync();
-            let (row, counts) = (first_row + lane % WARP_ROWS, lane < WARP_ROWS);
-            if ROW_BLOCKS == TRIO {
-                merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE_OF_TRIO, PARTIALS_AHEAD>(&task, lane, row, counts);
-            } else {
-                merge::finish_rows::<E, DIM_BLOCKS, MERGED_ROWS_AT_ONCE, PARTIALS_AHEAD>(&task, lane, row, counts);
-            }
         }
         self.tasks.release_stage_by_lanes(slot);
     }

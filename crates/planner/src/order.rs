@@ -1,0 +1,165 @@
+//! In which order the items of a plan are begun.
+//!
+//! Pack after pack, so that tiles that read the same KV run at the same time and find it in the L2 cache; the packs with the longest items first. Of each pack the longest
+//! come first, so that the device ends with short ones; but items of shared columns go by these. Items whose columns nobody else reads are packs by themselves.
+//!
+//! So the last pack alone decides how the lanes end. Where it has too few short items, those of all packs come last instead: they have few columns, so hardly anything is read again for it.
+
+use packinfer_abi::TileKind;
+
+use crate::cost::{Ns, WorkTimes};
+use crate::device::LanesOfGroups;
+use crate::items::Item;
+use crate::lanes::Lanes;
+use crate::tile::Tile;
+
+/// Lanes that end this close together, as a part of the whole, are left as they are.
+const BALANCED: f64 = 0.02;
+/// Short items that are begun last take so many times as long, all together, as a lane that does the longest of them would have all lanes wait …
+const SHORT_ITEMS: u64 = 1;
+/// … and this part of everything at most: then they are short.
+const MOST_SHORT: f64 = 0.25;
+/// Items of a head group that are given to lanes to see when they end: plans of more have so many for each lane that it hardly matters.
+const MOST_GIVEN: usize = 1 << 12;
+
+/// What an item's place in the plan is decided by.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// What the longest item of its pack takes, or itself if nobody else reads its columns.
+    longest: Ns,
+    pack: u32,
+    /// The least comes first of its pack.
+    rank: Ns,
+    item: u32,
+}
+
+/// The order of a plan's items. It keeps its memory from plan to plan.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Order {
+    places: Vec<Place>,
+    /// What the longest item of each pack takes.
+    longest: Vec<Ns>,
+    /// Of each pack, what the shortest takes that is not begun last.
+    shortest: Vec<Ns>,
+    /// What the items take, the shortest first.
+    ascending: Vec<Ns>,
+    /// Places in another order, while that is being looked at.
+    others: Vec<Place>,
+    lanes: Lanes,
+}
+
+impl Order {
+    /// That in which the items are.
+    pub fn keep(&mut self, items: &[Item]) {
+        self.places.clear();
+        self.places.extend((0..items.len() as u32).map(|item| Place { longest: 0, pack: 0, rank: 0, item }));
+    }
+
+    /// Sorts items, which take these times. If they are whole tiles, `tiles_longest_first` is nearly their order.
+    pub fn sort(
+        &mut self,
+        items: &[Item],
+        tiles: &[Tile],
+        times: &[WorkTimes],
+        tiles_longest_first: impl Iterator<Item = u32>,
+        device: LanesOfGroups,
+    ) {
+        let Self { places, longest, .. } = self;
+        longest.clear();
+        longest.resize(tiles.last().map_or(0, |tile| tile.pack as usize + 1), 0);
+        for (item, times) in items.iter().zip(times) {
+            let longest = &mut longest[tiles[item.tile as usize].pack as usize];
+            *longest = times.full_ns().max(*longest);
+        }
+        let mut has_packs = false;
+        let mut place = |index: u32| {
+            let (Item { item, tile }, full_ns) = (&items[index as usize], times[index as usize].full_ns());
+            let Tile { pack, fresh, shared, .. } = tiles[*tile as usize];
+            // Nobody else reads the columns.
+            let is_alone = fresh == 1.0;
+            has_packs |= !is_alone;
+            let longest = if is_alone { full_ns } else { longest[pack as usize] };
+            let rank = if shared { Ns::from(item.column_begin) } else { !full_ns };
+            Place { longest, pack, rank, item: index }
+        };
+        places.clear();
+        if items.len() == tiles.len() {
+            places.extend(tiles_longest_first.map(&mut place));
+        } else {
+            places.extend((0..items.len() as u32).map(&mut place));
+        }
+        sort_by_packs(places, |place| place.longest);
+        if has_packs && items.len() <= MOST_GIVEN {
+            self.end_with_short_items(tiles, items, times, device);
+        }
+    }
+
+    /// Has short items of all packs begun last, if the lanes then end earlier.
+    fn end_with_short_items(&mut self, tiles: &[Tile], items: &[Item], times: &[WorkTimes], device: LanesOfGroups) {
+        let time_of = |place: &Place| times[place.item as usize].full_ns();
+        let total = times.iter().fold(0, |total: Ns, times| total.saturating_add(times.full_ns()));
+        let total = total.saturating_mul(Ns::from(device.copies));
+        let Self { places, shortest, ascending, others, lanes, .. } = self;
+        let mut end = |places: &[Place]| {
+            lanes.reset(device.lanes);
+            for time in places.iter().flat_map(|place| std::iter::repeat_n(time_of(place), device.copies as usize)) {
+                lanes.add(time);
+            }
+            lanes.max()
+        };
+        let end_by_packs = end(places);
+        if end_by_packs as f64 <= total as f64 / f64::from(device.lanes) * (1.0 + BALANCED) {
+            return;
+        }
+        ascending.clear();
+        ascending.extend(places.iter().map(time_of));
+        ascending.sort_unstable();
+        let mut together: Ns = 0;
+        let longest_short = ascending.iter().copied().find(|&time| {
+            together = time.saturating_mul(Ns::from(device.copies)).saturating_add(together);
+            together >= time.saturating_mul(SHORT_ITEMS * Ns::from(device.lanes))
+        });
+        let Some(longest_short) = longest_short.filter(|_| together as f64 <= MOST_SHORT * total as f64) else { return };
+        let is_short = |place: &Place| time_of(place) <= longest_short && !tiles[items[place.item as usize].tile as usize].shared;
+        shortest.clear();
+        shortest.resize(self.longest.len(), Ns::MAX);
+        for place in places.iter().filter(|place| !is_short(place)) {
+            let shortest = &mut shortest[place.pack as usize];
+            *shortest = time_of(place).min(*shortest);
+        }
+        // Packs that have nothing short come first, whatever else they have.
+        others.clear();
+        others.extend(places.iter().filter(|place| !is_short(place)));
+        sort_by_packs(others, |place| shortest[place.pack as usize]);
+        let first_short = others.len();
+        others.extend(places.iter().filter(|place| is_short(place)));
+        others[first_short..].sort_unstable_by_key(|place| u128::from(!time_of(place)) << 32 | u128::from(place.item));
+        if (end(others) as f64) < end_by_packs as f64 * (1.0 - BALANCED) {
+            std::mem::swap(places, others);
+        }
+    }
+
+    /// Puts narrow items behind the others, each kind in its order.
+    pub fn put_narrow_last(&mut self, items: &[Item]) {
+        let is_narrow = |place: &Place| items[place.item as usize].item.tile == TileKind::Narrow;
+        self.others.clear();
+        self.others.extend(self.places.iter().filter(|place| is_narrow(place)));
+        self.places.retain(|place| !is_narrow(place));
+        self.places.append(&mut self.others);
+    }
+
+    /// The items in order, by their numbers.
+    pub fn iter(&self) -> impl Iterator<Item = usize> {
+        self.places.iter().map(|place| place.item as usize)
+    }
+}
+
+/// Sorts pack by pack, those of the greatest `of_pack` first.
+fn sort_by_packs(places: &mut [Place], of_pack: impl Fn(&Place) -> Ns) {
+    // By numbers, which are sorted faster than by fields; so packs come first, then what is in each.
+    places
+        .sort_unstable_by_key(|place| u128::from(!of_pack(place)) << 64 | u128::from(place.pack) << 32 | u128::from(place.item));
+    for of_pack in places.chunk_by_mut(|a, b| (of_pack(a), a.pack) == (of_pack(b), b.pack)).filter(|places| places.len() > 1) {
+        of_pack.sort_unstable_by_key(|place| u128::from(place.rank) << 32 | u128::from(place.item));
+    }
+}
