@@ -129,6 +129,8 @@ pub(crate) struct Layout {
     pub attention_tasks: u32,
     /// Of these, tasks of the front queue.
     pub front_tasks: u32,
+    /// Head groups of which these come together.
+    pub groups_at_once: u32,
     /// Lanes that begin with the tasks behind these.
     back_lanes: u32,
     /// Whether tasks behind the front may be done beside those of the front.
@@ -165,6 +167,7 @@ impl Layout {
             num_runs: plan.runs().len() as u32,
             attention_tasks: num_blocks("the attention kernel", plan.items().len(), heads.num_groups)?,
             front_tasks: num_blocks("the attention kernel", plan.num_front_items() as usize, heads.num_groups)?,
+            groups_at_once: plan.groups_at_once(),
             back_lanes: plan.back_lanes(),
             beside: plan.is_beside(),
             merged_rows: num_blocks("the merge kernel", plan.merge_tokens().len(), heads.num_qo_heads)?,

@@ -101,6 +101,7 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         num_runs: layout.num_runs,
         scheduler: parts.scheduler,
         front_tasks: layout.front_tasks,
+        groups_at_once: layout.groups_at_once,
         back_blocks: if kernels.beside { 0 } else { layout.back_blocks(attention_blocks) },
         scale_log2,
         soft_cap_log2,

@@ -1,4 +1,4 @@
-//! Merges the partial results of query tokens whose columns were split among work items of the `sm_80` kernel; the `sm_90a` kernel does so itself, with [`Merged`].
+//! Merges the partial results of query tokens whose columns were split among work items of the `sm_80` kernel; the `sm_90a` kernel does so itself.
 //!
 //! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ wᵢ.
 //! Four warps take every fourth partial each, several at a time, so that enough loads are in flight to hide their latency, and are merged the same way. A sink is one more partial, whose O is zero.
@@ -159,7 +159,7 @@ unsafe fn merge<E: Element, const DIM: u32, const PAIRS: usize, const LOADS_AHEA
         }
         merged.add_sink(params.sinks, head);
         let row = u64::from(token) * u64::from(heads.num_qo_heads) + u64::from(head);
-        for (pair, [a, b]) in merged.output().into_iter().enumerate() {
+        for (pair, &[a, b]) in merged.output().iter().enumerate() {
             let element = element_of_lane(lane, pair);
             if element < DIM {
                 let address = params.o + (row * u64::from(DIM) + u64::from(element)) * u64::from(ELEMENT_BYTES);

@@ -264,7 +264,8 @@ impl HeadGroups {
 /// What the persistent blocks of a launch share: they take tasks in order, and the last one to finish sets all words to zero again.
 ///
 /// Task `t` is work item `t / num_groups` for head group `t % num_groups`. The tasks are two queues: the first
-/// [`front_tasks`](AttentionParams::front_tasks), and those behind them. Every block begins with its own queue, and goes on with the other when that is
+/// [`front_tasks`](AttentionParams::front_tasks), and those behind them. In the front, all items come for the first [`groups_at_once`](AttentionParams::groups_at_once) head groups, then for
+/// the next. Every block begins with its own queue, and goes on with the other when that is
 /// empty. The kernel that does narrow tasks beside wide ones takes from both at a time.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -350,6 +351,8 @@ pub struct AttentionParams {
     pub scheduler: DeviceAddress,
     /// Tasks of the front queue; `sm_90a` only.
     pub front_tasks: u32,
+    /// Head groups of which the tasks of the front queue come together; at least one; `sm_90a` only.
+    pub groups_at_once: u32,
     /// Blocks whose queue is the one behind it: the last of the launch. They are no more than that has tasks, and the others no more than the front has; `sm_90a`
     /// only. None where every block takes from both.
     pub back_blocks: u32,

@@ -37,6 +37,8 @@ struct Place {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Order {
     places: Vec<Place>,
+    /// The most columns of a tile that others read too.
+    shared_columns: u32,
     /// What the longest item of each pack takes.
     longest: Vec<Ns>,
     /// Of each pack, what the shortest takes that is not begun last.
@@ -51,6 +53,7 @@ pub(crate) struct Order {
 impl Order {
     /// That in which the items are.
     pub fn keep(&mut self, items: &[Item]) {
+        self.shared_columns = 0;
         self.places.clear();
         self.places.extend((0..items.len() as u32).map(|item| Place { longest: 0, pack: 0, rank: 0, item }));
     }
@@ -71,13 +74,13 @@ impl Order {
             let longest = &mut longest[tiles[item.tile as usize].pack as usize];
             *longest = times.full_ns().max(*longest);
         }
-        let mut has_packs = false;
+        let mut shared_columns = 0;
         let mut place = |index: u32| {
             let (Item { item, tile }, full_ns) = (&items[index as usize], times[index as usize].full_ns());
-            let Tile { pack, fresh, shared, .. } = tiles[*tile as usize];
+            let Tile { pack, fresh, shared, columns, .. } = tiles[*tile as usize];
             // Nobody else reads the columns.
             let is_alone = fresh == 1.0;
-            has_packs |= !is_alone;
+            shared_columns = if is_alone { shared_columns } else { columns.max(shared_columns) };
             let longest = if is_alone { full_ns } else { longest[pack as usize] };
             let rank = if shared { Ns::from(item.column_begin) } else { !full_ns };
             Place { longest, pack, rank, item: index }
@@ -89,7 +92,8 @@ impl Order {
             places.extend((0..items.len() as u32).map(&mut place));
         }
         sort_by_packs(places, |place| place.longest);
-        if has_packs && items.len() <= MOST_GIVEN {
+        self.shared_columns = shared_columns;
+        if shared_columns > 0 && items.len() <= MOST_GIVEN {
             self.end_with_short_items(tiles, items, times, device);
         }
     }
@@ -137,6 +141,11 @@ impl Order {
         if (end(others) as f64) < end_by_packs as f64 * (1.0 - BALANCED) {
             std::mem::swap(places, others);
         }
+    }
+
+    /// The most columns of a tile that others read too; none if all read their own.
+    pub fn shared_columns(&self) -> u32 {
+        self.shared_columns
     }
 
     /// Puts narrow items behind the others, each kind in its order.

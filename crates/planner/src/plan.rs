@@ -24,6 +24,7 @@ pub struct Plan {
     /// For each item whether it reads its columns for all requests that begin with them.
     pub(crate) shared: Vec<bool>,
     pub(crate) num_front_items: u32,
+    pub(crate) groups_at_once: u32,
     pub(crate) back_lanes: u32,
     pub(crate) beside: bool,
     pub(crate) merge_tokens: Vec<MergeToken>,
@@ -48,6 +49,7 @@ impl Plan {
             fresh: Vec::new(),
             shared: Vec::new(),
             num_front_items: 0,
+            groups_at_once: 1,
             back_lanes: 0,
             beside: false,
             merge_tokens: Vec::new(),
@@ -72,6 +74,7 @@ impl Plan {
         self.merge_tokens.clear();
         self.merge_sources.clear();
         (self.num_front_items, self.back_lanes, self.beside) = (0, 0, false);
+        self.groups_at_once = heads.num_groups.max(1);
         self.num_partial_rows = 0;
         self.num_query_tokens = batch.num_query_tokens();
         self.num_slots = batch.num_slots();
@@ -123,6 +126,12 @@ impl Plan {
     /// Of the items, those of the front queue: all of them, unless the plan has lanes that [begin behind it](Self::back_lanes).
     pub fn num_front_items(&self) -> u32 {
         self.num_front_items
+    }
+
+    /// Head groups of which the items of the front come together: all of them for the first so many groups, then for the next. So wide tiles that read the same KV run at the same time, on enough
+    /// multiprocessors, whatever the number of KV heads. Only persistent blocks take their tasks like that.
+    pub fn groups_at_once(&self) -> u32 {
+        self.groups_at_once
     }
 
     /// Lanes that begin with the items behind the [front](Self::num_front_items), and go on with those when there are no more; the others do the front first. So some read

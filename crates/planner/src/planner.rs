@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 
 use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
-use packinfer_batch::Batch;
+use packinfer_batch::{AttentionShape, Batch};
 
 use crate::cost::{CostModel, WorkTimes};
 use crate::device::{BesideTimes, LanesOfGroups, LeastWork};
@@ -246,6 +246,9 @@ impl Planner {
             }
         }
         let Self { order, items, tiles, .. } = self;
+        if has_queues || items.iter().all(|item| item.item.tile == TileKind::Wide) {
+            plan.groups_at_once = groups_at_once(&plan.model, order.shared_columns(), plan.shape).min(plan.groups_at_once);
+        }
         let in_order = || order.iter().map(|item| &items[item]);
         let is_front = |item: &&Item| !has_queues || item.item.tile == TileKind::Wide;
         plan.num_front_items = in_order().filter(is_front).count() as u32;
@@ -274,6 +277,19 @@ impl Planner {
         order.put_narrow_last(items);
         Some(arrangement)
     }
+}
+
+/// Head groups that come at once where several wide tiles read the same columns, so many at most: few, if the L2 cache cannot keep these for all KV heads, so that, where there are tiles enough,
+/// many multiprocessors read the same KV at the same time. Each brings some of it from the memory for the others, that is `1 / TILES_AT_ONCE` of what it takes from the cache.
+fn groups_at_once(model: &DeviceModel, shared_columns: u32, shape: AttentionShape) -> u32 {
+    const TILES_AT_ONCE: u32 = 16;
+    /// Half of an H100's L2 cache.
+    const CACHED_BYTES: u64 = 25 << 20;
+    let is_cached = u64::from(shared_columns) * shape.kv_bytes_per_slot() <= CACHED_BYTES;
+    if is_cached || model.kernel_family != KernelFamily::Sm90a {
+        return u32::MAX;
+    }
+    (model.lanes() / TILES_AT_ONCE).max(1)
 }
 
 /// Rows of the wide tiles of a batch, of whose query heads so many are in a group. They are tall where there are kernels for that and most rows are of requests that fill more than one tile, unless

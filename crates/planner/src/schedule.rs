@@ -1,12 +1,11 @@
 //! Who does what when: the tasks of an attention call on the multiprocessors, as predicted or as they were.
 
-use std::iter::repeat_n;
 use std::ops::Range;
 
 use packinfer_abi::{TaskStamp, TileKind};
 use serde::Serialize;
 
-use crate::cost::{Ns, memory_need, memory_needed};
+use crate::cost::{Ns, WorkTimes, memory_need, memory_needed};
 use crate::lanes::Lanes;
 use crate::{DeviceModel, Plan};
 
@@ -221,7 +220,7 @@ impl Plan {
 
     /// The same where a lane does narrow tasks beside wide ones: they have lanes of their own, behind the others.
     fn give_out_beside(&self, model: &DeviceModel, lanes: &mut Lanes, mut tell: impl FnMut(usize, Given)) {
-        let (num_lanes, groups) = (model.lanes(), self.heads.num_groups as usize);
+        let num_lanes = model.lanes();
         let front_items = self.num_front_items as usize;
         let mut latest_end = 0;
         for (items, first_lane, tile) in
@@ -229,9 +228,7 @@ impl Plan {
         {
             let factor = self.factor_of(tile, model);
             lanes.reset(num_lanes);
-            let first_task = items.start * groups;
-            let tasks = self.times_of(items, model).flat_map(|times| repeat_n(times, groups));
-            for (index, times) in (first_task..).zip(tasks) {
+            for (index, times) in self.tasks_in_order(items, model) {
                 let Some((begin_ns, lane)) = lanes.first() else { break };
                 let taken_ns = (times.full() * factor) as Ns;
                 tell(index, Given { lane: first_lane + lane, begin_ns, taken_ns });
@@ -240,6 +237,17 @@ impl Plan {
             latest_end = lanes.max().max(latest_end);
         }
         lanes.raise_max(latest_end);
+    }
+
+    /// The tasks of a queue, in the order in which they are begun, and what they take.
+    fn tasks_in_order(&self, items: Range<usize>, model: &DeviceModel) -> impl Iterator<Item = (usize, WorkTimes)> {
+        let groups = self.heads.num_groups as usize;
+        let at_once = if items.start == 0 { self.groups_at_once as usize } else { groups };
+        (0..groups).step_by(at_once.max(1)).flat_map(move |first| {
+            let groups_here = first..(first + at_once).min(groups);
+            let of_item = move |(item, times)| groups_here.clone().map(move |group| (item * groups + group, times));
+            items.clone().zip(self.times_of(items.clone(), model)).flat_map(of_item)
+        })
     }
 
     /// The same where a lane does one task at a time.
@@ -254,11 +262,7 @@ impl Plan {
             memory_needed(f64::from(back_lanes) / f64::from(num_lanes), front_need)
         };
         let groups = self.heads.num_groups as usize;
-        let tasks = |items: Range<usize>| {
-            let first_task = items.start * groups;
-            (first_task..).zip(self.times_of(items, model).flat_map(move |times| repeat_n(times, groups)))
-        };
-        let mut queues = [tasks(0..front_items), tasks(front_items..self.items.len())];
+        let mut queues = [0..front_items, front_items..self.items.len()].map(|items| self.tasks_in_order(items, model));
         let mut front_is_empty = back_lanes == 0;
         lanes.reset(num_lanes);
         while let Some((begin_ns, lane)) = lanes.first() {
@@ -403,6 +407,27 @@ mod tests {
         assert!(!mixed_plan_beside(Some(BesideTimes { wide: 3.0, narrow: 1.0 })).0.is_beside());
         assert!(!mixed_plan_beside(Some(BesideTimes { wide: 1.0, narrow: 9.0 })).0.is_beside());
         assert!(!self::plan(100).is_beside());
+    }
+
+    /// Each task once, and all items for some of the head groups before the others.
+    #[test]
+    fn head_groups_take_turns_where_wide_tiles_share_kv() {
+        let shape = AttentionShape::new(21, 21, 128, DType::Bf16).expect("a good shape");
+        let mut batch = Batch::new(shape, Mask::Causal);
+        for request in 0..3 {
+            batch.push_contiguous(900, 4000 + request, request * 10_000).expect("a good request");
+        }
+        let models = DeviceModel::all_for_device("H100", (9, 0), 132);
+        let model = models.into_iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("there is one");
+        let plan = Planner::new(model).plan(&batch).expect("a batch that can be planned");
+        assert_eq!(plan.groups_at_once(), 8);
+        let tasks: Vec<usize> = plan.tasks_in_order(0..plan.items().len(), &model).map(|(task, _)| task).collect();
+        let groups: Vec<usize> = tasks.iter().map(|task| task % 21 / 8).collect();
+        assert!(groups.is_sorted() && groups.last() == Some(&2));
+        let mut sorted = tasks.clone();
+        sorted.sort_unstable();
+        assert!(sorted.into_iter().eq(0..plan.items().len() * 21));
+        assert_eq!(tasks[..9], [0, 1, 2, 3, 4, 5, 6, 7, 21]);
     }
 
     #[test]

@@ -46,6 +46,21 @@ fn steps(rng: &mut SmallRng) -> Vec<(&'static str, Lengths)> {
     ]
 }
 
+/// Tiles of one prompt follow each other, so that they find their KV in the L2 cache; but the device does not wait for the last prompt's long ones.
+#[test]
+fn lanes_end_together_where_the_last_prompt_has_no_short_tiles() {
+    let shape = AttentionShape::new(8, 1, 128, DType::Bf16).expect("a good shape");
+    let mut batch = Batch::new(shape, Mask::Causal);
+    for (query_len, kv_len) in [(889, 2937), (507, 6651), (8838, 9350), (6150, 6662)] {
+        batch.push_contiguous(query_len, kv_len, batch.num_slots()).expect("a good request");
+    }
+    for model in DeviceModel::estimates_for_device("H100", (9, 0), 132) {
+        let plan = Planner::new(model).plan(&batch).expect("a batch that can be planned");
+        let latest = 1.0 / plan.explain(&model).balance;
+        assert!(latest <= BALANCED, "{} kernels: the latest lane is at {latest:.3}", model.kernel_family);
+    }
+}
+
 #[test]
 fn lanes_end_together() {
     let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape");

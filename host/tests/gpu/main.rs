@@ -188,6 +188,22 @@ fn without_a_mask() {
     }
 }
 
+/// With many KV heads, wide tiles are done for some of them at a time.
+#[test]
+fn head_groups_take_turns() {
+    let Some(engine) = engine() else { return };
+    let shape = AttentionShape::new(21, 21, 64, DType::Bf16).expect("a good shape");
+    // One that has more K and V than the L2 cache.
+    let prompts = [(300, 5500), (300, 300), (400, 1200)];
+    for lengths in [&prompts[..], &[&prompts[..], &[(1, 3000); 20]].concat()] {
+        let case = Case::<bf16>::new(paged(shape, Mask::Causal, lengths, 16));
+        let Some(plan) = case.plan_for_hopper(engine, |model| model) else { return };
+        let at_once = plan.groups_at_once();
+        assert!(1 < at_once && at_once < 21 && !21u32.is_multiple_of(at_once), "{at_once} head groups at once");
+        case.check_plan(engine, &plan);
+    }
+}
+
 #[test]
 fn one_grid_of_tiles_per_request() {
     let Some(engine) = engine() else { return };

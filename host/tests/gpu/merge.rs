@@ -1,4 +1,4 @@
-//! Rows that are merged from partials, by a kernel of their own or by whoever stores the last of them.
+//! Rows that are merged from partials, by a kernel of their own or when no task is left.
 
 use half::{bf16, f16};
 use packinfer::{Batch, DeviceModel, Engine, Mask, Plan, Planner};
@@ -85,4 +85,51 @@ fn rows_of_all_kinds_of_tiles_are_merged() {
     check_merging::<f16>(64);
     check_merging::<f16>(256);
     check_merging::<bf16>(96);
+}
+
+/// A decode request with many partials, and others with few.
+const ONE_LONG: [(u32, u32); 4] = [(1, 60_000), (2, 3000), (1, 900), (1, 5)];
+
+fn check_many_partials<E: Element + PartialEq>(head_dim: u32) {
+    let Some(engine) = engine() else { return };
+    for mut planner in splitting_planners(engine) {
+        let case = with_sinks::<E>(contiguous(shape::<E>(5, head_dim), Mask::Causal, &ONE_LONG));
+        let plan = planner.plan(&case.batch).expect("a good batch");
+        // More than a warp has lanes.
+        let most = plan.merge_tokens().iter().map(|token| token.num_sources).max();
+        assert!(most.is_some_and(|most| most > 32), "{most:?} partials of a row");
+        case.check_plan(engine, &plan);
+    }
+}
+
+#[test]
+fn rows_of_many_partials() {
+    check_many_partials::<f16>(128);
+    check_many_partials::<bf16>(64);
+    check_many_partials::<bf16>(256);
+    check_many_partials::<f16>(96);
+}
+
+/// A partial may be NaN, whatever its bits, and is not taken for one that is still to come.
+#[test]
+fn partials_that_are_not_numbers() {
+    let Some(engine) = engine() else { return };
+    for mut planner in splitting_planners(engine) {
+        let mut case = Case::<bf16>::new(contiguous(shape::<bf16>(4, 128), Mask::Causal, &ONE_LONG));
+        let plan = planner.plan(&case.batch).expect("a good batch");
+        let finite = run_in_turn(engine, &[(&case, &plan)]);
+        let is_spoiled = |row: usize| row.is_multiple_of(3);
+        case.change_q(|row, _, number| if is_spoiled(row) { bf16::from_bits(u16::MAX) } else { number });
+        let spoiled = run_in_turn(engine, &[(&case, &plan), (&case, &plan)]);
+        let rows = |results: &Results<bf16>| results.0.chunks(128).map(<[bf16]>::to_vec).collect::<Vec<_>>();
+        for results in &spoiled {
+            for (row, (numbers, finite)) in rows(results).iter().zip(rows(&finite[0])).enumerate() {
+                if is_spoiled(row) {
+                    assert!(numbers.iter().all(|number| number.is_nan()), "row {row}: {numbers:?}");
+                } else {
+                    assert!(*numbers == finite, "row {row}");
+                }
+            }
+        }
+    }
 }

@@ -119,28 +119,53 @@ fn counted(ranges: Vec<Range<u32>>) -> Vec<(u32, i32)> {
 }
 
 /// Panics unless the items of a pack stand together, the longest first or by columns, and of the packs the one with the longest item
-/// first. For persistent blocks that holds of each kind of tile by itself, but for the order of packs. Under a sliding window nothing of a plan says which tiles are a pack: those of one request need not have any KV in common.
+/// first; or unless that holds but for the shortest items of all packs, which come last, the longest of them first. For persistent blocks that holds of each kind of tile by itself, but for the order of
+/// packs. Under a sliding window nothing of a plan says which tiles are a pack: those of one request need not have any KV in common.
 pub fn assert_in_order(batch: &Batch, plan: &Plan, model: &DeviceModel) {
     if matches!(batch.mask(), Mask::Window(_)) {
         return;
     }
     let packs = packs(plan);
     let times: Vec<f64> = plan.item_times(model).collect();
+    let is_mixed = plan.model().kernel_family == KernelFamily::Sm90a;
+    let is_narrow = |item: usize| is_mixed && plan.items()[item].tile == TileKind::Narrow;
+    for kind in [false, true] {
+        let items: Vec<usize> = (0..packs.len()).filter(|&item| is_narrow(item) == kind).collect();
+        let by_packs = check_packs(plan, &packs, &times, &items, !is_mixed);
+        let but_for_short = |num_long: usize| {
+            let (long, short) = items.split_at(num_long);
+            let longest = short.iter().map(|&item| times[item]).fold(0.0, f64::max);
+            // What several requests share is never begun last.
+            let may_be_short = |item: usize| plan.items()[item].partial_row != DIRECT;
+            short.is_sorted_by(|&a, &b| times[a] >= times[b])
+                && long.iter().all(|&item| times[item] >= longest || may_be_short(item))
+                && check_packs(plan, &packs, &times, long, false).is_ok()
+        };
+        let Err(error) = by_packs else { continue };
+        assert!((0..items.len()).any(but_for_short), "{error}");
+    }
+}
+
+/// Says what is not in order among items that come pack by pack; of the packs those with the longest items first, if they are `sorted`.
+fn check_packs(plan: &Plan, packs: &[u32], times: &[f64], items: &[usize], sorted: bool) -> Result<(), String> {
     let mut seen = HashSet::new();
     let mut longest_before = f64::INFINITY;
-    let is_mixed = plan.model().kernel_family == KernelFamily::Sm90a;
-    let kind = |item: usize| u32::from(is_mixed && plan.items()[item].tile == TileKind::Narrow);
-    let mut items: Vec<usize> = (0..packs.len()).collect();
-    items.sort_by_key(|&item| kind(item));
-    for items in items.chunk_by(|&a, &b| (kind(a), packs[a]) == (kind(b), packs[b])) {
-        assert!(seen.insert((kind(items[0]), packs[items[0]])), "items of a pack stand apart: {packs:?}");
+    for items in items.chunk_by(|&a, &b| packs[a] == packs[b]) {
+        if !seen.insert(packs[items[0]]) {
+            return Err(format!("items of a pack stand apart: {packs:?}"));
+        }
         let longest = items.iter().map(|&item| times[item]).fold(0.0, f64::max);
-        assert!(is_mixed || longest <= longest_before, "packs are not in order: {times:?}");
+        if sorted && longest > longest_before {
+            return Err(format!("packs are not in order: {times:?}"));
+        }
         longest_before = longest;
         let by_time = items.is_sorted_by(|&a, &b| times[a] >= times[b]);
         let by_columns = items.is_sorted_by_key(|&item| plan.items()[item].column_begin);
-        assert!(by_time || by_columns, "items of a pack are not in order: {items:?}");
+        if !by_time && !by_columns {
+            return Err(format!("items of a pack are not in order: {items:?}"));
+        }
     }
+    Ok(())
 }
 
 /// For each item, what stands for its pack, of tiles that have runs in common, directly or by way of others: the pack's first KV run. The

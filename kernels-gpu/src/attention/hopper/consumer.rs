@@ -25,7 +25,7 @@ pub const CONSUMER_ROWS: u32 = WARPS * WARP_ROWS;
 const CAPPED_AT_ONCE: usize = 4;
 
 /// Warps of a consumer, and of the producer before them.
-const WARPS: u32 = warpgroup::THREADS / warp::LANES;
+pub const WARPS: u32 = warpgroup::THREADS / warp::LANES;
 
 /// Sixteen rows of Q, two words for every eight elements: one for each row that the lane holds a part of.
 pub type Queries<const DIM_BLOCKS: usize> = [[u32; 2]; DIM_BLOCKS];

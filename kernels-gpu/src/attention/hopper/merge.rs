@@ -12,8 +12,8 @@ use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::control;
 use crate::ptx::math::{self, divide};
 use crate::ptx::memory::{
-    fetch_add_global_if, load_global, load_of_device_if, load_of_device_x4_if, store_global, store_global_f32, store_global_if,
-    store_global_x2, store_global_x4_if,
+    fetch_add_global_if, load_global, load_of_device_if, load_of_device_x4_if, prefetch_global, store_global, store_global_f32,
+    store_global_if, store_global_x2, store_global_x4_if,
 };
 use crate::ptx::special::{num_blocks, thread_index};
 use crate::ptx::warp::{self, LANES};
@@ -40,13 +40,14 @@ struct Division {
 }
 
 impl Division {
-    /// As many parts of a row as leave each warp one at most.
+    /// As many parts of a row as leave each warp no more than it merges at once.
     #[inline(always)]
     fn of<const DIM_BLOCKS: usize>(num_rows: u32, num_warps: u32) -> Self {
         let lanes_of_row = 8 * DIM_BLOCKS as u32 / LANE_ELEMENTS;
         let parts = |log2_lanes: u32| (lanes_of_row + (1 << log2_lanes) - 1) >> log2_lanes;
         let mut log2_lanes = if lanes_of_row > LANES / 2 { LANES.ilog2() } else { lanes_of_row.ilog2() };
-        while log2_lanes > FEWEST_LANES.ilog2() && u64::from(num_rows) * u64::from(parts(log2_lanes - 1)) <= u64::from(num_warps)
+        while log2_lanes > FEWEST_LANES.ilog2()
+            && u64::from(num_rows) * u64::from(parts(log2_lanes - 1)) <= ROWS_AT_ONCE as u64 * u64::from(num_warps)
         {
             log2_lanes -= 1;
         }
@@ -91,6 +92,12 @@ impl MergedPart {
     unsafe fn source(&self, params: &AttentionParams, source: u32) -> u32 {
         let source = self.source_begin + if source < self.num_sources { source } else { 0 };
         load_global(params.merge_sources + 4 * u64::from(source))
+    }
+
+    /// The log-sum-exp of its `index`-th partial, which is partial row `partial`; −∞ where there are not so many.
+    #[inline(always)]
+    unsafe fn load_lse(&self, params: &AttentionParams, partial: u64, index: u32) -> u32 {
+        load_of_device_if(params.partial_lse + 4 * partial, index < self.num_sources, f32::NEG_INFINITY.to_bits())
     }
 
     /// Says that the log-sum-exps of its row have been read for this part; where they have been for all parts, leaves [`NOT_STORED`] behind.
@@ -212,6 +219,20 @@ pub unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize>(params: &Attention
     }
 }
 
+/// Brings what the plan says of the first rows that a block's `warps` warps merge nearer: it lies side by side.
+///
+/// # Safety
+///
+/// As [`merge_rows`], but for the task that the block may still have; by one lane.
+#[inline(always)]
+pub unsafe fn prefetch<const DIM_BLOCKS: usize>(params: &AttentionParams, share: u32, warps: u32) {
+    if params.num_merged_rows > 0 {
+        let division = Division::of::<DIM_BLOCKS>(params.num_merged_rows, warps * num_blocks());
+        let part = MergedPart::find(params, division, share * warps);
+        prefetch_global(params.merge_sources + 4 * u64::from(part.source_begin));
+    }
+}
+
 /// Merges some parts, waiting for their partials, and stores them.
 #[inline(always)]
 unsafe fn merge<E: Element, const DIM_BLOCKS: usize>(
@@ -225,52 +246,35 @@ unsafe fn merge<E: Element, const DIM_BLOCKS: usize>(
     let (partial_of_lane, partials_at_once) = (lane >> division.log2_lanes, LANES >> division.log2_lanes);
     let elements = parts.map(|part| (part.part * lanes + lane % lanes) * LANE_ELEMENTS);
     let mut sums = [Sum::NOTHING; ROWS_AT_ONCE];
-    let mut first_partials = [0u64; ROWS_AT_ONCE];
-    for (first_partial, part) in first_partials.iter_mut().zip(parts) {
-        *first_partial = part.first_partial(params);
+    let (mut first_partials, mut sources) = ([0u64; ROWS_AT_ONCE], [0u32; ROWS_AT_ONCE]);
+    for row in 0..ROWS_AT_ONCE {
+        first_partials[row] = parts[row].first_partial(params);
+        sources[row] = parts[row].source(params, lane);
     }
     let most = parts.iter().fold(0, |most, part| core::cmp::max(most, part.num_sources));
     let mut first = 0;
     while first < most {
         // Of each row a partial for each lane.
         let mut partials = first_partials;
-        for (partial, part) in partials.iter_mut().zip(parts) {
-            *partial += u64::from(part.source(params, first + lane));
+        for row in 0..ROWS_AT_ONCE {
+            partials[row] += u64::from(sources[row]);
+            sources[row] = parts[row].source(params, first + LANES + lane);
         }
-        let mut lse = [0u32; ROWS_AT_ONCE];
-        let mut is_missing = true;
-        while is_missing {
-            is_missing = false;
-            for row in 0..ROWS_AT_ONCE {
-                let exists = first + lane < parts[row].num_sources;
-                lse[row] = load_of_device_if(params.partial_lse + 4 * partials[row], exists, f32::NEG_INFINITY.to_bits());
-            }
-            for lse in &lse {
-                is_missing |= *lse == NOT_STORED;
-            }
-            is_missing = warp::any(is_missing);
-            if is_missing {
-                control::sleep(NS_BETWEEN_LOOKS);
-            }
-        }
-        if division.parts == 1 {
-            for row in 0..ROWS_AT_ONCE {
-                let exists = first + lane < parts[row].num_sources;
-                store_global_if(params.partial_lse + 4 * partials[row], NOT_STORED, exists);
-            }
-        }
-        let lse = lse.map(|lse| f32::from_bits(lse) * LOG2_E);
         let num_here = core::cmp::min(most - first, LANES);
-        let mut weights = lse;
+        let (mut lse, mut weights) = ([0u32; ROWS_AT_ONCE], [0f32; ROWS_AT_ONCE]);
         let mut next = 0;
         while next < num_here {
             let index_of = |ahead: usize| next + ahead as u32 * partials_at_once + partial_of_lane;
             let exists =
                 |row: usize, index: u32| index < num_here && first + index < parts[row].num_sources && elements[row] < dim;
             let mut loaded = [[[0u32; LANE_ELEMENTS as usize]; ROWS_AT_ONCE]; LOADS_AHEAD as usize];
-            let mut is_weighed = next > 0;
             let mut is_missing = true;
             while is_missing {
+                if next == 0 {
+                    for row in 0..ROWS_AT_ONCE {
+                        lse[row] = parts[row].load_lse(params, partials[row], first + lane);
+                    }
+                }
                 for (ahead, loaded) in loaded.iter_mut().enumerate() {
                     for row in 0..ROWS_AT_ONCE {
                         let index = index_of(ahead);
@@ -278,15 +282,18 @@ unsafe fn merge<E: Element, const DIM_BLOCKS: usize>(
                         loaded[row] = load_of_device_x4_if(address, exists(row, index));
                     }
                 }
-                if !is_weighed {
-                    // Here, as the partials are on their way by now.
-                    for row in 0..ROWS_AT_ONCE {
-                        weights[row] = sums[row].add_weights(lse[row]);
-                    }
-                    is_weighed = true;
+                let is_lse_missing = warp::any(is_any_missing(&lse));
+                is_missing = is_lse_missing || warp::any(is_any_missing(loaded.as_flattened().as_flattened()));
+                if is_lse_missing {
+                    wait_for_lse(params, parts, &partials, first + lane);
                 }
-                let words = loaded.as_flattened().as_flattened();
-                is_missing = warp::any(words.iter().fold(false, |is_missing, &word| is_missing | (word == NOT_STORED)));
+            }
+            if next == 0 {
+                for row in 0..ROWS_AT_ONCE {
+                    weights[row] = sums[row].add_weights(f32::from_bits(lse[row]) * LOG2_E);
+                    let is_read = division.parts == 1 && first + lane < parts[row].num_sources;
+                    store_global_if(params.partial_lse + 4 * partials[row], NOT_STORED, is_read);
+                }
             }
             for (ahead, loaded) in loaded.iter().enumerate() {
                 for row in 0..ROWS_AT_ONCE {
@@ -319,6 +326,24 @@ unsafe fn merge<E: Element, const DIM_BLOCKS: usize>(
         }
     }
     warp::sync();
+}
+
+/// Waits until partials of each row, one in each lane, have their log-sum-exp; `index` is which of the row's the lane's are.
+#[inline(always)]
+unsafe fn wait_for_lse(params: &AttentionParams, parts: &[MergedPart; ROWS_AT_ONCE], partials: &[u64; ROWS_AT_ONCE], index: u32) {
+    let mut lse = [NOT_STORED; ROWS_AT_ONCE];
+    while warp::any(is_any_missing(&lse)) {
+        control::sleep(NS_BETWEEN_LOOKS);
+        for row in 0..ROWS_AT_ONCE {
+            lse[row] = parts[row].load_lse(params, partials[row], index);
+        }
+    }
+}
+
+/// Whether some of these words have not been stored yet.
+#[inline(always)]
+fn is_any_missing(words: &[u32]) -> bool {
+    words.iter().fold(false, |is_missing, &word| is_missing | (word == NOT_STORED))
 }
 
 /// Where the elements of partial row `partial` lie, from `element` on.

@@ -8,12 +8,12 @@
 
 use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES};
 
-use super::TRIO;
-use super::consumer::CONSUMER_ROWS;
+use super::consumer::{CONSUMER_ROWS, WARPS};
 use super::helpers::{Helpers, Tensor};
 use super::queries;
 use super::queue::{NO_TASK, Queue, leave};
 use super::shared::{ColumnTile, Ring, Shared};
+use super::{TRIO, merge};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
 use crate::ptx::memory::prefetch_global;
@@ -131,11 +131,16 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
     }
     items.wait_empty();
     tasks.wait_empty();
+    let mut share = 0;
     if leads {
-        shared.post_end(tasks.stage(), leave::<H>(params));
+        share = leave::<H>(params);
+        shared.post_end(tasks.stage(), share);
     }
     items.fill_by(leads);
     tasks.fill();
+    if leads {
+        merge::prefetch::<DIM_BLOCKS>(params, share, WARPS * Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::CONSUMERS);
+    }
 }
 
 /// Has Q of all tasks brought, and works out the rows of consumer 1.

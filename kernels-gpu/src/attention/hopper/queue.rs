@@ -3,6 +3,7 @@
 use packinfer_abi::{AttentionParams, Scheduler};
 
 use super::helpers::Helpers;
+use crate::ptx::math::divide;
 use crate::ptx::memory::{fetch_add_global, store_global};
 use crate::ptx::special::{block_index, num_blocks};
 
@@ -27,11 +28,11 @@ impl Queue {
     /// The first task of this block, which no other has. It has one of the queue that it begins with, but for blocks that are there for their readers.
     #[inline(always)]
     pub fn first_task<H: Helpers>(self, params: &AttentionParams) -> Option<u32> {
-        let task = match self {
+        let place = match self {
             Self::Front => block_index(),
             Self::Back => params.front_tasks + block_index() - (num_blocks() - params.back_blocks),
         };
-        if H::READ && block_index() >= params.front_tasks { None } else { Some(task) }
+        if H::READ && block_index() >= params.front_tasks { None } else { Some(task_at(params, place)) }
     }
 
     /// The other queue.
@@ -62,8 +63,26 @@ impl Queue {
             Self::Front => (num_blocks() - params.back_blocks, params.front_tasks),
             Self::Back => (params.front_tasks + params.back_blocks, params.num_items * params.heads.num_groups),
         };
-        let task = first + ticket;
-        if task < end { Some(task) } else { None }
+        let place = first + ticket;
+        if place < end { Some(task_at(params, place)) } else { None }
+    }
+}
+
+/// The task that comes at a place of both queues, one behind the other.
+#[inline(always)]
+fn task_at(params: &AttentionParams, place: u32) -> u32 {
+    let (groups, at_once) = (params.heads.num_groups, params.groups_at_once);
+    if place >= params.front_tasks || at_once >= groups {
+        return place;
+    }
+    // SAFETY: there are tasks, so there are head groups and items; and some groups come at once.
+    unsafe {
+        let front_items = divide(params.front_tasks, groups);
+        let first_group = divide(place, front_items * at_once) * at_once;
+        let groups_here = core::cmp::min(at_once, groups - first_group);
+        let place_here = place - first_group * front_items;
+        let item = divide(place_here, groups_here);
+        item * groups + first_group + (place_here - item * groups_here)
     }
 }
 
