@@ -117,7 +117,7 @@ impl Plan {
         self.heads
     }
 
-    /// Work items: those that read the same KV together, of them and among them the longest first; or request after request where they
+    /// Work items: those that read the same KV together, of them and among them the longest first, but for short ones of all, which may come last; or request after request where they
     /// are not packed. Where there are two queues, those of the front come first.
     pub fn items(&self) -> &[WorkItem] {
         &self.items

@@ -23,8 +23,8 @@ use crate::softmax::LN_2;
 const LANE_ELEMENTS: u32 = 4;
 /// The fewest lanes that load parts of one partial.
 const FEWEST_LANES: u32 = 8;
-/// Loads of partials that a lane has on their way, for each row.
-const LOADS_AHEAD: u32 = LANES / (LANES / FEWEST_LANES);
+/// Loads of partials that a lane has on their way, for each row: those of a warp are 32 partials at most.
+const LOADS_AHEAD: u32 = FEWEST_LANES;
 /// Rows, or parts of rows, that a warp merges at once.
 const ROWS_AT_ONCE: usize = 2;
 /// How long a warp waits before it looks again whether rows are complete.
