@@ -15,9 +15,7 @@ use crate::tile::Tile;
 
 /// Lanes that end this close together, as a part of the whole, are left as they are.
 const BALANCED: f64 = 0.02;
-/// Short items that are begun last take so many times as long, all together, as a lane that does the longest of them would have all lanes wait …
-const SHORT_ITEMS: u64 = 1;
-/// … and this part of everything at most: then they are short.
+/// Short items take this part of everything at most.
 const MOST_SHORT: f64 = 0.25;
 /// Items of a head group that are given to lanes to see when they end: plans of more have so many for each lane that it hardly matters.
 const MOST_GIVEN: usize = 1 << 12;
@@ -98,7 +96,7 @@ impl Order {
         }
     }
 
-    /// Has short items of all packs begun last, if the lanes then end earlier.
+    /// Has short items of all packs begun last, if the lanes then end earlier: so many that they give each lane as much to do as the longest of them takes.
     fn end_with_short_items(&mut self, tiles: &[Tile], items: &[Item], times: &[WorkTimes], device: LanesOfGroups) {
         let time_of = |place: &Place| times[place.item as usize].full_ns();
         let total = times.iter().fold(0, |total: Ns, times| total.saturating_add(times.full_ns()));
@@ -121,7 +119,7 @@ impl Order {
         let mut together: Ns = 0;
         let longest_short = ascending.iter().copied().find(|&time| {
             together = time.saturating_mul(Ns::from(device.copies)).saturating_add(together);
-            together >= time.saturating_mul(SHORT_ITEMS * Ns::from(device.lanes))
+            together >= time.saturating_mul(Ns::from(device.lanes))
         });
         let Some(longest_short) = longest_short.filter(|_| together as f64 <= MOST_SHORT * total as f64) else { return };
         let is_short = |place: &Place| time_of(place) <= longest_short && !tiles[items[place.item as usize].tile as usize].shared;
