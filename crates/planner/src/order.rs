@@ -99,8 +99,11 @@ impl Order {
     /// Has short items of all packs begun last, if the lanes then end earlier: so many that they give each lane as much to do as the longest of them takes.
     fn end_with_short_items(&mut self, tiles: &[Tile], items: &[Item], times: &[WorkTimes], device: LanesOfGroups) {
         let time_of = |place: &Place| times[place.item as usize].full_ns();
-        let total = times.iter().fold(0, |total: Ns, times| total.saturating_add(times.full_ns()));
-        let total = total.saturating_mul(Ns::from(device.copies));
+        // What items take for all head groups that share the lanes.
+        let together = |times: &[Ns]| {
+            let sum = times.iter().fold(0, |sum: Ns, &time| sum.saturating_add(time));
+            sum.saturating_mul(Ns::from(device.copies))
+        };
         let Self { places, shortest, ascending, others, lanes, .. } = self;
         let mut end = |places: &[Place]| {
             lanes.reset(device.lanes);
@@ -109,19 +112,25 @@ impl Order {
             }
             lanes.max()
         };
-        let end_by_packs = end(places);
-        if end_by_packs as f64 <= total as f64 / f64::from(device.lanes) * (1.0 + BALANCED) {
-            return;
-        }
         ascending.clear();
         ascending.extend(places.iter().map(time_of));
+        let total = together(ascending) as f64;
+        let end_by_packs = end(places);
+        if end_by_packs as f64 <= total / f64::from(device.lanes) * (1.0 + BALANCED) {
+            return;
+        }
         ascending.sort_unstable();
-        let mut together: Ns = 0;
+        let mut so_far: Ns = 0;
         let longest_short = ascending.iter().copied().find(|&time| {
-            together = time.saturating_mul(Ns::from(device.copies)).saturating_add(together);
-            together >= time.saturating_mul(Ns::from(device.lanes))
+            so_far = time.saturating_mul(Ns::from(device.copies)).saturating_add(so_far);
+            so_far >= time.saturating_mul(Ns::from(device.lanes))
         });
-        let Some(longest_short) = longest_short.filter(|_| together as f64 <= MOST_SHORT * total as f64) else { return };
+        let Some(longest_short) = longest_short else { return };
+        // Those that take as long are short too.
+        let num_short = ascending.partition_point(|&time| time <= longest_short);
+        if together(&ascending[..num_short]) as f64 > MOST_SHORT * total {
+            return;
+        }
         let is_short = |place: &Place| time_of(place) <= longest_short && !tiles[items[place.item as usize].tile as usize].shared;
         shortest.clear();
         shortest.resize(self.longest.len(), Ns::MAX);

@@ -242,7 +242,8 @@ impl Plan {
     /// The tasks of a queue, in the order in which they are begun, and what they take.
     fn tasks_in_order(&self, items: Range<usize>, model: &DeviceModel) -> impl Iterator<Item = (usize, WorkTimes)> {
         let groups = self.heads.num_groups as usize;
-        let at_once = if items.start == 0 { self.groups_at_once as usize } else { groups };
+        let is_front = items.end <= self.num_front_items as usize;
+        let at_once = if is_front { self.groups_at_once as usize } else { groups };
         (0..groups).step_by(at_once.max(1)).flat_map(move |first| {
             let groups_here = first..(first + at_once).min(groups);
             let of_item = move |(item, times)| groups_here.clone().map(move |group| (item * groups + group, times));
