@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use packinfer_abi::{HeadGroups, KvRun, MergeToken, RowSegment, TALL_TILE_ROWS, WorkItem};
+use packinfer_abi::{Attendance, HeadGroups, KvRun, MergeToken, RowSegment, TALL_TILE_ROWS, WorkItem};
 use packinfer_batch::{AttentionShape, KvLayout};
 use packinfer_planner::{KernelFamily, Plan};
 
@@ -184,6 +184,7 @@ impl Layout {
     /// Those that do tasks `beside` others begin with one of each queue, if there are so many.
     fn attention_blocks(&self, multiprocessors: u32, beside: bool) -> u32 {
         let Self { attention_tasks: tasks, front_tasks, .. } = *self;
+        let multiprocessors = multiprocessors.min(Attendance::MOST_BLOCKS);
         match self.family {
             KernelFamily::Sm90a if beside => front_tasks.max(tasks - front_tasks).min(multiprocessors),
             KernelFamily::Sm90a => tasks.min(multiprocessors),

@@ -178,10 +178,6 @@ impl Engine {
     /// Attention of one layer: gives its launches to `stream` and does not wait for them. Nothing is allocated unless the workspace
     /// has to grow.
     ///
-    /// Kernels for Hopper merge partial results when they have nothing else left to do, and wait for those of others until then. So runs that merge must not be under way at the same time on streams of
-    /// different priorities, or in processes that share the device by MPS: each could keep multiprocessors that the other's blocks need to begin. Streams of one priority, as
-    /// [`Self::stream`] makes them, may run them beside each other.
-    ///
     /// # Errors
     ///
     /// Tensors of another type or of other lengths than the plan's, or at addresses that are not multiples of 16; a softmax scale

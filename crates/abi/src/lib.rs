@@ -26,11 +26,13 @@
 //! Counts and indices are `u32`: the planner rejects what does not fit.
 #![no_std]
 
+mod attendance;
 mod kv;
 mod numbers;
 
 use core::ops::Range;
 
+pub use attendance::{Attendance, Share};
 pub use kv::{
     KV_APPEND_THREADS, KV_MOVE_THREADS, KvAppendParams, KvCopyPiece, KvMoveParams, PIECE_VECTORS, RopeLayout, VECTOR_BYTES,
 };
@@ -261,7 +263,7 @@ impl HeadGroups {
     }
 }
 
-/// What the persistent blocks of a launch share: they take tasks in order, and the last one to finish sets all words to zero again.
+/// What the persistent blocks of a launch share: they take tasks in order, and the last one to leave sets all words to zero again.
 ///
 /// Task `t` is work item `t / num_groups` for head group `t % num_groups`. The tasks are two queues: the first
 /// [`front_tasks`](AttentionParams::front_tasks), and those behind them. In the front, all items come for the first [`groups_at_once`](AttentionParams::groups_at_once) head groups, then for
@@ -270,8 +272,8 @@ impl HeadGroups {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scheduler {
-    /// Blocks that have finished; where a block takes from both queues at a time, it counts for each.
-    pub finished: u32,
+    /// How far the blocks are.
+    pub attendance: Attendance,
     /// Tasks taken of each queue, beyond the first of each block.
     pub taken: [u32; 2],
 }

@@ -1,5 +1,6 @@
 //! Rows that are merged from partials, by a kernel of their own or when no task is left.
 
+use cust::stream::{Stream as RawStream, StreamFlags};
 use half::{bf16, f16};
 use packinfer::{Batch, DeviceModel, Engine, Mask, Plan, Planner};
 use packinfer_abi::{DIRECT, KvRun, TileKind};
@@ -131,5 +132,65 @@ fn partials_that_are_not_numbers() {
                 }
             }
         }
+    }
+}
+
+/// A batch whose plan keeps less than half of the multiprocessors busy for a while, and merges nothing; none where there are no kernels for Hopper.
+fn long_and_narrow(engine: &Engine) -> Option<(Case<bf16>, Plan)> {
+    let case = Case::<bf16>::new(contiguous(shape::<bf16>(4, 128), Mask::Causal, &[(768, 100_000)]));
+    let plan = case.plan_for_hopper(engine, |model| DeviceModel { merge_ns: 1e9, ..model })?;
+    assert_eq!(plan.merge_tokens(), []);
+    let num_tasks = plan.items().len() as u32 * plan.heads().num_groups;
+    assert!(num_tasks > 16 && num_tasks < engine.device().multiprocessors / 2, "{num_tasks} tasks");
+    Some((case, plan))
+}
+
+/// Some blocks of a launch begin only when others have ended, so these must not wait for them; and whoever merges, O is the same.
+#[test]
+fn blocks_that_begin_late() {
+    let Some(engine) = engine() else { return };
+    let Some((holding, holding_plan)) = long_and_narrow(engine) else { return };
+    // All rows have partials of all blocks.
+    let merging = with_sinks::<bf16>(contiguous(shape::<bf16>(4, 128), Mask::Causal, &[(64, 30_000)]));
+    let split = |model| DeviceModel { bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..model };
+    let Some(merging_plan) = merging.plan_for_hopper(engine, split) else { return };
+    let num_tasks = merging_plan.items().len() as u32 * merging_plan.heads().num_groups;
+    assert!(num_tasks >= engine.device().multiprocessors, "{num_tasks} tasks");
+    let alone = merging.run_plan(engine, &merging_plan);
+    merging.check(&alone);
+
+    // The second launch that merges comes first where there is room.
+    let streams = [-1, 0, -1].map(|priority| {
+        let raw = RawStream::new(StreamFlags::NON_BLOCKING, Some(priority)).expect("a stream");
+        // SAFETY: it is of the primary context, which the engine has made this thread's, and outlives all that is used with it.
+        let stream = unsafe { engine.foreign_stream(raw.as_inner()) }.expect("a stream");
+        (stream, raw)
+    });
+    let mut cases = [&holding, &merging, &merging].map(|case| case.on_device(engine));
+    let mut runs: Vec<_> = [&holding_plan, &merging_plan, &merging_plan]
+        .into_iter()
+        .zip(&streams)
+        .map(|(plan, (stream, _))| {
+            let plan = engine.upload(plan, stream).expect("the plan fits");
+            let stamps = engine.stamps(&plan).expect("there is room");
+            (stream, plan, engine.workspace().expect("there is room"), stamps)
+        })
+        .collect();
+    let mut end_while_others_hold = || {
+        for ((stream, plan, workspace, stamps), case) in runs.iter_mut().zip(&mut cases) {
+            case.run_stamped(engine, plan, workspace, stream, stamps).expect("the run is right");
+        }
+        let mut ends = runs.iter().map(|(.., stamps)| {
+            let stamps = stamps.read().expect("the work is done");
+            stamps.into_iter().map(|stamp| stamp.end_ns).collect::<Vec<_>>()
+        });
+        let held_until = ends.next().and_then(|ends| ends.into_iter().min());
+        ends.flatten().max() < held_until
+    };
+    // Other tests may use the device too: not all of the time.
+    let times = (0..20).filter(|_| end_while_others_hold()).count();
+    assert!(times > 0, "both always waited for a launch that they have nothing to do with");
+    for case in &cases[1..] {
+        assert!(case.results() == alone, "whoever merges, O is the same");
     }
 }

@@ -106,6 +106,19 @@ pub unsafe fn load_of_device_if(address: u64, condition: bool, otherwise: u32) -
     value
 }
 
+/// As [`load_of_device_if`], of two words, always.
+///
+/// # Safety
+///
+/// As [`load_of_device_if`]; `address` is aligned to 8 bytes.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn load_of_device_u64(address: u64) -> u64 {
+    let value: u64;
+    asm!("ld.relaxed.gpu.global.u64 {0}, [{1}];", out(reg64) value, in(reg64) address, options(readonly, nostack));
+    value
+}
+
 /// As [`load_of_device_if`], of four words; zeros where `condition` does not hold.
 ///
 /// # Safety
@@ -342,15 +355,56 @@ pub unsafe fn store_shared_f32x2(address: u32, a: f32, b: f32) {
     asm!("st.shared.v2.f32 [{0}], {{{1}, {2}}};", in(reg32) address, in(reg32) a, in(reg32) b, options(nostack));
 }
 
-/// Adds to a word that other blocks change too, and returns what it was.
+/// Adds to a word that other blocks change too, and returns what it was. It orders no other memory accesses.
 ///
 /// # Safety
 ///
 /// `address` is aligned to 4 bytes and writable.
+#[cfg(feature = "sm_90a")]
 #[inline(always)]
 pub unsafe fn fetch_add_global(address: u64, value: u32) -> u32 {
     let before: u32;
-    asm!("atom.acq_rel.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) before, in(reg64) address, in(reg32) value, options(nostack));
+    asm!("atom.relaxed.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) before, in(reg64) address, in(reg32) value, options(nostack));
+    before
+}
+
+/// As [`fetch_add_global`], of two words.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and writable.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn fetch_add_global_u64(address: u64, value: u64) -> u64 {
+    let before: u64;
+    asm!("atom.relaxed.gpu.global.add.u64 {0}, [{1}], {2};", out(reg64) before, in(reg64) address, in(reg64) value, options(nostack));
+    before
+}
+
+/// As [`fetch_add_global_u64`]; and what comes before it comes before what is behind those that find its sum.
+///
+/// # Safety
+///
+/// As [`fetch_add_global_u64`].
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn fetch_add_global_u64_ordered(address: u64, value: u64) -> u64 {
+    let before: u64;
+    asm!("atom.acq_rel.gpu.global.add.u64 {0}, [{1}], {2};", out(reg64) before, in(reg64) address, in(reg64) value, options(nostack));
+    before
+}
+
+/// Makes two words that other blocks change too `value`, if they are `expected`; returns what they were. It orders no other memory accesses.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and writable.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn compare_and_swap_global_u64(address: u64, expected: u64, value: u64) -> u64 {
+    let before: u64;
+    asm!("atom.relaxed.gpu.global.cas.b64 {0}, [{1}], {2}, {3};",
+        out(reg64) before, in(reg64) address, in(reg64) expected, in(reg64) value, options(nostack));
     before
 }
 

@@ -1,12 +1,12 @@
 //! Merging partials in the launch that makes them: when no task is left, the consumers of all blocks share out the rows of O that are merged.
 //!
 //! Whoever stores a partial does nothing besides. Between launches, every word of the partial buffers is [`NOT_STORED`], which no partial contains, so whoever merges a row sees which words are there
-//! already, waits for the others, and leaves [`NOT_STORED`] behind. Only blocks that still have a task can be late, so nobody waits for anybody who has not begun. Which warp
-//! merges a row does not matter, and the order in which its partials are added is that of the plan.
+//! already, waits for the others, and leaves [`NOT_STORED`] behind. Only blocks that have begun are waited for: a block that has no task left before all have begun has
+//! [no share](packinfer_abi::Attendance). Which warp merges a row does not matter, and the order in which its partials are added is that of the plan.
 
 use core::f32::consts::LOG2_E;
 
-use packinfer_abi::{AttentionParams, DeviceAddress, MergeToken, NOT_STORED};
+use packinfer_abi::{AttentionParams, DeviceAddress, MergeToken, NOT_STORED, Share};
 
 use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::control;
@@ -30,7 +30,7 @@ const ROWS_AT_ONCE: usize = 2;
 /// How long a warp waits before it looks again whether rows are complete.
 const NS_BETWEEN_LOOKS: u32 = 100;
 
-/// How the rows that are merged are divided among all warps that merge.
+/// How the rows that are merged are divided: the same, whoever merges them, so that O is.
 #[derive(Clone, Copy)]
 struct Division {
     /// Base 2 logarithm of the lanes that load a partial together; the others load further ones of the same row.
@@ -40,7 +40,7 @@ struct Division {
 }
 
 impl Division {
-    /// As many parts of a row as leave each warp no more than it merges at once.
+    /// As many parts of a row as leave each of a launch's `num_warps` warps no more than it merges at once.
     #[inline(always)]
     fn of<const DIM_BLOCKS: usize>(num_rows: u32, num_warps: u32) -> Self {
         let lanes_of_row = 8 * DIM_BLOCKS as u32 / LANE_ELEMENTS;
@@ -185,21 +185,21 @@ impl Sum {
     }
 }
 
-/// Merges rows, once a block has no more tasks: those of warp `warp` of its `warps`, for the `share`-th block of the launch that has none. Blocks that end early have the first ones.
+/// Merges rows, once a block has no more tasks: those of warp `warp` of its `warps`. Blocks that end early have the first ones.
 ///
 /// # Safety
 ///
 /// Reached by all lanes of the warp, when its block has taken its last task, and stored or handed over to others what it has computed. No other block has this share.
 #[inline(always)]
-pub unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize>(params: &AttentionParams, share: u32, warp: u32, warps: u32) {
-    if params.num_merged_rows == 0 {
+pub unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize>(params: &AttentionParams, share: Share, warp: u32, warps: u32) {
+    if params.num_merged_rows == 0 || share.of == 0 {
         return;
     }
     let lane = thread_index() % LANES;
-    let num_warps = warps * num_blocks();
-    let division = Division::of::<DIM_BLOCKS>(params.num_merged_rows, num_warps);
+    let division = Division::of::<DIM_BLOCKS>(params.num_merged_rows, warps * num_blocks());
     let num_parts = params.num_merged_rows * division.parts;
-    let mut first = share * warps + warp;
+    let num_warps = warps * share.of;
+    let mut first = share.index * warps + warp;
     while first < num_parts {
         // One in each lane.
         let part = MergedPart::find(params, division, first + lane * num_warps);
@@ -225,10 +225,10 @@ pub unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize>(params: &Attention
 ///
 /// As [`merge_rows`], but for the task that the block may still have; by one lane.
 #[inline(always)]
-pub unsafe fn prefetch<const DIM_BLOCKS: usize>(params: &AttentionParams, share: u32, warps: u32) {
-    if params.num_merged_rows > 0 {
+pub unsafe fn prefetch<const DIM_BLOCKS: usize>(params: &AttentionParams, share: Share, warps: u32) {
+    if params.num_merged_rows > 0 && share.of > 0 {
         let division = Division::of::<DIM_BLOCKS>(params.num_merged_rows, warps * num_blocks());
-        let part = MergedPart::find(params, division, share * warps);
+        let part = MergedPart::find(params, division, share.index * warps);
         prefetch_global(params.merge_sources + 4 * u64::from(part.source_begin));
     }
 }

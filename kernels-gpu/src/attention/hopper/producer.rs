@@ -6,12 +6,12 @@
 //! | 2 | Q: a box for each piece of a row segment; works out the rows of consumer 1 |
 //! | 3 | takes tasks, posts them, works out the rows of consumer 0, and of consumer 2 where there are three |
 
-use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, TENSOR_MAP_BYTES};
+use packinfer_abi::{AttentionParams, KvRun, NUM_KV_BOXES, NUM_QUERY_BOXES, Share, TENSOR_MAP_BYTES};
 
 use super::consumer::{CONSUMER_ROWS, WARPS};
 use super::helpers::{Helpers, Tensor};
 use super::queries;
-use super::queue::{NO_TASK, Queue, leave};
+use super::queue::{Beginning, NO_TASK, Queue, leave};
 use super::shared::{ColumnTile, Ring, Shared};
 use super::{TRIO, merge};
 use crate::attention::task::Task;
@@ -27,10 +27,6 @@ pub const LOADER_WARPS: u32 = 3;
 
 /// Warps that work out rows of tasks.
 pub const POSTING_WARPS: u32 = 2;
-
-/// Steps of a long task, of which the block takes the next only when so many are left to be loaded: early enough to begin with it in time, and late enough that
-/// no block has one in store that another would be free for. Of shorter tasks, the block takes some ahead.
-pub const LONG_TASK_STEPS: u32 = 2;
 
 /// Bytes of K, and as many of V, that a block brings before the L2 cache is to give up what it brings first: until then, these take the place of what others have written there and that
 /// must be stored in memory, all at once. Later they take the place of each other.
@@ -59,14 +55,16 @@ pub unsafe fn run<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLO
     match warp {
         0 => {
             let (mut loader, near_end) = (H::loader(shared, Tensor::K), shared.near_end());
-            let tell = |steps_left| {
-                if steps_left == LONG_TASK_STEPS {
-                    near_end.send();
-                }
-            };
             let mut items = shared.item_ring();
             while let Some(slot) = shared.next_posted(&items) {
-                H::load(shared, Tensor::K, &shared.task(params, slot), &mut loader, lane, tell);
+                let task = shared.task(params, slot);
+                let at_next = shared.steps_left_at_next(task.item.tile);
+                let tell = |steps_left| {
+                    if steps_left == at_next {
+                        near_end.send();
+                    }
+                };
+                H::load(shared, Tensor::K, &task, &mut loader, lane, tell);
                 items.release_by_lanes();
             }
         }
@@ -91,7 +89,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
     lane: u32,
 ) {
     let (mut items, mut tasks, mut near_end) = (shared.item_ring(), shared.task_ring(), shared.near_end());
-    let leads = lane == 0;
+    let (leads, mut is_first) = (lane == 0, true);
     let mut next = Queue::of_block(params).first_task::<H>(params);
     while let Some(index) = next {
         items.wait_empty();
@@ -104,9 +102,9 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
         }
         items.fill_by(leads);
         let scales = if H::CONVERT && leads { task.kv_scales() } else { [1.0; 2] };
-        // The ticket of a task after a short one is on its way through memory meanwhile.
+        // The ticket of a task after a short one is on its way through memory meanwhile, but for the first task, which nothing is to delay.
         let mut ticket = 0;
-        if leads && !shared.is_long(stage) {
+        if leads && !is_first && !shared.is_long(stage) {
             ticket = Queue::of_block(params).draw(params);
         }
         write_rows(params, shared, &task, stage, 0, lane);
@@ -120,19 +118,29 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
 
         let mut after = NO_TASK;
         if leads {
+            let beginning = if is_first { Some(Beginning::tell(params)) } else { None };
             if shared.is_long(stage) {
                 near_end.receive();
+            }
+            if is_first || shared.is_long(stage) {
                 ticket = Queue::of_block(params).draw(params);
             }
             after = task_of_ticket::<H>(params, ticket).unwrap_or(NO_TASK);
+            if let Some(beginning) = beginning {
+                beginning.complete(params);
+            }
         }
+        is_first = false;
         let after = warp::uniform(after);
         next = if after == NO_TASK { None } else { Some(after) };
     }
     items.wait_empty();
     tasks.wait_empty();
-    let mut share = 0;
+    let mut share = Share::NONE;
     if leads {
+        if is_first {
+            Beginning::tell(params).complete(params);
+        }
         share = leave::<H>(params);
         shared.post_end(tasks.stage(), share);
     }

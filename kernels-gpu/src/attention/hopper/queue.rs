@@ -1,10 +1,14 @@
 //! Which tasks a block takes: those of two queues, as [`Scheduler`] says.
 
-use packinfer_abi::{AttentionParams, Scheduler};
+use packinfer_abi::{Attendance, AttentionParams, Scheduler, Share};
 
 use super::helpers::Helpers;
+use crate::ptx::control;
 use crate::ptx::math::divide;
-use crate::ptx::memory::{fetch_add_global, store_global};
+use crate::ptx::memory::{
+    compare_and_swap_global_u64, fetch_add_global, fetch_add_global_u64, fetch_add_global_u64_ordered, load_of_device_u64,
+    store_global, store_global_u64,
+};
 use crate::ptx::special::{block_index, num_blocks};
 
 /// The index of a task that there is not.
@@ -118,22 +122,90 @@ impl ReaderQueue {
     }
 }
 
-/// Says that this block takes no more tasks; where its readers take some too, each of the two does. The last to say so makes the scheduler ready for the next launch. Returns a number that no other
-/// block gets: how many blocks have said so before, if there are no readers.
+/// That this block has begun, which the others are told; and what they had told until then.
+#[derive(Clone, Copy)]
+pub struct Beginning(Attendance);
+
+impl Beginning {
+    /// Tells the others.
+    ///
+    /// # Safety
+    ///
+    /// Reached by one thread, which later does all that [`Self::complete`] and [`leave`] want.
+    #[inline(always)]
+    pub unsafe fn tell(params: &AttentionParams) -> Self {
+        Self(Attendance(fetch_add_global_u64(attendance(params), Attendance::BEGUN)))
+    }
+
+    /// If this block was the last to begin, says so.
+    ///
+    /// # Safety
+    ///
+    /// Reached once, by the thread that told, before it [leaves](leave).
+    #[inline(always)]
+    pub unsafe fn complete(self, params: &AttentionParams) {
+        if self.0.begun() + 1 < num_blocks() {
+            return;
+        }
+        let mut expected = Attendance(self.0.0 + Attendance::BEGUN);
+        loop {
+            let before = compare_and_swap_global_u64(attendance(params), expected.0, expected.with_all_begun().0);
+            if before == expected.0 {
+                return;
+            }
+            expected = Attendance(before);
+        }
+    }
+}
+
+/// How often a block that has no task left looks whether all have begun, before it leaves without a share: for about 20 µs.
+const LOOKS: u32 = 32;
+/// How long it waits before it looks again.
+const NS_BETWEEN_LOOKS: u32 = 100;
+
+/// Says that this block takes no more tasks, and returns its share of the rows that are merged. Its consumers are mostly still at work.
 ///
 /// # Safety
 ///
-/// Reached by one thread of the producer, and one of the readers, if there are any.
+/// Reached by one thread of the producer, after [`Beginning::complete`].
 #[inline(always)]
-pub unsafe fn leave<H: Helpers>(params: &AttentionParams) -> u32 {
-    let finished = params.scheduler + core::mem::offset_of!(Scheduler, finished) as u64;
-    let leaving = if H::READ { 2 * num_blocks() } else { num_blocks() };
-    let before = fetch_add_global(finished, 1);
-    if before == leaving - 1 {
-        let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
-        store_global(taken, 0);
-        store_global(taken + size_of::<u32>() as u64, 0);
-        store_global(finished, 0);
+pub unsafe fn leave<H: Helpers>(params: &AttentionParams) -> Share {
+    let mut looks = 0;
+    while !Attendance(load_of_device_u64(attendance(params))).have_all_begun() && looks < LOOKS {
+        control::sleep(NS_BETWEEN_LOOKS);
+        looks += 1;
     }
-    if H::READ { block_index() } else { before }
+    let before = Attendance(fetch_add_global_u64_ordered(attendance(params), Attendance::LEFT));
+    let readers_have_left = !H::READ || before.readers_left() == num_blocks();
+    if readers_have_left && before.left() + 1 == num_blocks() {
+        prepare_next_launch(params);
+    }
+    before.share_of_next(num_blocks())
+}
+
+/// The same, for the block's readers.
+///
+/// # Safety
+///
+/// Reached by one thread of them.
+#[inline(always)]
+pub unsafe fn readers_leave(params: &AttentionParams) {
+    let before = Attendance(fetch_add_global_u64_ordered(attendance(params), Attendance::READERS_LEFT));
+    if before.left() == num_blocks() && before.readers_left() + 1 == num_blocks() {
+        prepare_next_launch(params);
+    }
+}
+
+/// When all have left: makes the scheduler ready for the next launch.
+#[inline(always)]
+unsafe fn prepare_next_launch(params: &AttentionParams) {
+    let taken = params.scheduler + core::mem::offset_of!(Scheduler, taken) as u64;
+    store_global(taken, 0);
+    store_global(taken + size_of::<u32>() as u64, 0);
+    store_global_u64(attendance(params), 0);
+}
+
+#[inline(always)]
+fn attendance(params: &AttentionParams) -> u64 {
+    params.scheduler + core::mem::offset_of!(Scheduler, attendance) as u64
 }

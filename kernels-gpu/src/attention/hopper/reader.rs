@@ -15,7 +15,7 @@ use packinfer_abi::{AttentionParams, NARROW_TILE_ROWS, NUM_KV_BOXES, TENSOR_MAP_
 
 use super::helpers::Readers;
 use super::producer::{BoxCopies, NO_SLOT};
-use super::queue::{NO_TASK, ReaderQueue, leave};
+use super::queue::{NO_TASK, ReaderQueue, readers_leave};
 use super::shared::Shared;
 use super::softmax::{NOTHING_SEEN, RANGE_LOG2};
 use super::{PAIR, READER_WARPS, barrier};
@@ -437,7 +437,7 @@ pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
         index = load_shared(memory.next_task());
     }
     if thread == 0 {
-        leave::<Readers>(params);
+        readers_leave(params);
     }
 }
 

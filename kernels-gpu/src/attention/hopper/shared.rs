@@ -5,14 +5,14 @@ use core::ops::Range;
 
 use packinfer_abi::{
     AttentionParams, BESIDE_SHARED_BYTES, CONVERTING_SHARED_BYTES, HOPPER_ROW_TABLE_BYTES, HOPPER_SHARED_BYTES, NARROW_TILE_ROWS,
-    TALL_SHARED_BYTES, TALL_TILE_ROWS, TileKind, WorkItem, hopper_column_step,
+    Share, TALL_SHARED_BYTES, TALL_TILE_ROWS, TileKind, WorkItem, hopper_column_step,
 };
 
 use super::consumer::CONSUMER_ROWS;
 use super::converter::CONVERTER_WARPS;
 use super::exchange::Exchange;
 use super::helpers::{Helpers, PART_BYTES, STORED_STEP_BLOCKS};
-use super::producer::{LOADER_WARPS, LONG_TASK_STEPS, POSTING_WARPS};
+use super::producer::{LOADER_WARPS, POSTING_WARPS};
 use super::reader::ReaderMemory;
 use crate::attention::task::Task;
 use crate::ptx::mbarrier;
@@ -369,14 +369,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const HELPERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const ROWS: u32 =
         Self::HELPERS + if H::READ { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { H::STORED_STAGES * PART_BYTES };
-    /// Tasks that are known at a time, as many as there is room for, up to four: so that loads of one may begin before the consumers have finished another.
-    const TASKS: u32 = if H::READ {
-        2
-    } else if H::CONVERT {
-        3
-    } else {
-        4
-    };
+    /// Tasks that are known at a time: loads of one may begin before the consumers have finished another.
+    const TASKS: u32 = if H::READ { 2 } else { 3 };
     const EXCHANGE: u32 = Self::ROWS + Self::TASKS * HOPPER_ROW_TABLE_BYTES;
     const EXCHANGE_BYTES: u32 =
         if Self::HAS_EXCHANGE { Exchange::<DIM_BLOCKS>::BYTES } else { Self::CONSUMER_WARPS * Self::STAGING_BYTES };
@@ -586,8 +580,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     ///
     /// As [`Self::post_task`].
     #[inline(always)]
-    pub unsafe fn post_end(&self, stage: u32, share: u32) {
-        store_shared_x4(self.slot(stage) + Self::SLOT_TASK, [0, 0, 0, share]);
+    pub unsafe fn post_end(&self, stage: u32, share: Share) {
+        store_shared_x4(self.slot(stage) + Self::SLOT_TASK, [0, 0, share.of, share.index]);
     }
 
     /// What [`Self::post_end`] told.
@@ -596,8 +590,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     ///
     /// As [`Self::tile_kind`]; no task is left.
     #[inline(always)]
-    pub unsafe fn share(&self, stage: u32) -> u32 {
-        load_shared(self.slot(stage) + Self::SLOT_TASK + 12)
+    pub unsafe fn share(&self, stage: u32) -> Share {
+        let [_, _, of, index] = load_shared_x4(self.slot(stage) + Self::SLOT_TASK);
+        Share { index, of }
     }
 
     /// The slot of the next task that is posted, if there is one left.
@@ -651,6 +646,14 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         column(core::mem::offset_of!(WorkItem, column_begin))..column(core::mem::offset_of!(WorkItem, column_end))
     }
 
+    /// How many steps of a task are left to be loaded when the block takes the next: it is early enough to begin with that in time, and late enough that no block has one in store that another would be
+    /// free for. Of tasks with fewer steps, the block takes some ahead.
+    #[inline(always)]
+    pub fn steps_left_at_next(&self, kind: TileKind) -> u32 {
+        let is_narrow = Self::HAS_EXCHANGE && kind == TileKind::Narrow;
+        if is_narrow || DIM_BLOCKS > 16 { 1 } else { 2 }
+    }
+
     /// Whether the task has so many steps that the next is taken only [near its end](Self::near_end).
     ///
     /// # Safety
@@ -659,9 +662,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     #[inline(always)]
     pub unsafe fn is_long(&self, stage: u32) -> bool {
         let columns = self.columns(stage);
-        let is_narrow = Self::NARROW_STEP != Self::STEP && self.tile_kind(stage) == Some(TileKind::Narrow);
-        let step = if is_narrow { Self::NARROW_STEP } else { Self::STEP };
-        (columns.end - columns.start).div_ceil(step) >= LONG_TASK_STEPS
+        let kind = self.tile_kind(stage).unwrap_or(TileKind::Wide);
+        let step = if Self::NARROW_STEP != Self::STEP && kind == TileKind::Narrow { Self::NARROW_STEP } else { Self::STEP };
+        (columns.end - columns.start).div_ceil(step) >= self.steps_left_at_next(kind)
     }
 
     /// The index of the task.
