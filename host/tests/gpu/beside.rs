@@ -58,7 +58,7 @@ fn several_tokens_windows_and_sinks() {
     }
 }
 
-/// Partials of both kinds of tiles, merged by whoever stores the last of them.
+/// Partials of both kinds of tiles, merged when no task is left.
 #[test]
 fn partials_are_merged() {
     let Some(engine) = engine() else { return };

@@ -69,7 +69,7 @@ fn short_prompts_share_tiles() {
     }
 }
 
-/// Partials, merged by whoever stores the last of them.
+/// Partials, merged when no task is left.
 #[test]
 fn partials_are_merged() {
     let Some(engine) = engine() else { return };
