@@ -103,6 +103,19 @@ impl Lanes {
     }
 }
 
+/// What items take that so many lanes get one after another, each item `copies` times; and when the lanes are free at the latest, whichever is free first: nothing is begun later than they are free on
+/// average.
+pub(crate) fn total_and_latest_end(items: impl Iterator<Item = Ns>, copies: u32, num_lanes: u32) -> (Ns, Ns) {
+    let [copies, num_lanes] = [copies, num_lanes.max(1)].map(Ns::from);
+    let (mut total, mut latest_end): (Ns, Ns) = (0, 0);
+    for item in items {
+        total = item.saturating_mul(copies).saturating_add(total);
+        let end_by_lanes = item.saturating_mul(num_lanes).saturating_add(total - item.min(total));
+        latest_end = end_by_lanes.max(latest_end);
+    }
+    (total, latest_end.div_ceil(num_lanes))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -127,6 +140,23 @@ mod tests {
                 lanes.add(item);
                 loads[least] = loads[least].saturating_add(item);
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn lanes_are_free_when_it_is_said_that_they_are(
+            items in prop::collection::vec(prop_oneof![0..50u64, Just(Ns::MAX)], 0..100),
+            copies in 1..9u32,
+            num_lanes in 1..20u32,
+        ) {
+            let mut lanes = Lanes::default();
+            lanes.reset(num_lanes);
+            items.iter().flat_map(|&item| std::iter::repeat_n(item, copies as usize)).for_each(|item| lanes.add(item));
+            let (total, latest_end) = total_and_latest_end(items.iter().copied(), copies, num_lanes);
+            prop_assert_eq!(total, items.iter().fold(0, |sum: Ns, &item| item.saturating_mul(copies.into()).saturating_add(sum)));
+            // Sums that do not fit are cut off.
+            prop_assert!(lanes.max() <= latest_end || items.contains(&Ns::MAX), "{} > {latest_end}", lanes.max());
         }
     }
 

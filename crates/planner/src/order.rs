@@ -10,7 +10,7 @@ use packinfer_abi::TileKind;
 use crate::cost::{Ns, WorkTimes};
 use crate::device::LanesOfGroups;
 use crate::items::Item;
-use crate::lanes::Lanes;
+use crate::lanes::{Lanes, total_and_latest_end};
 use crate::tile::Tile;
 
 /// Lanes that end this close together, as a part of the whole, are left as they are.
@@ -112,13 +112,19 @@ impl Order {
             }
             lanes.max()
         };
-        ascending.clear();
-        ascending.extend(places.iter().map(time_of));
-        let total = together(ascending) as f64;
-        let end_by_packs = end(places);
-        if end_by_packs as f64 <= total / f64::from(device.lanes) * (1.0 + BALANCED) {
+        let (total, latest_end) = total_and_latest_end(places.iter().map(time_of), device.copies, device.lanes);
+        let total = total as f64;
+        let is_balanced = |end: Ns| end as f64 <= total / f64::from(device.lanes) * (1.0 + BALANCED);
+        // The latest end is found sooner, and mostly is enough.
+        if is_balanced(latest_end) {
             return;
         }
+        let end_by_packs = end(places);
+        if is_balanced(end_by_packs) {
+            return;
+        }
+        ascending.clear();
+        ascending.extend(places.iter().map(time_of));
         ascending.sort_unstable();
         let mut so_far: Ns = 0;
         let longest_short = ascending.iter().copied().find(|&time| {

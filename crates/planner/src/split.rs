@@ -12,7 +12,7 @@ use packinfer_batch::Batch;
 
 use crate::cost::{self, CostModel, Ns, WorkTimes, num_rows};
 use crate::device::LanesOfGroups;
-use crate::lanes::Lanes;
+use crate::lanes::{Lanes, total_and_latest_end};
 use crate::tile::{Tile, siblings};
 use crate::{DeviceModel, KernelFamily, Plan};
 
@@ -90,14 +90,8 @@ impl Splitter {
         self.order.extend(self.times.iter().zip(0..).map(|(times, index)| (Reverse(times.full_ns()), index)));
         // As numbers, which are sorted faster than pairs.
         self.order.sort_unstable_by_key(|&(Reverse(item), index)| u128::from(!item) << 32 | u128::from(index));
-        let (mut total, mut latest_end): (Ns, Ns) = (0, 0);
-        for &(Reverse(item), _) in &self.order {
-            total = self.times(item).saturating_add(total);
-            // No item begins later than lanes are free on average, with those before it and its copies.
-            let end_by_lanes = item.saturating_mul(Ns::from(num_lanes)).saturating_add(total - item);
-            latest_end = end_by_lanes.max(latest_end);
-        }
-        let latest_end = latest_end / Ns::from(num_lanes);
+        let longest_first = self.order.iter().map(|&(Reverse(item), _)| item);
+        let (total, latest_end) = total_and_latest_end(longest_first, copies, num_lanes);
         let ideal = total as f64 / f64::from(num_lanes);
         let merge_ns = if tiles.iter().any(|tile| tile.partial) { 0.0 } else { model.merge_ns };
         let is_balanced = |end: Ns| end as f64 <= ideal * (1.0 + BALANCED) || end as f64 <= ideal + merge_ns;
