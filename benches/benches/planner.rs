@@ -1,5 +1,5 @@
-//! Planning a batch from scratch, with a planner that has planned before, and making the plan of a decode step that of the next: what a
-//! server does once a step.
+//! Planning a batch from scratch, with a planner that has planned before, and making the plan of a decode step that of the next:
+//! what a server does once a step.
 //!
 //! The planner is that of an engine on an H100: it chooses between both families of kernels.
 

@@ -1,8 +1,8 @@
 //! Batches to measure with.
 //!
 //! Lengths are drawn from distributions that look like those of public traces, from a fixed seed: a batch is the same in every
-//! run. All batches have the heads of an 8-billion-parameter Llama 3 (32 query heads, 8 KV heads, head dimension 128, bf16), a causal mask,
-//! and KV in pages of 16 slots that lie in no order, as they do in a server that has run for a while.
+//! run. All batches have the heads of an 8-billion-parameter Llama 3 (32 query heads, 8 KV heads, head dimension 128, bf16), a
+//! causal mask, and KV in pages of 16 slots that lie in no order, as they do in a server that has run for a while.
 
 use packinfer_batch::{AttentionShape, Batch, BatchError, DType, Mask};
 use rand::rngs::SmallRng;
@@ -173,8 +173,8 @@ fn paged(lengths: &[(u32, u32)], rng: &mut SmallRng) -> Result<Batch, BatchError
     Ok(batch)
 }
 
-/// A batch of decodes in shuffled pages, with `own` tokens each behind prefixes of several levels. A level has so many prefixes, which the requests take
-/// in turn, of so many tokens: whole pages.
+/// A batch of decodes in shuffled pages, with `own` tokens each behind prefixes of several levels. A level has so many prefixes,
+/// which the requests take in turn, of so many tokens: whole pages.
 fn behind_prefixes(levels: &[(usize, u32)], own: &[u32], rng: &mut SmallRng) -> Result<Batch, BatchError> {
     let prefix_pages: usize = levels.iter().map(|&(prefixes, tokens)| prefixes * pages_of(tokens)).sum();
     let own_pages: usize = own.iter().map(|&tokens| pages_of(tokens)).sum();

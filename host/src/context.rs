@@ -17,14 +17,16 @@ thread_local! {
 
 /// A device in use. Every object that lives on it holds one, so that it outlives them all.
 ///
-/// It is the device's primary context, which the CUDA runtime and other libraries use as well, so they can share memory and streams.
+/// It is the device's primary context, which the CUDA runtime and other libraries use as well, so they can share memory and
+/// streams.
 pub(crate) struct Shared {
     pub info: DeviceInfo,
     /// The kernels that plans may be run with: at least one family.
     pub families: Vec<KernelFamily>,
     /// Whether launches can begin before the launch before them has ended.
     pub can_overlap: bool,
-    /// Held by threads that capture a stream alone, by those that wait for the device together: the driver fails both if they meet.
+    /// Held by threads that capture a stream alone, by those that wait for the device together: the driver fails both if they
+    /// meet.
     capturing: RwLock<()>,
     // Dropped in this order: modules are unloaded before their context goes.
     pub kernels: Kernels,
@@ -76,8 +78,8 @@ impl Shared {
         capture()
     }
 
-    /// Waits before something is freed that work may still be using. It is called where things are dropped, so an error, which can
-    /// only be that of earlier work, has nobody to go to: whoever waits for that work is told as well.
+    /// Waits before something is freed that work may still be using. It is called where things are dropped, so an error, which
+    /// can only be that of earlier work, has nobody to go to: whoever waits for that work is told as well.
     pub fn quiesce(&self) {
         let _ = self.synchronize();
     }

@@ -76,7 +76,8 @@ fn shared_bytes_per_block(device: Device) -> Result<u32, EngineError> {
     Ok(bytes.max(0) as u32)
 }
 
-/// CUDA version of the oldest driver that loads a family's PTX: 11.4, which came with driver 470, for ISA 7.4; 12.0 (525) for ISA 8.0.
+/// CUDA version of the oldest driver that loads a family's PTX: 11.4, which came with driver 470, for ISA 7.4; 12.0 (525) for ISA
+/// 8.0.
 pub(crate) const fn oldest_driver(family: KernelFamily) -> u32 {
     match family {
         KernelFamily::Sm80 => 11_040,

@@ -180,8 +180,9 @@ impl Layout {
         })
     }
 
-    /// Thread blocks of an attention kernel: one for each task; or persistent ones, as many as have a task to begin with, but no more than one for each multiprocessor.
-    /// Those that do tasks `beside` others begin with one of each queue, if there are so many.
+    /// Thread blocks of an attention kernel: one for each task; or persistent ones, as many as have a task to begin with, but no
+    /// more than one for each multiprocessor. Those that do tasks `beside` others begin with one of each queue, if there are so
+    /// many.
     fn attention_blocks(&self, multiprocessors: u32, beside: bool) -> u32 {
         let Self { attention_tasks: tasks, front_tasks, .. } = *self;
         let multiprocessors = multiprocessors.min(Attendance::MOST_BLOCKS);
@@ -192,7 +193,8 @@ impl Layout {
         }
     }
 
-    /// Of `blocks` persistent blocks, those that begin with the queue behind the front: as many as the plan says, but no more than there are tasks, in either queue.
+    /// Of `blocks` persistent blocks, those that begin with the queue behind the front: as many as the plan says, but no more
+    /// than there are tasks, in either queue.
     pub fn back_blocks(&self, blocks: u32) -> u32 {
         let back_tasks = self.attention_tasks - self.front_tasks;
         self.back_lanes.clamp(blocks.saturating_sub(self.front_tasks).min(back_tasks), back_tasks.min(blocks))

@@ -132,8 +132,8 @@ impl Engine {
         Ok(buffer)
     }
 
-    /// A buffer of `len` elements on the device that are those of `elements`, over and over: data to measure with, for whose length the host need not have memory. Zeros if
-    /// there are no elements.
+    /// A buffer of `len` elements on the device that are those of `elements`, over and over: data to measure with, for whose
+    /// length the host need not have memory. Zeros if there are no elements.
     ///
     /// # Errors
     ///
@@ -156,15 +156,16 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Not enough device memory, a plan too large for a launch, or kernels that the driver cannot load (they are loaded when first
-    /// needed).
+    /// Not enough device memory, a plan too large for a launch, or kernels that the driver cannot load (they are loaded when
+    /// first needed).
     pub fn upload(&self, plan: &Plan, stream: &Stream) -> Result<DevicePlan, EngineError> {
         self.check("the stream", stream.shared())?;
         DevicePlan::upload(&self.shared, plan, stream)
     }
 
     /// As [`Self::upload`], into the memory of a plan that is no longer needed. Allocates only if the plan does not fit. The copy
-    /// waits for runs of the old plan on whatever streams; the host waits only if the copy of the plan before the old one is not done.
+    /// waits for runs of the old plan on whatever streams; the host waits only if the copy of the plan before the old one is not
+    /// done.
     ///
     /// # Errors
     ///
@@ -175,8 +176,8 @@ impl Engine {
         device_plan.replace(plan, stream)
     }
 
-    /// Attention of one layer: gives its launches to `stream` and does not wait for them. Nothing is allocated unless the workspace
-    /// has to grow.
+    /// Attention of one layer: gives its launches to `stream` and does not wait for them. Nothing is allocated unless the
+    /// workspace has to grow.
     ///
     /// # Errors
     ///

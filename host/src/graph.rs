@@ -13,8 +13,9 @@ use crate::{Engine, EngineError};
 
 /// Work that was captured: the launches of one or more runs, with the addresses and grids that they had.
 ///
-/// A decode step can be launched again for the steps that follow it: [`packinfer_planner::Plan::append`] keeps what the launches depend on, and
-/// [`Engine::upload_into`] puts the longer plan where the old one was; [`crate::DevicePlan::keeps_graphs`] tells whether it will.
+/// A decode step can be launched again for the steps that follow it: [`packinfer_planner::Plan::append`] keeps what the launches
+/// depend on, and [`Engine::upload_into`] puts the longer plan where the old one was; [`crate::DevicePlan::keeps_graphs`] tells
+/// whether it will.
 ///
 /// ```no_run
 /// use half::bf16;
@@ -47,9 +48,9 @@ unsafe impl Send for Graph {}
 impl Engine {
     /// Captures what `work` gives to the stream, instead of doing it.
     ///
-    /// Run the same once before: what the first run of a plan, workspace, Q, K and V on a stream does besides (a workspace that grows, tensor maps
-    /// that are made, waiting for the stream of the upload) cannot be captured. Other threads that wait for the device meanwhile, as those do that
-    /// allocate its memory, wait for the capture too.
+    /// Run the same once before: what the first run of a plan, workspace, Q, K and V on a stream does besides (a workspace that
+    /// grows, tensor maps that are made, waiting for the stream of the upload) cannot be captured. Other threads that wait for
+    /// the device meanwhile, as those do that allocate its memory, wait for the capture too.
     ///
     /// # Errors
     ///
@@ -89,9 +90,10 @@ impl Graph {
     ///
     /// # Safety
     ///
-    /// What was captured would be right to do now: the plans, workspaces and tensors are alive until the work is done, no other work uses the
-    /// workspaces at that time, and plans that were uploaded since kept the graph ([`crate::DevicePlan::keeps_graphs`]) and fit the tensors
-    /// (`num_slots`). Plans are uploaded on the same stream, or on one that waits for it and that it waits for.
+    /// What was captured would be right to do now: the plans, workspaces and tensors are alive until the work is done, no other
+    /// work uses the workspaces at that time, and plans that were uploaded since kept the graph
+    /// ([`crate::DevicePlan::keeps_graphs`]) and fit the tensors (`num_slots`). Plans are uploaded on the same stream, or on one
+    /// that waits for it and that it waits for.
     ///
     /// # Errors
     ///

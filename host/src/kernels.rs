@@ -151,7 +151,8 @@ impl KernelSource {
         }
     }
 
-    /// The kernel that merges the partials of an attention kernel for `sm_80`; one that may begin while the attention kernel is still at work, if launches can overlap.
+    /// The kernel that merges the partials of an attention kernel for `sm_80`; one that may begin while the attention kernel is
+    /// still at work, if launches can overlap.
     pub fn merge(shape: AttentionShape, overlaps: bool) -> Self {
         macro_rules! merge {
             ($name:literal) => {

@@ -4,8 +4,9 @@
 //! * [`Planner`] turns it into a [`Plan`], and [`Engine::upload`] that into a [`DevicePlan`].
 //! * [`Engine::run`] computes one layer: it takes the plan, the layer's [`Tensors`] and a [`Workspace`] for partial results, and
 //!   gives its launches to a [`Stream`]. A plan may run on several streams at a time.
-//! * [`KvArena`] holds K and V of all layers; [`Engine::kv_append`] writes new tokens to it, [`Engine::kv_move`] copies slots. A [`SlotPool`] hands the slots out, a
-//!   [`PrefixTree`] finds those of shared prefixes, a [`Policy`] says how requests are laid out, and a [`KvMover`] moves them beside the steps.
+//! * [`KvArena`] holds K and V of all layers; [`Engine::kv_append`] writes new tokens to it, [`Engine::kv_move`] copies slots. A
+//!   [`SlotPool`] hands the slots out, a [`PrefixTree`] finds those of shared prefixes, a [`Policy`] says how requests are laid
+//!   out, and a [`KvMover`] moves them beside the steps.
 //! * [`measure`] times that, and says what the device could do at best.
 //!
 //! The program needs no CUDA to be built and no driver to start: [`Engine::new`] looks for one and says what is missing.
@@ -42,7 +43,8 @@
 //!
 //! # The KV pool of another engine
 //!
-//! A batch whose pages another engine has laid out is made with its [`KvLayout`], and its block tables as they are. Nothing is copied:
+//! A batch whose pages another engine has laid out is made with its [`KvLayout`], and its block tables as they are. Nothing is
+//! copied:
 //!
 //! ```no_run
 //! use half::bf16;

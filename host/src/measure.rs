@@ -29,7 +29,8 @@ const WGMMA_BLOCKS_PER_MULTIPROCESSOR: u32 = 1;
 /// Runs of a measurement of the device. The first are to wake it up: the median is not of them.
 const REPEATS: usize = 15;
 
-/// How long runs are repeated before they are timed: a device that has rested needs a while until its clocks are up. Triton's `do_bench` is usually given as long.
+/// How long runs are repeated before they are timed: a device that has rested needs a while until its clocks are up. Triton's
+/// `do_bench` is usually given as long.
 const WARM_UP: Duration = Duration::from_millis(30);
 
 /// Times `repeats` runs, each from a cold L2 cache, after others for 30 ms. `run` gives its work to the stream that it is handed.
@@ -121,8 +122,8 @@ impl Marks {
         Ok(Mark(self.events.len() - 1))
     }
 
-    /// Waits until the device has come to both marks, and returns how long it took from one to the other; zero if that was the earlier one, or if they are not of
-    /// these marks.
+    /// Waits until the device has come to both marks, and returns how long it took from one to the other; zero if that was the
+    /// earlier one, or if they are not of these marks.
     ///
     /// # Errors
     ///
@@ -157,7 +158,8 @@ pub fn copy_bandwidth(engine: &Engine) -> Result<f64, EngineError> {
     Ok((2 * COPY_BYTES) as f64 / median(times).as_secs_f64())
 }
 
-/// Floating-point operations a second of the tensor cores in bf16, through the fastest instruction that the engine's attention kernels use.
+/// Floating-point operations a second of the tensor cores in bf16, through the fastest instruction that the engine's attention
+/// kernels use.
 ///
 /// # Errors
 ///
@@ -180,7 +182,8 @@ pub fn mma_rate(engine: &Engine) -> Result<f64, EngineError> {
         REPEATS,
         |_| Ok(()),
         |stream| {
-            // SAFETY: these are the kernel's parameters; the buffer has an element for each thread, and dropping it waits for the device.
+            // SAFETY: these are the kernel's parameters; the buffer has an element for each thread, and dropping it waits for the
+            // device.
             unsafe { kernel.launch(blocks, &mut params, stream) }
         },
     )?;

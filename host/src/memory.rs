@@ -48,7 +48,8 @@ impl<T: Pod> DeviceBuffer<T> {
         Ok(buffer)
     }
 
-    /// `len` elements that are those of `elements`, over and over, for what is named in the error if there is no room; zeros if there are none.
+    /// `len` elements that are those of `elements`, over and over, for what is named in the error if there is no room; zeros if
+    /// there are none.
     pub(crate) fn repeating(shared: &Arc<Shared>, elements: &[T], len: usize, what: &'static str) -> Result<Self, EngineError> {
         let buffer = Self::zeroed(shared, len, what)?;
         let elements = &elements[..elements.len().min(len)];

@@ -1,4 +1,5 @@
-//! Launches that may begin before the launch before them has ended: programmatic dependent launch (CUDA driver API, Execution Control).
+//! Launches that may begin before the launch before them has ended: programmatic dependent launch (CUDA driver API, Execution
+//! Control).
 
 use std::ffi::c_void;
 use std::mem::transmute;
@@ -46,7 +47,8 @@ type LaunchKernelEx = unsafe extern "C" fn(
 ///
 /// # Safety
 ///
-/// As [`crate::kernels::Kernel::launch`]; and the kernel waits (`griddepcontrol.wait`) before it touches what the launch before does.
+/// As [`crate::kernels::Kernel::launch`]; and the kernel waits (`griddepcontrol.wait`) before it touches what the launch before
+/// does.
 pub(crate) unsafe fn launch(
     function: CUfunction,
     blocks: u32,

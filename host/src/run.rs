@@ -47,7 +47,8 @@ pub struct RunOptions<'a> {
     pub v_scales: Option<DeviceSlice<'a, f32>>,
 }
 
-/// Gives the launches of a checked run to the stream, whose context is current; its tasks are noted in `stamps`, if they are given.
+/// Gives the launches of a checked run to the stream, whose context is current; its tasks are noted in `stamps`, if they are
+/// given.
 pub(crate) fn run<E: Element, K: KvElement<E>>(
     plan: &DevicePlan,
     workspace: &mut Workspace,

@@ -26,8 +26,8 @@ impl Stamps {
         Ok(Self { words: DeviceBuffer::zeroed(shared, tasks as usize, "stamps")?, tasks, shared: shared.clone() })
     }
 
-    /// The stamps of the last run, in the order of the plan: task `t` is work item `t / num_groups` for head group `t % num_groups`. Waits
-    /// for the device.
+    /// The stamps of the last run, in the order of the plan: task `t` is work item `t / num_groups` for head group
+    /// `t % num_groups`. Waits for the device.
     ///
     /// # Errors
     ///

@@ -1,4 +1,5 @@
-//! Tensor maps of Q, K and V, which tell the copy engine of `sm_90` devices where tokens and slots lie (CUDA driver API, Tensor Map Object Management).
+//! Tensor maps of Q, K and V, which tell the copy engine of `sm_90` devices where tokens and slots lie (CUDA driver API, Tensor
+//! Map Object Management).
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -62,7 +63,8 @@ pub(crate) struct TensorMaps {
 }
 
 impl TensorMaps {
-    /// Where the maps of K and V are when the stream gets there: [`NUM_KV_BOXES`] of K, then of V. All calls are for streams that wait for each other.
+    /// Where the maps of K and V are when the stream gets there: [`NUM_KV_BOXES`] of K, then of V. All calls are for streams that
+    /// wait for each other.
     pub fn kv(&mut self, shared: &Arc<Shared>, stream: &Stream, tensors: KvTensors) -> Result<u64, EngineError> {
         self.kv.get(shared, stream, "making the tensor maps of K and V", tensors, encode_kv)
     }
@@ -108,8 +110,8 @@ impl<T: Copy + Eq + Hash> MapsOf<T> {
         }
         let offset = index % TENSORS_PER_ALLOCATION * num_bytes;
         let address = self.allocations[index / TENSORS_PER_ALLOCATION].address() + offset as u64;
-        // SAFETY: the allocation has room for the maps there. They are in pageable memory, which the driver copies before it returns;
-        // earlier runs that may use maps at this address come before in the order of streams.
+        // SAFETY: the allocation has room for the maps there. They are in pageable memory, which the driver copies before it
+        // returns; earlier runs that may use maps at this address come before in the order of streams.
         unsafe { sys::cuMemcpyHtoDAsync_v2(address, maps.as_ptr().cast(), num_bytes, stream.as_raw()) }
             .doing("copying tensor maps to the device")?;
         self.addresses.insert(tensors, address);
@@ -162,8 +164,8 @@ fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usiz
         *map = Boxes {
             dtype: shape.dtype(),
             address: tensors.addresses[tensor],
-            // The slot dimension alone says where the tensor ends: boxes of several groups begin so that all of them exist, and the slots of
-            // a run exist for all heads, however far apart these are.
+            // The slot dimension alone says where the tensor ends: boxes of several groups begin so that all of them exist, and
+            // the slots of a run exist for all heads, however far apart these are.
             dims: [
                 u64::from(elements / panels),
                 tensors.num_slots[tensor],
@@ -217,7 +219,8 @@ impl TensorMap {
     const EMPTY: Self = Self([0; TENSOR_MAP_BYTES as usize]);
 }
 
-/// What a map says: a tensor, and the boxes of it that are copied at a time, swizzled by 128 bytes. What lies outside the tensor is zeros.
+/// What a map says: a tensor, and the boxes of it that are copied at a time, swizzled by 128 bytes. What lies outside the tensor
+/// is zeros.
 struct Boxes {
     dtype: DType,
     address: u64,
@@ -227,7 +230,8 @@ struct Boxes {
     strides: [u64; RANK - 1],
     /// Elements of a box in each dimension.
     box_dims: [u32; RANK],
-    /// Bytes of a box that lie one after the other. The L2 cache brings two of its lines at a time from memory, unless a box needs but one of them.
+    /// Bytes of a box that lie one after the other. The L2 cache brings two of its lines at a time from memory, unless a box
+    /// needs but one of them.
     contiguous_bytes: u64,
 }
 

@@ -13,7 +13,8 @@ use crate::stream::{Event, Stream};
 /// The least that is allocated, in bytes, so that short lists and the plans of small batches fit each other's memory.
 const LEAST_BYTES: usize = 64 << 10;
 
-/// Bytes on the device. They are copied there in order with a stream, and the host does not wait; other streams that read them wait by themselves.
+/// Bytes on the device. They are copied there in order with a stream, and the host does not wait; other streams that read them
+/// wait by themselves.
 pub(crate) struct Upload {
     bytes: DeviceBuffer<u8>,
     /// Used in turn, so that the host may write one while the device copies the other.
@@ -28,15 +29,17 @@ pub(crate) struct Upload {
 }
 
 impl Upload {
-    /// Room for `num_bytes` bytes and somewhat more, of what is named in the error if there is none. They are first copied on `stream`.
+    /// Room for `num_bytes` bytes and somewhat more, of what is named in the error if there is none. They are first copied on
+    /// `stream`.
     pub fn new(what: &'static str, num_bytes: usize, stream: &Stream) -> Result<Self, EngineError> {
         let shared = stream.shared().clone();
         let (bytes, staging) = allocate(&shared, what, num_bytes)?;
         Ok(Self { bytes, staging, copied_on: stream.clone(), read_on: Mutex::default(), what, shared })
     }
 
-    /// Replaces the bytes by some parts, each with its offset. What is there already is no longer needed when those streams that have read it get here.
-    /// Allocates only if there is too little room; the host waits only if the copy before the last one is not done.
+    /// Replaces the bytes by some parts, each with its offset. What is there already is no longer needed when those streams that
+    /// have read it get here. Allocates only if there is too little room; the host waits only if the copy before the last one is
+    /// not done.
     ///
     /// The stream is not captured into a graph, which would copy these bytes again.
     pub fn replace(&mut self, parts: &[(usize, &[u8])], stream: &Stream) -> Result<(), EngineError> {
@@ -61,8 +64,8 @@ impl Upload {
             staging.as_mut_slice()[offset..][..part.len()].copy_from_slice(part);
         }
         let (to, from) = (self.bytes.address(), staging.as_ptr());
-        // SAFETY: both buffers have so many bytes. Neither is freed or, as the next copy from it waits for `copied`, written by the host
-        // before the copy is done.
+        // SAFETY: both buffers have so many bytes. Neither is freed or, as the next copy from it waits for `copied`, written by
+        // the host before the copy is done.
         unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), num_bytes, stream.as_raw()) }
             .doing("copying a plan or a list to the device")?;
         copied.record(stream)

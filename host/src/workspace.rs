@@ -15,13 +15,14 @@ use crate::{EngineError, KernelFamily};
 /// What the parts of a workspace are aligned to, in bytes.
 const ALIGNMENT: u64 = 256;
 
-/// Device memory for what a run needs besides its plan and tensors: partial results, counters, and for `sm_90a` kernels the tensor maps of each Q, K
-/// and V that it has met. It grows when a plan needs more, or with the first run of a layer, which waits for the
-/// device. Maps of a tensor at a new address are a small copy: it pays to have Q at the same addresses in every step.
+/// Device memory for what a run needs besides its plan and tensors: partial results, counters, and for `sm_90a` kernels the
+/// tensor maps of each Q, K and V that it has met. It grows when a plan needs more, or with the first run of a layer, which waits
+/// for the device. Maps of a tensor at a new address are a small copy: it pays to have Q at the same addresses in every step.
 ///
 /// Runs that use the same workspace come one after the other, so streams that are to run concurrently need one each.
 pub struct Workspace {
-    /// Partial results, for each family of kernels: those of `sm_90a` have every word [`NOT_STORED`] between runs, whatever plans have run before.
+    /// Partial results, for each family of kernels: those of `sm_90a` have every word [`NOT_STORED`] between runs, whatever plans
+    /// have run before.
     partials: [DeviceBuffer<u8>; 2],
     /// Zero between runs.
     counters: DeviceBuffer<u8>,

@@ -51,7 +51,8 @@ unsafe fn load_run(params: &AttentionParams, index: u32) -> KvRun {
 
 /// Loads a warp's share of a work item's K and V: some columns at a time, a power of two up to 32.
 ///
-/// Registers are scarce in the attention loop, so it keeps only what cannot be had again from the kernel's parameters and the thread index.
+/// Registers are scarce in the attention loop, so it keeps only what cannot be had again from the kernel's parameters and the
+/// thread index.
 pub struct ColumnLoader<'a, const DIM_BLOCKS: usize> {
     params: &'a AttentionParams,
     /// Columns at a time: a constant wherever this is inlined.
@@ -87,7 +88,8 @@ impl<'a, const DIM_BLOCKS: usize> ColumnLoader<'a, DIM_BLOCKS> {
         }
     }
 
-    /// Looks up the warp's columns from `first` on, which must not lie before those of the last call: lane `l` column `l % columns` of them.
+    /// Looks up the warp's columns from `first` on, which must not lie before those of the last call: lane `l` column
+    /// `l % columns` of them.
     ///
     /// # Safety
     ///

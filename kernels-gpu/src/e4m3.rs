@@ -10,8 +10,9 @@ use crate::ptx::packed::multiply_bf16x2;
 
 /// Element types that hold all numbers of e4m3.
 pub trait FromE4m3 {
-    /// Two numbers, in the upper bytes of the word's halves, whatever the lower ones hold. Bits are moved: sign to sign, the others to the lowest of the exponent and the
-    /// highest of the fraction. That is exact, but smaller by the difference of the exponents' biases.
+    /// Two numbers, in the upper bytes of the word's halves, whatever the lower ones hold. Bits are moved: sign to sign, the
+    /// others to the lowest of the exponent and the highest of the fraction. That is exact, but smaller by the difference of the
+    /// exponents' biases.
     fn pair(word: u32) -> u32;
     /// What products with such numbers must be multiplied with.
     const FACTOR: f32;

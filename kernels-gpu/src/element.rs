@@ -17,7 +17,8 @@ pub trait Element {
     /// Reached by all lanes of the warp.
     unsafe fn mma(d: &mut Fragment, a: OperandA, b: OperandB);
 
-    /// Two numbers in one word, `low` in its lower half, rounded to nearest. PTX ISA, Data Movement and Conversion Instructions: `cvt`.
+    /// Two numbers in one word, `low` in its lower half, rounded to nearest. PTX ISA, Data Movement and Conversion Instructions:
+    /// `cvt`.
     fn pack(low: f32, high: f32) -> u32;
 
     /// The two numbers of a word, the one in its lower half first. PTX ISA, Data Movement and Conversion Instructions: `cvt`.

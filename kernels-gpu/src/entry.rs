@@ -11,11 +11,12 @@
 /// }
 /// ```
 ///
-/// `expect` says how many instructions of a kind the PTX must have, and `cargo xtask build-ptx` fails if it has others: compilers know nothing
-/// of what warps do together, and have been seen to copy a barrier into both branches of a condition, where a kernel then hangs.
+/// `expect` says how many instructions of a kind the PTX must have, and `cargo xtask build-ptx` fails if it has others: compilers
+/// know nothing of what warps do together, and have been seen to copy a barrier into both branches of a condition, where a kernel
+/// then hangs.
 ///
-/// `launch_bounds` are the threads of a block and the blocks that a multiprocessor must be able to hold. Neither backend can express
-/// them, so they are left in the PTX as a comment that `cargo xtask build-ptx` turns into `.maxntid` and `.minnctapersm`.
+/// `launch_bounds` are the threads of a block and the blocks that a multiprocessor must be able to hold. Neither backend can
+/// express them, so they are left in the PTX as a comment that `cargo xtask build-ptx` turns into `.maxntid` and `.minnctapersm`.
 macro_rules! kernel {
     ($($(#[doc = $doc:literal])* #[launch_bounds(threads = $threads:literal, blocks_per_sm = $blocks:literal)]
        $(#[expect($($instruction:literal = $count:literal),*)])?

@@ -1,10 +1,12 @@
-//! Writes new tokens' K and V into their KV slots, K turned by RoPE on the way if that is asked for, both rounded to FP8 where the pool is in FP8.
+//! Writes new tokens' K and V into their KV slots, K turned by RoPE on the way if that is asked for, both rounded to FP8 where
+//! the pool is in FP8.
 //!
-//! A thread makes 16 bytes of a slot: of 8 elements of one head, or of 16 in FP8. RoPE needs each element's partner as well, which in the half-split layout
-//! another thread has: it is loaded again, from a cache, rather than exchanged. Everything in between is float32: K is rounded once.
+//! A thread makes 16 bytes of a slot: of 8 elements of one head, or of 16 in FP8. RoPE needs each element's partner as well,
+//! which in the half-split layout another thread has: it is loaded again, from a cache, rather than exchanged. Everything in
+//! between is float32: K is rounded once.
 //!
-//! Angles are fixed-point numbers, exact to 2^−32 of a turn ([`turn`]): up to position 10^6, what is turned is off by at most 1.5 · 10^−7 of the pair's length,
-//! which is what rounding to float32 leaves.
+//! Angles are fixed-point numbers, exact to 2^−32 of a turn ([`turn`]): up to position 10^6, what is turned is off by at most 1.5
+//! · 10^−7 of the pair's length, which is what rounding to float32 leaves.
 
 use packinfer_abi::{KV_APPEND_THREADS, KvAppendParams, RopeLayout, VECTOR_BYTES, e4m3, sin_cos, turn};
 

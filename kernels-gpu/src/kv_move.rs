@@ -1,9 +1,9 @@
 //! Copies KV slots to others, in all pools: K and V of every layer.
 //!
-//! The host has cut the copies into pieces of at most [`PIECE_VECTORS`]. A warp copies one of them in one pool: all its loads are in flight before the
-//! first store, which with 32 warps on a multiprocessor is several times what the memory takes to be busy. Pieces are small because then even a short
-//! list, as the move of one request, gives work to all multiprocessors. What passes through is not needed again soon, so caches
-//! are asked to give it up first: attention may run beside this.
+//! The host has cut the copies into pieces of at most [`PIECE_VECTORS`]. A warp copies one of them in one pool: all its loads are
+//! in flight before the first store, which with 32 warps on a multiprocessor is several times what the memory takes to be busy.
+//! Pieces are small because then even a short list, as the move of one request, gives work to all multiprocessors. What passes
+//! through is not needed again soon, so caches are asked to give it up first: attention may run beside this.
 
 use packinfer_abi::{KV_MOVE_THREADS, KvCopyPiece, KvMoveParams, PIECE_VECTORS, VECTOR_BYTES};
 

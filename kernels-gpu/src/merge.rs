@@ -1,7 +1,9 @@
-//! Merges the partial results of query tokens whose columns were split among work items of the `sm_80` kernel; the `sm_90a` kernel does so itself.
+//! Merges the partial results of query tokens whose columns were split among work items of the `sm_80` kernel; the `sm_90a`
+//! kernel does so itself.
 //!
-//! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ wᵢ.
-//! Four warps take every fourth partial each, several at a time, so that enough loads are in flight to hide their latency, and are merged the same way. A sink is one more partial, whose O is zero.
+//! With partials (Oᵢ, LSEᵢ), the result is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = exp(LSEᵢ − max LSE), and its log-sum-exp is max LSE + log Σ
+//! wᵢ. Four warps take every fourth partial each, several at a time, so that enough loads are in flight to hide their latency,
+//! and are merged the same way. A sink is one more partial, whose O is zero.
 //!
 //! On `sm_90a` the kernel may be launched so that it begins before the attention kernel ends: it waits before it reads partials.
 
@@ -26,7 +28,8 @@ const WARPS: u32 = MERGE_THREADS / LANES;
 /// What a lane holds that no source is left for.
 const NO_SOURCE: u32 = 0;
 
-/// A weighted sum of partials: `sum / total` is their merged O, `max + log2(total)` their log-sum-exp to base 2. A lane has `PAIRS` pairs of its elements.
+/// A weighted sum of partials: `sum / total` is their merged O, `max + log2(total)` their log-sum-exp to base 2. A lane has
+/// `PAIRS` pairs of its elements.
 #[derive(Clone, Copy)]
 pub(crate) struct Merged<const PAIRS: usize> {
     max: f32,

@@ -15,7 +15,8 @@ mod by_warp {
     const _: () = assert!(MMA_RATE_FLOPS_PER_ITERATION == (MMA_RATE_THREADS as u64 / 32) * ACCUMULATORS as u64 * 2 * 16 * 8 * 16);
 
     kernel! {
-        /// Each warp does `iterations` rounds of eight independent products in bf16, and stores a sum of them at `out + 4 * thread of the grid`.
+        /// Each warp does `iterations` rounds of eight independent products in bf16, and stores a sum of them at
+        /// `out + 4 * thread of the grid`.
         #[launch_bounds(threads = 128, blocks_per_sm = 4)]
         fn mma_rate_bf16(out: u64, iterations: u32) {
             let thread = block_index() * MMA_RATE_THREADS + thread_index();
@@ -64,8 +65,8 @@ mod by_warpgroup {
     const _: () = assert!(WGMMA_RATE_FLOPS_PER_ITERATION == (WARPGROUPS * PRODUCTS) as u64 * 2 * 64 * 128 * 16);
 
     kernel! {
-        /// Each warpgroup does `iterations` rounds of products of 64 × 64 with 64 × 128 elements in bf16, and stores a sum of them at
-        /// `out + 4 * thread of the grid`.
+        /// Each warpgroup does `iterations` rounds of products of 64 × 64 with 64 × 128 elements in bf16, and stores a sum of
+        /// them at `out + 4 * thread of the grid`.
         #[launch_bounds(threads = 256, blocks_per_sm = 1)]
         fn wgmma_rate_bf16(out: u64, iterations: u32) {
             let (shared, thread) = (dynamic_shared(), thread_index());
@@ -96,7 +97,8 @@ mod by_warpgroup {
     }
 }
 
-/// A bf16 between 1 and 2, or between −2 and −1, in each half of the word: random operands, as real data draw more power than constants do.
+/// A bf16 between 1 and 2, or between −2 and −1, in each half of the word: random operands, as real data draw more power than
+/// constants do.
 #[inline(always)]
 fn random_pair(seed: u32) -> u32 {
     let mixed = seed.wrapping_mul(0x9E37_79B9) ^ (seed >> 7).wrapping_mul(0x85EB_CA6B);

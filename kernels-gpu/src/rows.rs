@@ -198,8 +198,8 @@ impl WarpView {
         Self { any_begin, any_end, all_begin, all_end }
     }
 
-    /// Of the steps of `columns` columns from column `begin` on, those that any row sees a column of: the first, and one past the last. The
-    /// first step where no row sees any.
+    /// Of the steps of `columns` columns from column `begin` on, those that any row sees a column of: the first, and one past the
+    /// last. The first step where no row sees any.
     #[inline(always)]
     pub fn steps(&self, begin: u32, columns: u32) -> (u32, u32) {
         if self.any_begin >= self.any_end {

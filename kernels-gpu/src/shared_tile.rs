@@ -10,15 +10,16 @@ use crate::ptx::mma::store_matrices;
 use crate::ptx::mma::{OperandA, OperandB, load_matrices, load_matrices_transposed};
 use crate::ptx::warp;
 
-/// Rows of `8 * DIM_BLOCKS` elements. A row is `DIM_BLOCKS` chunks of 16 bytes; chunk `c` of row `r` lies where chunk `c ^ swizzle(r)` would.
+/// Rows of `8 * DIM_BLOCKS` elements. A row is `DIM_BLOCKS` chunks of 16 bytes; chunk `c` of row `r` lies where chunk
+/// `c ^ swizzle(r)` would.
 #[derive(Clone, Copy)]
 pub struct SharedTile<const DIM_BLOCKS: usize> {
     base: u32,
 }
 
-/// What the index of a chunk in row `row` of a tile with `chunks` chunks a row is changed by. Chunk `c` of any eight rows `8 i ..` then lies in
-/// eight different places modulo 128 bytes, which is what all banks together hold: rows of a multiple of that need eight different swizzles; of shorter
-/// or longer ones, several rows lie in different places already.
+/// What the index of a chunk in row `row` of a tile with `chunks` chunks a row is changed by. Chunk `c` of any eight rows
+/// `8 i ..` then lies in eight different places modulo 128 bytes, which is what all banks together hold: rows of a multiple of
+/// that need eight different swizzles; of shorter or longer ones, several rows lie in different places already.
 #[inline(always)]
 const fn swizzle(chunks: u32, row: u32) -> u32 {
     let swizzles = power_of_two_in(chunks, 8);
@@ -39,7 +40,8 @@ pub struct LaneRow {
 }
 
 impl LaneRow {
-    /// The same, for a `zero` that the compiler does not know to be one: what is read with it waits for what `zero` is worked out from.
+    /// The same, for a `zero` that the compiler does not know to be one: what is read with it waits for what `zero` is worked out
+    /// from.
     #[cfg(feature = "sm_80")]
     #[inline(always)]
     pub fn after(self, zero: u32) -> Self {
@@ -174,7 +176,8 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
         store_matrices(lane_row.chunk(block), words);
     }
 
-    /// Two operands B, of 8 columns each: the tile's rows from `row` on are the columns, 16 of their elements, from `8 * block` on, are summed over.
+    /// Two operands B, of 8 columns each: the tile's rows from `row` on are the columns, 16 of their elements, from `8 * block`
+    /// on, are summed over.
     ///
     /// # Safety
     ///
@@ -185,7 +188,8 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
         [[a, b], [c, d]]
     }
 
-    /// Two operands B, of 8 columns each: the tile's elements from `8 * block` on are the columns, 16 rows, from `row` on, are summed over.
+    /// Two operands B, of 8 columns each: the tile's elements from `8 * block` on are the columns, 16 rows, from `row` on, are
+    /// summed over.
     ///
     /// # Safety
     ///
@@ -196,7 +200,8 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
         [[a, b], [c, d]]
     }
 
-    /// Two operands B of the same 8 columns, which are the tile's first rows: 32 of their elements, from `8 * block` on, are summed over, 16 by each.
+    /// Two operands B of the same 8 columns, which are the tile's first rows: 32 of their elements, from `8 * block` on, are
+    /// summed over, 16 by each.
     ///
     /// # Safety
     ///
@@ -207,7 +212,8 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
         [[a, b], [c, d]]
     }
 
-    /// Four operands B, of 8 columns each: the tile's elements from `8 * block` on are the columns, its first 8 rows and 8 of zeros are summed over.
+    /// Four operands B, of 8 columns each: the tile's elements from `8 * block` on are the columns, its first 8 rows and 8 of
+    /// zeros are summed over.
     ///
     /// # Safety
     ///
@@ -218,8 +224,8 @@ impl<const DIM_BLOCKS: usize> SharedTile<DIM_BLOCKS> {
     }
 }
 
-/// A tile of `8 * ROW_BLOCKS` rows as warpgroup products take it: each 64 elements of a row in a [`SharedTile`] of their own, one after the other. The last
-/// one's rows may be longer than what is left of a row.
+/// A tile of `8 * ROW_BLOCKS` rows as warpgroup products take it: each 64 elements of a row in a [`SharedTile`] of their own, one
+/// after the other. The last one's rows may be longer than what is left of a row.
 #[derive(Clone, Copy)]
 pub struct PanelTile<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> {
     base: u32,
@@ -284,16 +290,17 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> PanelTile<DIM_BLOCKS, ROW
     }
 }
 
-/// Where panel `panel` of rows of `8 * DIM_BLOCKS` elements begins in a tensor that [boxes](box_panels) are copied from: its element, and its panel.
+/// Where panel `panel` of rows of `8 * DIM_BLOCKS` elements begins in a tensor that [boxes](box_panels) are copied from: its
+/// element, and its panel.
 #[cfg(feature = "sm_90a")]
 #[inline(always)]
 pub fn origin_of_panel<const DIM_BLOCKS: usize>(panel: u32) -> [u32; 2] {
     if box_panels(8 * DIM_BLOCKS as u32) == 1 { [panel * KV_BOX_ELEMENTS, 0] } else { [0, panel] }
 }
 
-/// A tile of `8 * ROW_BLOCKS` rows as warpgroup products take it and the copy engine brings it: eight rows after eight rows, and of these
-/// each 64 elements of a row in a [`SharedTile`] of their own, one after the other. So one box holds whole rows, and any multiple of eight.
-/// Where [a box has but one panel](box_panels), it is instead all rows of one panel after those of the other.
+/// A tile of `8 * ROW_BLOCKS` rows as warpgroup products take it and the copy engine brings it: eight rows after eight rows, and
+/// of these each 64 elements of a row in a [`SharedTile`] of their own, one after the other. So one box holds whole rows, and any
+/// multiple of eight. Where [a box has but one panel](box_panels), it is instead all rows of one panel after those of the other.
 #[cfg(feature = "sm_90a")]
 #[derive(Clone, Copy)]
 pub struct BoxTile<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> {
@@ -345,7 +352,8 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> BoxTile<DIM_BLOCKS, ROW_B
         self.lane_row(first_row + lane % 16, lane / 16)
     }
 
-    /// How this lane reads [`Self::eight_columns`] and [`Self::eight_columns_transposed`] of rows from `first_row` on, a multiple of 8.
+    /// How this lane reads [`Self::eight_columns`] and [`Self::eight_columns_transposed`] of rows from `first_row` on, a multiple
+    /// of 8.
     #[inline(always)]
     pub fn eight_columns_by_lane(self, first_row: u32, lane: u32) -> LaneRow {
         self.lane_row(first_row + lane % 8, lane / 8)

@@ -1,7 +1,7 @@
 //! Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention) over score fragments.
 //!
-//! A lane holds parts of `ROW_BLOCKS` blocks of 16 rows; of each block it holds two rows, `lane / 4` and `lane / 4 + 8`, which it shares
-//! with the other three lanes of its quad.
+//! A lane holds parts of `ROW_BLOCKS` blocks of 16 rows; of each block it holds two rows, `lane / 4` and `lane / 4 + 8`, which it
+//! shares with the other three lanes of its quad.
 
 use packinfer_abi::AttentionParams;
 
@@ -46,8 +46,8 @@ pub type RowFactors<const ROW_BLOCKS: usize> = [[f32; ROWS_PER_LANE]; ROW_BLOCKS
 /// A sum of exponentials for each row that the lane holds a part of.
 pub type RowSums<const ROW_BLOCKS: usize> = [[f32; ROWS_PER_LANE]; ROW_BLOCKS];
 
-/// Zero, as a sum of exponentials is never negative; but neither the compiler nor the assembler knows that, so what depends on it comes after the
-/// additions.
+/// Zero, as a sum of exponentials is never negative; but neither the compiler nor the assembler knows that, so what depends on it
+/// comes after the additions.
 #[cfg(feature = "sm_80")]
 #[inline(always)]
 pub fn zero_after<const ROW_BLOCKS: usize>(sums: &RowSums<ROW_BLOCKS>) -> u32 {
@@ -149,8 +149,8 @@ pub fn soft_cap_rows<const FRAGMENTS: usize>(soft_cap_log2: [f32; ROWS_PER_LANE]
 
 /// Sets the scores of columns that a row does not see to −∞.
 ///
-/// Element `e` of fragment `j` is column `first_column + 8 j + 2 (lane % 4) + e % 2`. A bit for each of a row's columns is worked out at once: the assembler
-/// turns seven bits at a time into predicates.
+/// Element `e` of fragment `j` is column `first_column + 8 j + 2 (lane % 4) + e % 2`. A bit for each of a row's columns is worked
+/// out at once: the assembler turns seven bits at a time into predicates.
 #[inline(always)]
 pub fn mask<const FRAGMENTS: usize>(
     scores: &mut [Fragment; FRAGMENTS],

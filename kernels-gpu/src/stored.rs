@@ -1,8 +1,9 @@
 //! How K and V are stored, and how they become operands of the products of a warp.
 //!
-//! e4m3 is read by the same instructions as elements of 16 bits, two of its bytes for one of those. What a lane then holds are not the elements that an
-//! operand has in that lane, but others: of K four neighbours, and a sum goes over them in any order, so that Q is put into the same order; of V two
-//! neighbours in each word, which become operands of two products, and O is put into order in the end.
+//! e4m3 is read by the same instructions as elements of 16 bits, two of its bytes for one of those. What a lane then holds are
+//! not the elements that an operand has in that lane, but others: of K four neighbours, and a sum goes over them in any order, so
+//! that Q is put into the same order; of V two neighbours in each word, which become operands of two products, and O is put into
+//! order in the end.
 //!
 //! ```text
 //! elements of a lane, of 16 summed over     16 bits: 2q, 2q + 1, 2q + 8, 2q + 9     e4m3: 4q, 4q + 1, 4q + 2, 4q + 3      q = lane % 4
@@ -32,7 +33,8 @@ pub trait Stored<E> {
     /// Whether a lane holds four neighbours of 16 elements, rather than two pairs.
     const FOUR_NEIGHBOURS: bool = Self::PRODUCTS > 1;
 
-    /// Operands of product `product` with K, of what [`SharedTile::operands_b`](crate::shared_tile::SharedTile::operands_b) loads.
+    /// Operands of product `product` with K, of what [`SharedTile::operands_b`](crate::shared_tile::SharedTile::operands_b)
+    /// loads.
     fn keys(loaded: [OperandB; 2], product: usize) -> [OperandB; 2];
 
     /// Operands of product `product` with V, of what

@@ -1,7 +1,7 @@
 //! `cargo xtask ptxas`: assembles the committed PTX, and shows what each kernel needs of the hardware.
 //!
-//! A kernel that keeps registers in memory (spills), or of which `ptxas` warns, fails the chore unless `xtask/ptxas-allow.toml` says why
-//! that is right.
+//! A kernel that keeps registers in memory (spills), or of which `ptxas` warns, fails the chore unless `xtask/ptxas-allow.toml`
+//! says why that is right.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

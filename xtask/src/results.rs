@@ -23,8 +23,8 @@ pub struct Args {
     /// What `packinfer bench --json` wrote; may be given several times, for a table each.
     #[arg(long, value_name = "FILE", required = true)]
     bench: Vec<PathBuf>,
-    /// What the peers' script wrote, measured on a device of the same name; may be given several times, for peers that were measured apart. Of a peer that is
-    /// in several files, the first one's times are taken.
+    /// What the peers' script wrote, measured on a device of the same name; may be given several times, for peers that were
+    /// measured apart. Of a peer that is in several files, the first one's times are taken.
     #[arg(long, value_name = "FILE")]
     peers: Vec<PathBuf>,
     /// Name of the two files that are written; by default date and device, such as 2026-11-23-h100.

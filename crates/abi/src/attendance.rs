@@ -1,9 +1,12 @@
 //! Which blocks of a launch have begun, and which have left; and so who merges what.
 
-/// How many blocks of a launch have begun, and how many have left: a block leaves when no task is left for it. As all that is said of blocks is in one word, they see it change in the same order.
+/// How many blocks of a launch have begun, and how many have left: a block leaves when no task is left for it. As all that is
+/// said of blocks is in one word, they see it change in the same order.
 ///
-/// The rows of O that are merged from partials are shared out among the blocks that leave when all have begun: these may wait for what others have still to store, for whoever has begun gets to its end.
-/// Who leaves before [gives up its share](Self::with_all_begun). So no block waits for one that may not begin before others have ended. The last to begin always has a share.
+/// The rows of O that are merged from partials are shared out among the blocks that leave when all have begun: these may wait for
+/// what others have still to store, for whoever has begun gets to its end. Who leaves before
+/// [gives up its share](Self::with_all_begun). So no block waits for one that may not begin before others have ended. The last to
+/// begin always has a share.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Attendance(pub u64);
@@ -42,7 +45,8 @@ impl Attendance {
         (self.0 >> first_bit) as u32 & Self::MOST_BLOCKS
     }
 
-    /// The same, when all blocks have begun: those that have left have given up their share. The last to begin swaps the one for the other.
+    /// The same, when all blocks have begun: those that have left have given up their share. The last to begin swaps the one for
+    /// the other.
     pub const fn with_all_begun(self) -> Self {
         Self(self.0 | Self::ALL_HAVE_BEGUN | (self.left() as u64) << Self::GIVEN_UP)
     }

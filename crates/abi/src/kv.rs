@@ -25,8 +25,8 @@ pub struct KvCopyPiece {
     pub num_vectors: u32,
 }
 
-/// Parameters of the kernel that copies slots. Thread block `b` copies four pieces, from piece `4 (b % groups)` on, in pool `b / groups`, where
-/// `groups` is a quarter of the pieces, rounded up.
+/// Parameters of the kernel that copies slots. Thread block `b` copies four pieces, from piece `4 (b % groups)` on, in pool
+/// `b / groups`, where `groups` is a quarter of the pieces, rounded up.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct KvMoveParams {

@@ -21,7 +21,8 @@
 //! * Every work item is done once for every *head group*: `heads_per_group` consecutive query heads of one KV head. A plan
 //!   says nothing about head groups, because all of them do the same.
 //!
-//! KV slots are copied as [`KvCopyPiece`]s, and written as [`KvAppendParams`] say; [`turn`], [`sin_cos`] and [`e4m3`] are the arithmetic of that.
+//! KV slots are copied as [`KvCopyPiece`]s, and written as [`KvAppendParams`] say; [`turn`], [`sin_cos`] and [`e4m3`] are the
+//! arithmetic of that.
 //!
 //! Counts and indices are `u32`: the planner rejects what does not fit.
 #![no_std]
@@ -50,27 +51,30 @@ pub const COLUMN_STEP: u32 = 64;
 pub const ATTENTION_THREADS: u32 = 128;
 /// Blocks of the `sm_80` attention kernel that a multiprocessor holds at a time.
 pub const ATTENTION_BLOCKS_PER_SM: u32 = 2;
-/// Dynamic shared memory of the `sm_80` attention kernel: 96 KiB for tiles of Q, K and V, and three words for each row of a wide tile.
-/// It fits twice into a multiprocessor with 228 KiB (sm_90), and once into the smallest that has tensor cores for bf16 (100 KiB, sm_86 and sm_89).
+/// Dynamic shared memory of the `sm_80` attention kernel: 96 KiB for tiles of Q, K and V, and three words for each row of a wide
+/// tile. It fits twice into a multiprocessor with 228 KiB (sm_90), and once into the smallest that has tensor cores for bf16 (100
+/// KiB, sm_86 and sm_89).
 pub const ATTENTION_SHARED_BYTES: u32 = TILE_SHARED_BYTES + ROW_TABLE_BYTES;
 /// Threads of a block of the `sm_90a` attention kernel: a producer warpgroup and two consumer warpgroups.
 pub const HOPPER_THREADS: u32 = 384;
-/// Dynamic shared memory of the `sm_90a` attention kernel: tiles of Q, K and V (192 KiB), an exchange for narrow tiles (17.5 KiB for a head dimension of 128), four row
-/// tables (9 KiB), barriers. One block an `sm_90` multiprocessor, which has 227 KiB.
+/// Dynamic shared memory of the `sm_90a` attention kernel: tiles of Q, K and V (192 KiB), an exchange for narrow tiles (17.5 KiB
+/// for a head dimension of 128), three row tables (6.75 KiB), barriers. One block an `sm_90` multiprocessor, which has 227 KiB.
 pub const HOPPER_SHARED_BYTES: u32 = 220 * 1024;
 /// Threads of a block of the `sm_90a` kernel that does narrow tiles beside wide ones: a warpgroup more.
 pub const BESIDE_THREADS: u32 = HOPPER_THREADS + 128;
-/// Dynamic shared memory of that kernel: tiles of Q, K and V of wide tiles (160 KiB for a head dimension of 128), and of narrow ones (56 KiB), row tables, room to
-/// store O through, barriers.
+/// Dynamic shared memory of that kernel: tiles of Q, K and V of wide tiles (160 KiB for a head dimension of 128), and of narrow
+/// ones (56 KiB), row tables, room to store O through, barriers.
 pub const BESIDE_SHARED_BYTES: u32 = 227 * 1024;
 /// Threads of a block of the `sm_90a` kernel for tall tiles: a producer warpgroup and three consumer warpgroups.
 pub const TALL_THREADS: u32 = HOPPER_THREADS + 128;
-/// Dynamic shared memory of that kernel: tiles of Q, K and V (176 KiB for a head dimension of 128), row tables, room to store O through, barriers.
+/// Dynamic shared memory of that kernel: tiles of Q, K and V (176 KiB for a head dimension of 128), row tables, room to store O
+/// through, barriers.
 pub const TALL_SHARED_BYTES: u32 = 227 * 1024;
-/// Threads of a block of the `sm_90a` kernel for K and V in FP8: a producer warpgroup, two consumer warpgroups, and one that makes K and V of it.
+/// Threads of a block of the `sm_90a` kernel for K and V in FP8: a producer warpgroup, two consumer warpgroups, and one that
+/// makes K and V of it.
 pub const CONVERTING_THREADS: u32 = HOPPER_THREADS + 128;
-/// Dynamic shared memory of that kernel: tiles of Q, K and V (160 KiB for a head dimension of 128), K and V as they are stored (40 KiB), an exchange for narrow tiles,
-/// row tables, barriers.
+/// Dynamic shared memory of that kernel: tiles of Q, K and V (160 KiB for a head dimension of 128), K and V as they are stored
+/// (40 KiB), an exchange for narrow tiles, row tables, barriers.
 pub const CONVERTING_SHARED_BYTES: u32 = 227 * 1024;
 /// The part of [`ATTENTION_SHARED_BYTES`] that holds tiles.
 pub const TILE_SHARED_BYTES: u32 = 96 * 1024;
@@ -82,7 +86,8 @@ pub const HOPPER_ROW_TABLE_BYTES: u32 = 3 * 4 * TALL_TILE_ROWS;
 pub const NUM_KV_BOXES: u32 = 8;
 /// Boxes of 1, 2, 4 … 128 query tokens of a head group, of which the `sm_90a` kernel puts the rows of a tile together.
 pub const NUM_QUERY_BOXES: u32 = 8;
-/// Slots of a box that lie one after the other in each panel, before the next panel follows: what a swizzle of 128 bytes repeats in.
+/// Slots of a box that lie one after the other in each panel, before the next panel follows: what a swizzle of 128 bytes repeats
+/// in.
 pub const KV_BOX_GROUP: u32 = 8;
 /// Elements of a box's rows: what a swizzle of 128 bytes spans.
 pub const KV_BOX_ELEMENTS: u32 = 64;
@@ -119,7 +124,8 @@ pub struct KvRun {
 
 /// Consecutive query tokens within a tile, and the columns of the tile that they see.
 ///
-/// They are one request's; or those of several, where all of them see the same columns. See [`Self::columns`] for what each of the tokens sees.
+/// They are one request's; or those of several, where all of them see the same columns. See [`Self::columns`] for what each of
+/// the tokens sees.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RowSegment {
@@ -168,14 +174,14 @@ impl TileKind {
     }
 }
 
-/// Rows of a [`TileKind::Wide`] tile of the `sm_80` kernel for a head dimension: half as many where O of more would not fit into the registers of four
-/// warps. Those of the `sm_90a` kernels always have [`WIDE_TILE_ROWS`], or [`TALL_TILE_ROWS`].
+/// Rows of a [`TileKind::Wide`] tile of the `sm_80` kernel for a head dimension: half as many where O of more would not fit into
+/// the registers of four warps. Those of the `sm_90a` kernels always have [`WIDE_TILE_ROWS`], or [`TALL_TILE_ROWS`].
 pub const fn wide_tile_rows(head_dim: u32) -> u32 {
     if head_dim > 128 { WIDE_TILE_ROWS / 2 } else { WIDE_TILE_ROWS }
 }
 
-/// Columns that a block of the `sm_90a` kernel takes at a time for a head dimension: half as many where K and V of more would not fit into shared memory
-/// twice.
+/// Columns that a block of the `sm_90a` kernel takes at a time for a head dimension: half as many where K and V of more would not
+/// fit into shared memory twice.
 pub const fn hopper_column_step(head_dim: u32) -> u32 {
     if head_dim > 128 { COLUMN_STEP } else { 2 * COLUMN_STEP }
 }
@@ -183,8 +189,8 @@ pub const fn hopper_column_step(head_dim: u32) -> u32 {
 /// The same of narrow tiles whose K and V, in FP8, are taken as they are stored, whatever the head dimension.
 pub const HOPPER_STORED_STEP: u32 = 2 * COLUMN_STEP;
 
-/// Panels of [`KV_BOX_ELEMENTS`] elements that a box can have: all of a row. A row of which the last panel is not whole comes panel by panel: the box of
-/// the last one reaches past the row, and has zeros there, which are not read from memory.
+/// Panels of [`KV_BOX_ELEMENTS`] elements that a box can have: all of a row. A row of which the last panel is not whole comes
+/// panel by panel: the box of the last one reaches past the row, and has zeros there, which are not read from memory.
 pub const fn box_panels(head_dim: u32) -> u32 {
     if head_dim.is_multiple_of(KV_BOX_ELEMENTS) { head_dim / KV_BOX_ELEMENTS } else { 1 }
 }
@@ -263,12 +269,13 @@ impl HeadGroups {
     }
 }
 
-/// What the persistent blocks of a launch share: they take tasks in order, and the last one to leave sets all words to zero again.
+/// What the persistent blocks of a launch share: they take tasks in order, and the last one to leave sets all words to zero
+/// again.
 ///
 /// Task `t` is work item `t / num_groups` for head group `t % num_groups`. The tasks are two queues: the first
-/// [`front_tasks`](AttentionParams::front_tasks), and those behind them. In the front, all items come for the first [`groups_at_once`](AttentionParams::groups_at_once) head groups, then for
-/// the next. Every block begins with its own queue, and goes on with the other when that is
-/// empty. The kernel that does narrow tasks beside wide ones takes from both at a time.
+/// [`front_tasks`](AttentionParams::front_tasks), and those behind them. In the front, all items come for the first
+/// [`groups_at_once`](AttentionParams::groups_at_once) head groups, then for the next. Every block begins with its own queue, and
+/// goes on with the other when that is empty. The kernel that does narrow tasks beside wide ones takes from both at a time.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scheduler {
@@ -292,19 +299,21 @@ pub struct TaskStamp {
     pub unused: u32,
 }
 
-/// A word of the partial buffers that has not been stored yet, in `sm_90a`'s kernels: a NaN that they never store. All words are that between launches, and
-/// whoever merges a row waits until none of its partials' are.
+/// A word of the partial buffers that has not been stored yet, in `sm_90a`'s kernels: a NaN that they never store. All words are
+/// that between launches, and whoever merges a row waits until none of its partials' are.
 pub const NOT_STORED: u32 = u32::MAX;
 
 /// Parameters of the attention kernels.
 ///
-/// The `sm_80` kernel is launched with a block for each task; the `sm_90a` kernel with as many blocks as the device holds at a time, and merges the partials too.
+/// The `sm_80` kernel is launched with a block for each task; the `sm_90a` kernel with as many blocks as the device holds at a
+/// time, and merges the partials too.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionParams {
     /// Q, `[tokens, num_qo_heads, head_dim]`.
     pub q: DeviceAddress,
-    /// K, `[slots, num_kv_heads, head_dim]` or in other pages: head `h` of slot `s` lies `s * kv_slot_bytes + h * kv_head_bytes` from here.
+    /// K, `[slots, num_kv_heads, head_dim]` or in other pages: head `h` of slot `s` lies `s * kv_slot_bytes + h * kv_head_bytes`
+    /// from here.
     pub k: DeviceAddress,
     /// V, like K.
     pub v: DeviceAddress,
@@ -326,18 +335,19 @@ pub struct AttentionParams {
     pub merge_tokens: DeviceAddress,
     /// Merge sources, `u32`.
     pub merge_sources: DeviceAddress,
-    /// How many have read the log-sum-exps of the partials of each row that is merged in parts, `[merge tokens, num_qo_heads]` `u32`. Zero between launches; each launch that may
-    /// run beside another has its own.
+    /// How many have read the log-sum-exps of the partials of each row that is merged in parts, `[merge tokens, num_qo_heads]`
+    /// `u32`. Zero between launches; each launch that may run beside another has its own.
     pub lse_readers: DeviceAddress,
-    /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots of one head, swizzled by 128
-    /// bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`] slots, heads; a box of
-    /// [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single panel. Where [boxes have but one](box_panels), so have the
-    /// maps, and its elements are all of a row. In FP8, two neighbours count as one element. A map whose box would be more than a [step of columns](hopper_column_step), or in FP8 of
+    /// Tensor maps of K, then of V, [`NUM_KV_BOXES`] each; `sm_90a` only. Map `i` copies boxes of `2^i` slots of one head,
+    /// swizzled by 128 bytes. Its dimensions are elements (64), slots, panels of 64 elements, further groups of [`KV_BOX_GROUP`]
+    /// slots, heads; a box of [`KV_BOX_GROUP`] slots and more has all panels, group after group; a smaller one has a single
+    /// panel. Where [boxes have but one](box_panels), so have the maps, and its elements are all of a row. In FP8, two neighbours
+    /// count as one element. A map whose box would be more than a [step of columns](hopper_column_step), or in FP8 of
     /// [stored ones](HOPPER_STORED_STEP), is not used.
     pub kv_maps: DeviceAddress,
-    /// Tensor maps of Q, [`NUM_QUERY_BOXES`]; `sm_90a` only. Map `i` copies boxes of `2^i` tokens with the heads of one group, 64 elements of each, swizzled by 128 bytes. Its
-    /// dimensions are elements (64), heads, panels of 64 elements, tokens, and one more of length 1; elements and panels as
-    /// in `kv_maps`. A map whose box would be more than a wide tile is not used.
+    /// Tensor maps of Q, [`NUM_QUERY_BOXES`]; `sm_90a` only. Map `i` copies boxes of `2^i` tokens with the heads of one group, 64
+    /// elements of each, swizzled by 128 bytes. Its dimensions are elements (64), heads, panels of 64 elements, tokens, and one
+    /// more of length 1; elements and panels as in `kv_maps`. A map whose box would be more than a wide tile is not used.
     pub q_maps: DeviceAddress,
     /// Heads.
     pub heads: HeadGroups,
@@ -355,13 +365,13 @@ pub struct AttentionParams {
     pub front_tasks: u32,
     /// Head groups of which the tasks of the front queue come together; at least one; `sm_90a` only.
     pub groups_at_once: u32,
-    /// Blocks whose queue is the one behind it: the last of the launch. They are no more than that has tasks, and the others no more than the front has; `sm_90a`
-    /// only. None where every block takes from both.
+    /// Blocks whose queue is the one behind it: the last of the launch. They are no more than that has tasks, and the others no
+    /// more than the front has; `sm_90a` only. None where every block takes from both.
     pub back_blocks: u32,
     /// What the exponent to base 2 of a score is: softmax scale times log2(e); with a soft-cap, the cap times log2(e).
     pub scale_log2: f32,
-    /// With a soft-cap, the scores become hyperbolic tangents: of half this times ln 2, so it is 2 log2(e) times the softmax scale over the
-    /// cap. Without, zero.
+    /// With a soft-cap, the scores become hyperbolic tangents: of half this times ln 2, so it is 2 log2(e) times the softmax
+    /// scale over the cap. Without, zero.
     pub soft_cap_log2: f32,
     /// Sinks, natural logarithm, `[num_qo_heads]` float32: a further logit of each row. Or zero.
     pub sinks: DeviceAddress,
@@ -377,7 +387,8 @@ pub struct AttentionParams {
     pub kv_head_bytes: u32,
 }
 
-/// Parameters of the merge kernel, which merges what the `sm_80` kernel leaves in parts. Thread block `b` merges [`MergeToken`] `b / num_qo_heads` for query head `b % num_qo_heads`.
+/// Parameters of the merge kernel, which merges what the `sm_80` kernel leaves in parts. Thread block `b` merges [`MergeToken`]
+/// `b / num_qo_heads` for query head `b % num_qo_heads`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct MergeParams {

@@ -1,7 +1,9 @@
-//! Arithmetic that is to give the same on the device as on the host, where it is tested: rounding to FP8, bf16 as float16, and the angles of RoPE.
+//! Arithmetic that is to give the same on the device as on the host, where it is tested: rounding to FP8, bf16 as float16, and
+//! the angles of RoPE.
 //!
-//! Angles are fixed-point numbers whose unit is a turn. Multiplying one by a position wraps around by itself, which leaves exactly the part of a turn
-//! that matters, however many turns came before; in radians and float32 it would be lost at positions of some thousands.
+//! Angles are fixed-point numbers whose unit is a turn. Multiplying one by a position wraps around by itself, which leaves
+//! exactly the part of a turn that matters, however many turns came before; in radians and float32 it would be lost at positions
+//! of some thousands.
 
 use core::f32::consts::TAU;
 
@@ -25,7 +27,8 @@ pub const fn sin_cos(turn: u32) -> (f32, f32) {
     if quarter & 2 == 0 { (sin, cos) } else { (-sin, -cos) }
 }
 
-/// A number in e4m3 (sign, 4 bits of exponent, 3 of fraction), rounded to the nearest, ties to even; what is too large becomes the largest, 448.
+/// A number in e4m3 (sign, 4 bits of exponent, 3 of fraction), rounded to the nearest, ties to even; what is too large becomes
+/// the largest, 448.
 #[inline(always)]
 pub const fn e4m3(number: f32) -> u8 {
     const LARGEST: u32 = 448f32.to_bits();
@@ -58,7 +61,8 @@ const ONES: u32 = 0x1_0001;
 /// Signs of the two numbers of a word, in bf16 or float16.
 const SIGNS: u32 = ONES << 15;
 
-/// The power of two that a row of numbers in bf16 is multiplied with to become float16, which has more bits but a narrower range: one that has its greatest number between 2^14 and 2^15; at most 2^112.
+/// The power of two that a row of numbers in bf16 is multiplied with to become float16, which has more bits but a narrower range:
+/// one that has its greatest number between 2^14 and 2^15; at most 2^112.
 #[derive(Clone, Copy)]
 pub struct ScaleToF16 {
     /// The exponent of the row's greatest number, as it is stored.
@@ -93,7 +97,8 @@ impl ScaleToF16 {
         Self { exponent, less: (if exponent > Self::GREATEST { exponent } else { Self::GREATEST }) - Self::GREATEST }
     }
 
-    /// Two numbers of the row, as float16. That is exact, but for numbers that are less than a 2^28th part of the greatest, which are off by half of such a part at most. `max` is that of both halves of words, without signs.
+    /// Two numbers of the row, as float16. That is exact, but for numbers that are less than a 2^28th part of the greatest, which
+    /// are off by half of such a part at most. `max` is that of both halves of words, without signs.
     #[inline(always)]
     pub fn pair(self, word: u32, max: impl Fn(u32, u32) -> u32) -> u32 {
         let subtrahends = (self.less << Self::FRACTION) * ONES;
@@ -101,7 +106,8 @@ impl ScaleToF16 {
         (word & SIGNS) | bits << (Self::FRACTION_OF_F16 - Self::FRACTION)
     }
 
-    /// What these numbers must be multiplied with to be what they were; NaN if one of the row is not finite, as then none of them is right.
+    /// What these numbers must be multiplied with to be what they were; NaN if one of the row is not finite, as then none of them
+    /// is right.
     #[inline(always)]
     pub const fn inverse(self) -> f32 {
         if self.exponent == Self::NOT_FINITE {

@@ -1,15 +1,15 @@
 //! How K and V lie in a pool: slot after slot, or in the pages of another engine.
 //!
-//! Kernels find head `h` of a slot at `number * slot stride + h * head stride` from the tensor's first element. They read any layout in which
-//! slots can be *numbered* to make that true:
+//! Kernels find head `h` of a slot at `number * slot stride + h * head stride` from the tensor's first element. They read any
+//! layout in which slots can be *numbered* to make that true:
 //!
 //! ```text
 //! NHD   page │ slot 0: head 0, head 1, … │ slot 1: head 0, head 1, … │ …     slot stride num_kv_heads * head_dim, head stride head_dim
 //! HND   page │ head 0: slot 0, slot 1, … │ head 1: slot 0, slot 1, … │ …     slot stride head_dim, head stride page_size * head_dim
 //! ```
 //!
-//! The numbers of a page's slots follow each other. Those of the next page begin where it does, counted in slot strides: behind the other heads
-//! of this page, and behind the pages of V or of other layers that lie between the two.
+//! The numbers of a page's slots follow each other. Those of the next page begin where it does, counted in slot strides: behind
+//! the other heads of this page, and behind the pages of V or of other layers that lie between the two.
 
 use std::fmt;
 use std::num::NonZeroU32;
@@ -77,8 +77,8 @@ impl KvLayout {
         }
     }
 
-    /// Elements of K, and of V, from the first to the last that a pool of `num_slots` slots has of it: those of whole pages, and what lies
-    /// between them.
+    /// Elements of K, and of V, from the first to the last that a pool of `num_slots` slots has of it: those of whole pages, and
+    /// what lies between them.
     pub fn num_elements(&self, shape: AttentionShape, num_slots: u32) -> u64 {
         match self {
             Self::Slots => u64::from(num_slots) * shape.kv_elements_per_slot(),
@@ -119,7 +119,8 @@ impl KvLayout {
         self.page_size().map_or(end, |page_size| end.checked_next_multiple_of(page_size).unwrap_or(u32::MAX))
     }
 
-    /// The numbers of the slots from `first` on, as many as follow each other before `end`, which is at most [`Self::most_slots`].
+    /// The numbers of the slots from `first` on, as many as follow each other before `end`, which is at most
+    /// [`Self::most_slots`].
     #[inline]
     pub fn number(&self, shape: AttentionShape, first: u32, end: u32) -> KvRun {
         match self {
@@ -149,7 +150,8 @@ impl KvLayout {
 }
 
 impl PagedLayout {
-    /// What the size of a page is a multiple of: slots that the `sm_90a` kernels copy at a time. What is left of a page would come in smaller pieces.
+    /// What the size of a page is a multiple of: slots that the `sm_90a` kernels copy at a time. What is left of a page would
+    /// come in smaller pieces.
     pub const SIZE_MULTIPLE: u32 = packinfer_abi::KV_BOX_GROUP;
 
     /// The most bytes of a page of K, so that kernels can count its bytes in 32 bits.
@@ -168,7 +170,8 @@ impl PagedLayout {
         Ok(Self { page_size, order, page_stride: NonZeroU32::MIN })
     }
 
-    /// The same pages, in a tensor that has `page_stride` pages from one page of K to the next, and as many from one page of V to the next.
+    /// The same pages, in a tensor that has `page_stride` pages from one page of K to the next, and as many from one page of V to
+    /// the next.
     pub fn with_stride(self, page_stride: NonZeroU32) -> Self {
         Self { page_stride, ..self }
     }

@@ -1,9 +1,9 @@
 //! Attention batches: what one attention call of one layer works on.
 //!
 //! An [`AttentionShape`] says how many heads of which size and type there are. A [`Batch`] lists requests: how many query tokens
-//! each brings, how many KV slots it sees, and where those slots lie, as [`KvRun`]s. Requests may name the same slots: that
-//! is how a shared prefix looks here. A [`KvLayout`] says how the slots lie in memory, which may be that of another engine. [`BatchFile`] reads a
-//! batch from JSON. [`Rope`] is how new keys are turned.
+//! each brings, how many KV slots it sees, and where those slots lie, as [`KvRun`]s. Requests may name the same slots: that is
+//! how a shared prefix looks here. A [`KvLayout`] says how the slots lie in memory, which may be that of another engine.
+//! [`BatchFile`] reads a batch from JSON. [`Rope`] is how new keys are turned.
 //!
 //! ```
 //! use packinfer_batch::{AttentionShape, Batch, DType, Mask};

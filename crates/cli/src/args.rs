@@ -34,8 +34,8 @@ pub enum Command {
     Calibrate(CalibrateArgs),
     /// Replays a trace of requests against a KV pool, without a GPU.
     KvSim(KvSimArgs),
-    /// Decodes requests of a trace for some hundred steps, with KV in pages, in extents, and moved from one to the other, alone or in groups; measures that
-    /// on the GPU.
+    /// Decodes requests of a trace for some hundred steps, with KV in pages, in extents, and moved from one to the other, alone
+    /// or in groups; measures that on the GPU.
     DecodeRun(DecodeRunArgs),
 }
 
@@ -48,7 +48,8 @@ pub struct PlanArgs {
     /// What to plan for, and with --explain where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Shows the predicted schedule too; where there is a GPU, runs the plans and shows what was predicted against what was achieved.
+    /// Shows the predicted schedule too; where there is a GPU, runs the plans and shows what was predicted against what was
+    /// achieved.
     #[arg(long)]
     pub explain: bool,
     /// Draws the schedule of one batch, predicted and achieved, in SVG.
@@ -82,8 +83,8 @@ pub struct VerifyArgs {
     /// Where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Runs each batch in all element types and head dimensions, and with each option: a sliding window, a soft-cap, sinks, KV in FP8, and all of
-    /// these together.
+    /// Runs each batch in all element types and head dimensions, and with each option: a sliding window, a soft-cap, sinks, KV in
+    /// FP8, and all of these together.
     #[arg(long)]
     pub matrix: bool,
     /// Query tokens of every request to compare; all of them by default, or 16 where that would take long.
@@ -197,10 +198,12 @@ pub struct DecodeRunArgs {
     /// Requests of a group, for the layout `groups`.
     #[arg(long, value_name = "N", default_value = "4")]
     pub group_size: NonZeroU32,
-    /// Share of a group's slots that may be holes, or outside of its extent, before it is looked at, 0.5 by default: for the layout `groups`.
+    /// Share of a group's slots that may be holes, or outside of its extent, before it is looked at, 0.5 by default: for the
+    /// layout `groups`.
     #[arg(long, value_name = "SHARE", value_parser = share)]
     pub group_fragmentation: Option<f64>,
-    /// Tokens that the largest group may have over the mean of all, before they are balanced, 1.5 by default: for the layout `groups`.
+    /// Tokens that the largest group may have over the mean of all, before they are balanced, 1.5 by default: for the layout
+    /// `groups`.
     #[arg(long, value_name = "RATIO", value_parser = ratio)]
     pub imbalance: Option<f64>,
     /// Rounds of all layouts in turn; of each, the round with the median time is reported.

@@ -1,4 +1,5 @@
-//! `packinfer bench-kv`: how fast slots are copied and tokens appended, beside the bandwidth that the device copies its memory at.
+//! `packinfer bench-kv`: how fast slots are copied and tokens appended, beside the bandwidth that the device copies its memory
+//! at.
 
 use std::io::{Write, stdout};
 use std::time::{Duration, Instant, SystemTime};

@@ -20,8 +20,8 @@ pub struct Case {
 }
 
 impl Case {
-    /// Reads batch files. Their pages are in an order that `seed` says. With `matrix`, each file is read once for each pair of element type and head
-    /// dimension and each option.
+    /// Reads batch files. Their pages are in an order that `seed` says. With `matrix`, each file is read once for each pair of
+    /// element type and head dimension and each option.
     pub fn read_all(paths: &[PathBuf], seed: u64, matrix: bool) -> anyhow::Result<Vec<Self>> {
         let mut cases = Vec::new();
         for path in paths {

@@ -42,8 +42,8 @@ pub fn copy_slots<K: Number>(pool: &mut [K], elements_per_slot: usize, copies: &
     Ok(())
 }
 
-/// Writes new tokens into their slots of a layer's K and V, each `[slots, num_kv_heads, head_dim]`. RoPE is computed in float64; numbers are divided by
-/// their scales in float32, then rounded.
+/// Writes new tokens into their slots of a layer's K and V, each `[slots, num_kv_heads, head_dim]`. RoPE is computed in float64;
+/// numbers are divided by their scales in float32, then rounded.
 ///
 /// # Errors
 ///

@@ -7,8 +7,8 @@
 //! * [`random_elements`] makes inputs.
 //! * [`ceilings`] measures what the machine can do at best.
 //!
-//! Everything is generic over the [`Element`] type, `half::bf16` or `half::f16`, and over the [`KvElement`] type of K and V, the same or
-//! `float8::F8E4M3`.
+//! Everything is generic over the [`Element`] type, `half::bf16` or `half::f16`, and over the [`KvElement`] type of K and V, the
+//! same or `float8::F8E4M3`.
 //!
 //! ```
 //! use half::bf16;

@@ -109,8 +109,8 @@ const MOST_QO_HEADS: usize = 60;
 /// KV heads, as well.
 const MOST_KV_HEADS: usize = 3;
 
-/// Any batch that a test has time for: prompts, chunks, decodes and empty requests, pages of several sizes, prefixes shared at up to
-/// four levels, other engines' layouts.
+/// Any batch that a test has time for: prompts, chunks, decodes and empty requests, pages of several sizes, prefixes shared at up
+/// to four levels, other engines' layouts.
 fn any_batch() -> impl Strategy<Value = Batch> {
     let heads = (1..=3u32, prop::sample::select(vec![1u32, 2, 3, 4, 7, 8, 16, 20]));
     let dtype = prop::sample::select(vec![DType::Bf16, DType::F16]);

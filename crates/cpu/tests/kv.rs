@@ -1,4 +1,5 @@
-//! Copies of slots and new tokens on the CPU; and the arithmetic of the kernels that do the same, which is tested here because it is the same code.
+//! Copies of slots and new tokens on the CPU; and the arithmetic of the kernels that do the same, which is tested here because it
+//! is the same code.
 
 use float8::F8E4M3;
 use half::{bf16, f16};

@@ -10,7 +10,8 @@ pub use trigger::{GroupState, Trigger};
 
 use crate::{Extent, KvError, Policy, Sequence, SequenceMove, Situation, SlotPool, Usage};
 
-/// A request of a group: requests that are worked on together, because they share a prefix, or because they are in one packed tile.
+/// A request of a group: requests that are worked on together, because they share a prefix, or because they are in one packed
+/// tile.
 #[derive(Debug)]
 pub struct GroupMember<'a> {
     /// Its KV.
@@ -46,9 +47,10 @@ impl GroupMove {
 }
 
 impl SlotPool {
-    /// Begins to move what each member of a group owns by itself to one contiguous extent of the whole group: member after member, each with
-    /// [headroom](crate::Contiguous::group). Does so if `policy` says that it pays for the group, with all that attention saves against all that is copied.
-    /// `None` if the group stays where it is, because that is better, because no extent is long enough, or because a member is being moved already.
+    /// Begins to move what each member of a group owns by itself to one contiguous extent of the whole group: member after
+    /// member, each with [headroom](crate::Contiguous::group). Does so if `policy` says that it pays for the group, with all that
+    /// attention saves against all that is copied. `None` if the group stays where it is, because that is better, because no
+    /// extent is long enough, or because a member is being moved already.
     ///
     /// # Errors
     ///

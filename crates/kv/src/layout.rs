@@ -30,7 +30,8 @@ pub struct Contiguous {
     /// A group is looked at if a greater share of its slots is not both in its one extent and a member's, see
     /// [`GroupState::fragmentation`](crate::GroupState::fragmentation): from 0, which is any, to 1, which is never.
     pub max_group_fragmentation: f64,
-    /// Groups are balanced if the largest one has more than so many times the tokens of the mean (see [`imbalance`](crate::imbalance)), at least 1.
+    /// Groups are balanced if the largest one has more than so many times the tokens of the mean (see
+    /// [`imbalance`](crate::imbalance)), at least 1.
     pub max_imbalance: f64,
     /// What each further run costs attention at every step: an address and the end of a tile that is not full.
     pub run_cost: f64,
@@ -48,8 +49,9 @@ impl Default for Contiguous {
             max_fragmentation: 0.5,
             max_group_fragmentation: 0.5,
             max_imbalance: 1.5,
-            // Measured by `packinfer decode-run` on an H100: to attention alone a further run costs 0.17 slots. With longer plans to upload, and
-            // multiprocessors that wait for those whose requests are scattered, whole steps took less time with 0.8 than with 0.17.
+            // Measured by `packinfer decode-run` on an H100: to attention alone a further run costs 0.17 slots. With longer plans
+            // to upload, and multiprocessors that wait for those whose requests are scattered, whole steps took less time with
+            // 0.8 than with 0.17.
             run_cost: 0.8,
             // Read and written, at 85% of the bandwidth.
             move_cost: 2.0 / 0.85,
@@ -159,12 +161,14 @@ impl Contiguous {
         (f64::from(now) + f64::from(to_come) / 2.0) * self.run_cost * f64::from(situation.expected)
     }
 
-    /// The imbalance that groups are brought down to when it was more than [`Self::max_imbalance`]: half way to none, so that it is not more again at once.
+    /// The imbalance that groups are brought down to when it was more than [`Self::max_imbalance`]: half way to none, so that it
+    /// is not more again at once.
     pub fn balanced(&self) -> f64 {
         f64::midpoint(1.0, self.max_imbalance)
     }
 
-    /// Whether it pays to move the members of a group side by side: what attention saves for all of them together is more than what the copies cost.
+    /// Whether it pays to move the members of a group side by side: what attention saves for all of them together is more than
+    /// what the copies cost.
     pub fn group_pays(&self, usage: &Usage, page_size: u32, members: &[Situation]) -> bool {
         let gain: f64 = members.iter().map(|member| self.gain(usage, page_size, member)).sum();
         gain > members.iter().map(|member| self.cost(member)).sum()

@@ -10,10 +10,11 @@ use crate::Plan;
 /// It costs each request a tile of its own, which short ones share otherwise, and `runs` entries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Headroom {
-    /// Steps. Requests grow alike, so the plan stays balanced as long as they are few beside the tokens that a multiprocessor reads.
+    /// Steps. Requests grow alike, so the plan stays balanced as long as they are few beside the tokens that a multiprocessor
+    /// reads.
     pub steps: u32,
-    /// KV runs that each request may begin in these steps: with pages of `n` slots, one every `n` steps; none in a contiguous extent that
-    /// has room, unless it is one of pages that lie [apart](packinfer_batch::KvLayout).
+    /// KV runs that each request may begin in these steps: with pages of `n` slots, one every `n` steps; none in a contiguous
+    /// extent that has room, unless it is one of pages that lie [apart](packinfer_batch::KvLayout).
     pub runs: u32,
 }
 
@@ -118,8 +119,9 @@ impl Plan {
         }
     }
 
-    /// Makes the plan of a decode step that of the next: the KV of each request has got a token more, in slot `slots[request]`, and its query
-    /// token is that one. Whatever the plan does not say stays as it was; in particular all other KV lies where it lay.
+    /// Makes the plan of a decode step that of the next: the KV of each request has got a token more, in slot `slots[request]`,
+    /// and its query token is that one. Whatever the plan does not say stays as it was; in particular all other KV lies where it
+    /// lay.
     ///
     /// The plan has as many items and merges as before. Nothing is allocated.
     ///
@@ -140,8 +142,8 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// No room for a step or for a KV run, slots of another number of requests, or one past the last that can be numbered. The plan is as it
-    /// was.
+    /// No room for a step or for a KV run, slots of another number of requests, or one past the last that can be numbered. The
+    /// plan is as it was.
     pub fn append(&mut self, slots: &[u32]) -> Result<(), AppendError> {
         let (shape, kv_layout) = (self.shape, self.kv_layout);
         let most = kv_layout.most_slots(shape);

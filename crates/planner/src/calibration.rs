@@ -115,7 +115,8 @@ impl Calibration {
     ///
     /// # Errors
     ///
-    /// Text that is not JSON or lacks something, with its line and column; no models, two of the same, or numbers that no device has.
+    /// Text that is not JSON or lacks something, with its line and column; no models, two of the same, or numbers that no device
+    /// has.
     pub fn from_json(text: &str) -> Result<Self, CalibrationError> {
         let calibration: Self = serde_json::from_str(text).map_err(CalibrationError::Json)?;
         calibration.check()?;

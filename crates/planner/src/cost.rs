@@ -154,8 +154,8 @@ impl WorkTimes {
     }
 }
 
-/// The part of all blocks' shares of the memory that is needed where a part of the blocks does narrow items, and the others do wide ones that
-/// need a part of their shares.
+/// The part of all blocks' shares of the memory that is needed where a part of the blocks does narrow items, and the others do
+/// wide ones that need a part of their shares.
 pub(crate) fn memory_needed(narrow_blocks: f64, wide_need: f64) -> f64 {
     narrow_blocks + (1.0 - narrow_blocks) * wide_need
 }
@@ -217,7 +217,8 @@ impl Line {
     }
 }
 
-/// What a step of a wide tile takes longer because its K and V are made of what is stored in FP8: by hand, from the items of batches of chunks and prompts on an H100.
+/// What a step of a wide tile takes longer because its K and V are made of what is stored in FP8: by hand, from the items of
+/// batches of chunks and prompts on an H100.
 fn converting_ns(family: KernelFamily, shape: AttentionShape) -> f64 {
     /// Of a head dimension of 128.
     const NS: f64 = 450.0;
@@ -319,7 +320,8 @@ impl CostModel {
         }
     }
 
-    /// What query tokens take that are put into tiles by themselves, all see every column, and are merged with what they see elsewhere.
+    /// What query tokens take that are put into tiles by themselves, all see every column, and are merged with what they see
+    /// elsewhere.
     pub fn shared(&self, division: Division) -> Line {
         let tile = |kind: TileKind, tokens: u32| {
             let rows = tokens * self.heads.heads_per_group;
@@ -384,7 +386,8 @@ pub(crate) fn partial_row_bytes(shape: AttentionShape) -> u64 {
     PARTIAL_ELEMENT_BYTES * u64::from(shape.head_dim() + 1)
 }
 
-/// What it takes to merge `num_tokens` query tokens from `num_partial_rows` rows of partials for each head group, with the whole device.
+/// What it takes to merge `num_tokens` query tokens from `num_partial_rows` rows of partials for each head group, with the whole
+/// device.
 pub(crate) fn merge_ns(
     model: &DeviceModel,
     shape: AttentionShape,

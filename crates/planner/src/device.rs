@@ -19,9 +19,9 @@ const PLAUSIBLE_TIMES: RangeInclusive<f64> = 0.0..=1e6;
 
 /// What a device takes for the parts of a work item.
 ///
-/// The rates are what attention kernels reach, which is less than a data sheet says. A thread block has an equal share of them: the
-/// planner balances work for a device that is full. A work item takes [`Self::item_ns`], and besides the longer of two times: what its
-/// bytes take at the block's share of the memory and of the cache; and what its [`TileTimes`] and products take.
+/// The rates are what attention kernels reach, which is less than a data sheet says. A thread block has an equal share of them:
+/// the planner balances work for a device that is full. A work item takes [`Self::item_ns`], and besides the longer of two times:
+/// what its bytes take at the block's share of the memory and of the cache; and what its [`TileTimes`] and products take.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceModel {
@@ -54,8 +54,8 @@ pub struct DeviceModel {
     pub beside: Option<BesideTimes>,
 }
 
-/// What items take where a multiprocessor does a narrow one and a wide one at the same time, as parts of what they take where it does one at a time. They are by hand, from
-/// the times of whole batches: `packinfer calibrate` leaves them as they were.
+/// What items take where a multiprocessor does a narrow one and a wide one at the same time, as parts of what they take where it
+/// does one at a time. They are by hand, from the times of whole batches: `packinfer calibrate` leaves them as they were.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BesideTimes {
@@ -120,8 +120,8 @@ impl DeviceModel {
         ..Self::H100
     };
 
-    /// The same device with the `sm_90a` kernels instead of the `sm_80` kernels: one block a multiprocessor, which takes items in turn and
-    /// loads for the next while it finishes one; products through `wgmma`.
+    /// The same device with the `sm_90a` kernels instead of the `sm_80` kernels: one block a multiprocessor, which takes items in
+    /// turn and loads for the next while it finishes one; products through `wgmma`.
     fn with_hopper_kernels(self) -> Self {
         /// What `wgmma` gives the wide tiles, of what `mma` does.
         const PRODUCTS: f64 = 1.85;
@@ -136,9 +136,9 @@ impl DeviceModel {
         }
     }
 
-    /// The models of a device with the given name, as its driver gives it, and compute capability (major, minor): for each family of kernels
-    /// that it can run, one or one for each of some head dimensions. They are what was measured on a device of that name, or else
-    /// [`Self::estimates_for_device`].
+    /// The models of a device with the given name, as its driver gives it, and compute capability (major, minor): for each family
+    /// of kernels that it can run, one or one for each of some head dimensions. They are what was measured on a device of that
+    /// name, or else [`Self::estimates_for_device`].
     ///
     /// A part of a device, which has fewer multiprocessors, has that part of its rates.
     pub fn all_for_device(name: &str, compute_capability: (u32, u32), num_sms: u32) -> Vec<Self> {
@@ -251,7 +251,8 @@ pub(crate) struct LeastWork {
 }
 
 impl LeastWork {
-    /// Each request reads all KV that all of its query tokens see, but for `repeated_tokens` KV tokens that need not be read again.
+    /// Each request reads all KV that all of its query tokens see, but for `repeated_tokens` KV tokens that need not be read
+    /// again.
     pub fn of(batch: &Batch, repeated_tokens: u64) -> Self {
         let shape = batch.shape();
         let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();

@@ -99,7 +99,8 @@ impl Plan {
         (num_tokens > 0).then(|| merged_bytes(self.shape, self.heads, num_tokens, num_rows))
     }
 
-    /// Nanoseconds that `model` expects of the attention call, merging included. Leaves the loads of the device's blocks in `lanes`.
+    /// Nanoseconds that `model` expects of the attention call, merging included. Leaves the loads of the device's blocks in
+    /// `lanes`.
     pub(crate) fn predicted_ns(&self, model: &DeviceModel, lanes: &mut Lanes) -> f64 {
         self.give_out(model, lanes, |_, _| {});
         lanes.max() as f64 + self.besides_items_ns(model)

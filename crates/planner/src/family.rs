@@ -7,15 +7,16 @@ use packinfer_abi::{COLUMN_STEP, TALL_TILE_ROWS, WIDE_TILE_ROWS, hopper_column_s
 use packinfer_batch::{AttentionShape, KvDType};
 use serde::{Deserialize, Serialize};
 
-/// Kernels compiled for one architecture. A plan is for one family: how large tiles may be, and what they cost, is another for each.
+/// Kernels compiled for one architecture. A plan is for one family: how large tiles may be, and what they cost, is another for
+/// each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum KernelFamily {
     /// For Ampere and later: small blocks, several at a time on a multiprocessor, that overlap each other's loads and products.
     #[serde(rename = "sm_80")]
     Sm80,
-    /// For Hopper alone: one persistent block a multiprocessor, with the products of whole warpgroups. Much faster where products are the limit,
-    /// and as fast where memory is.
+    /// For Hopper alone: one persistent block a multiprocessor, with the products of whole warpgroups. Much faster where products
+    /// are the limit, and as fast where memory is.
     #[serde(rename = "sm_90a")]
     Sm90a,
 }
@@ -46,7 +47,8 @@ impl KernelFamily {
         has.then_some(TALL_TILE_ROWS)
     }
 
-    /// Rows of a wide tile that skip a step of columns together, because none of them sees any of it: those of a warp, or of a warpgroup.
+    /// Rows of a wide tile that skip a step of columns together, because none of them sees any of it: those of a warp, or of a
+    /// warpgroup.
     pub(crate) const fn wide_rows_together(self) -> u32 {
         match self {
             Self::Sm80 => 32,

@@ -1,8 +1,8 @@
 //! Fits a model of a device to what was measured on it.
 //!
-//! A work item takes a fixed time, and besides the longer of two sums: one of its traffic, one of what its block does (see [`DeviceModel`]).
-//! If it is known which of them is the longer for every item, the unknowns are found by least squares. So that is taken from the model
-//! found last, until nothing changes.
+//! A work item takes a fixed time, and besides the longer of two sums: one of its traffic, one of what its block does (see
+//! [`DeviceModel`]). If it is known which of them is the longer for every item, the unknowns are found by least squares. So that
+//! is taken from the model found last, until nothing changes.
 
 use packinfer_abi::TileKind;
 use serde::{Deserialize, Serialize};
@@ -148,7 +148,8 @@ struct Observation {
     weight: f64,
 }
 
-/// Fits the model to those of the measurements that are of its kernels and head dimension. What they do not tell stays as `estimate` has it.
+/// Fits the model to those of the measurements that are of its kernels and head dimension. What they do not tell stays as
+/// `estimate` has it.
 pub fn fit(estimate: &DeviceModel, measurements: &[Measurement]) -> (DeviceModel, Fit) {
     let ours = |m: &&Measurement| (m.kernel_family, m.head_dim) == (estimate.kernel_family, estimate.head_dim);
     let measurements: Vec<&Measurement> = measurements.iter().filter(ours).collect();

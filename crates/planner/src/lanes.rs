@@ -4,12 +4,12 @@ use crate::cost::Ns;
 
 /// The loads of lanes that work side by side, one block at a time each.
 ///
-/// They are a tree of losers: lanes meet in pairs, the one with the lesser load goes on to the next pair, and each pair keeps the other one. When
-/// the lane that won them all gets an item, only its own pairs meet again.
+/// They are a tree of losers: lanes meet in pairs, the one with the lesser load goes on to the next pair, and each pair keeps the
+/// other one. When the lane that won them all gets an item, only its own pairs meet again.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Lanes {
-    /// The lane that is free first, then those that pairs keep. Pair `i` is of who won pairs `2 i` and `2 i + 1`, or of lanes, which follow the
-    /// pairs.
+    /// The lane that is free first, then those that pairs keep. Pair `i` is of who won pairs `2 i` and `2 i + 1`, or of lanes,
+    /// which follow the pairs.
     lanes: Vec<Lane>,
     /// Who won each pair, then the lanes, while the tree is made.
     winners: Vec<Lane>,
@@ -103,8 +103,8 @@ impl Lanes {
     }
 }
 
-/// What items take that so many lanes get one after another, each item `copies` times; and when the lanes are free at the latest, whichever is free first: nothing is begun later than they are free on
-/// average.
+/// What items take that so many lanes get one after another, each item `copies` times; and when the lanes are free at the latest,
+/// whichever is free first: nothing is begun later than they are free on average.
 pub(crate) fn total_and_latest_end(items: impl Iterator<Item = Ns>, copies: u32, num_lanes: u32) -> (Ns, Ns) {
     let [copies, num_lanes] = [copies, num_lanes.max(1)].map(Ns::from);
     let (mut total, mut latest_end): (Ns, Ns) = (0, 0);

@@ -29,8 +29,8 @@ impl<const N: usize> NonNegative<N> {
         }
     }
 
-    /// The unknowns, none of them negative, with the least sum of squares: one after the other is set to what is best for it, until
-    /// none changes. The sum is convex, so there is no other minimum to end at.
+    /// The unknowns, none of them negative, with the least sum of squares: one after the other is set to what is best for it,
+    /// until none changes. The sum is convex, so there is no other minimum to end at.
     pub fn solve(&self) -> [f64; N] {
         let mut unknowns = [0.0; N];
         for _ in 0..MAX_SWEEPS {

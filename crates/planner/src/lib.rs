@@ -1,24 +1,25 @@
 //! Packs the requests of a step into load-balanced work items.
 //!
-//! A [`Planner`] turns a [`Batch`](packinfer_batch::Batch) into a [`Plan`]: flat arrays that go to the device as they are, and serve all layers
-//! of the step. What work items cost is told by a [`DeviceModel`]; [`Plan::explain`] tells what it expects of the whole plan.
+//! A [`Planner`] turns a [`Batch`](packinfer_batch::Batch) into a [`Plan`]: flat arrays that go to the device as they are, and
+//! serve all layers of the step. What work items cost is told by a [`DeviceModel`]; [`Plan::explain`] tells what it expects of
+//! the whole plan.
 //!
 //! ```text
 //! requests ──▸ groups ──▸ tiles ──▸ work items ──▸ order
 //!              share      pack      split          by KV, the longest first
 //! ```
 //!
-//! 1. KV slots that several requests begin with, at any number of levels, are read once for all of them, where that is faster. Groups
-//!    of requests have tiles over the slots that they share; what is left of each request's KV is read by itself.
+//! 1. KV slots that several requests begin with, at any number of levels, are read once for all of them, where that is faster.
+//!    Groups of requests have tiles over the slots that they share; what is left of each request's KV is read by itself.
 //! 2. Query tokens are put into tiles. What remains of a prompt behind its full tiles shares a tile with what remains of others,
 //!    where that is faster.
 //! 3. Tiles that would keep a multiprocessor busy after all others are done are split along their columns. The partial results of
 //!    a query token, of all tiles that it is in, are merged.
-//! 4. Items that read the same KV stand together, the longest first, so that the device balances itself. For persistent blocks, items that
-//!    memory limits stand behind those that products limit, and some blocks begin with them.
+//! 4. Items that read the same KV stand together, the longest first, so that the device balances itself. For persistent blocks,
+//!    items that memory limits stand behind those that products limit, and some blocks begin with them.
 //!
-//! A planner may know a device by several models, one for each family of kernels that it can run: it then plans each batch for the family
-//! that suits it.
+//! A planner may know a device by several models, one for each family of kernels that it can run: it then plans each batch for
+//! the family that suits it.
 //!
 //! ```
 //! use packinfer_batch::{AttentionShape, Batch, DType, Mask};

@@ -1,9 +1,11 @@
 //! In which order the items of a plan are begun.
 //!
-//! Pack after pack, so that tiles that read the same KV run at the same time and find it in the L2 cache; the packs with the longest items first. Of each pack the longest
-//! come first, so that the device ends with short ones; but items of shared columns go by these. Items whose columns nobody else reads are packs by themselves.
+//! Pack after pack, so that tiles that read the same KV run at the same time and find it in the L2 cache; the packs with the
+//! longest items first. Of each pack the longest come first, so that the device ends with short ones; but items of shared columns
+//! go by these. Items whose columns nobody else reads are packs by themselves.
 //!
-//! So the last pack alone decides how the lanes end. Where it has too few short items, those of all packs come last instead: they have few columns, so hardly anything is read again for it.
+//! So the last pack alone decides how the lanes end. Where it has too few short items, those of all packs come last instead: they
+//! have few columns, so hardly anything is read again for it.
 
 use packinfer_abi::TileKind;
 
@@ -17,7 +19,8 @@ use crate::tile::Tile;
 const BALANCED: f64 = 0.02;
 /// Short items take this part of everything at most.
 const MOST_SHORT: f64 = 0.25;
-/// Items of a head group that are given to lanes to see when they end: plans of more have so many for each lane that it hardly matters.
+/// Items of a head group that are given to lanes to see when they end: plans of more have so many for each lane that it hardly
+/// matters.
 const MOST_GIVEN: usize = 1 << 12;
 
 /// What an item's place in the plan is decided by.
@@ -96,7 +99,8 @@ impl Order {
         }
     }
 
-    /// Has short items of all packs begun last, if the lanes then end earlier: so many that they give each lane as much to do as the longest of them takes.
+    /// Has short items of all packs begun last, if the lanes then end earlier: so many that they give each lane as much to do as
+    /// the longest of them takes.
     fn end_with_short_items(&mut self, tiles: &[Tile], items: &[Item], times: &[WorkTimes], device: LanesOfGroups) {
         let time_of = |place: &Place| times[place.item as usize].full_ns();
         // What items take for all head groups that share the lanes.

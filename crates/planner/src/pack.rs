@@ -1,8 +1,8 @@
 //! Which requests share a tile: bin packing of what remains of requests behind their full tiles.
 //!
-//! A tile of several requests saves fixed costs and half-empty steps, but its requests wait for each other. So a remainder joins a
-//! tile if the cost model says that the tile then takes less than both would apart, and if the tile stays short: short items at the
-//! end of a launch are what evens out the lanes.
+//! A tile of several requests saves fixed costs and half-empty steps, but its requests wait for each other. So a remainder joins
+//! a tile if the cost model says that the tile then takes less than both would apart, and if the tile stays short: short items at
+//! the end of a launch are what evens out the lanes.
 
 use packinfer_abi::{HeadGroups, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::{Batch, Mask};
@@ -83,8 +83,8 @@ impl Remainders {
 }
 
 impl Packer {
-    /// Divides all requests that have query tokens and KV of their own into packs, for `lanes` lanes that share the work of a head group;
-    /// each by itself if not `together`.
+    /// Divides all requests that have query tokens and KV of their own into packs, for `lanes` lanes that share the work of a
+    /// head group; each by itself if not `together`.
     pub fn pack(&mut self, batch: &Batch, sharing: &Sharing, heads: HeadGroups, cost: &CostModel, lanes: f64, together: bool) {
         self.members.clear();
         self.packs.clear();

@@ -19,7 +19,8 @@ pub struct Plan {
     pub(crate) items: Vec<WorkItem>,
     pub(crate) segments: Vec<RowSegment>,
     pub(crate) runs: Vec<KvRun>,
-    /// For each item the part of its columns that no other item of the same requests reads, on average: the others find it in the cache.
+    /// For each item the part of its columns that no other item of the same requests reads, on average: the others find it in the
+    /// cache.
     pub(crate) fresh: Vec<f32>,
     /// For each item whether it reads its columns for all requests that begin with them.
     pub(crate) shared: Vec<bool>,
@@ -117,8 +118,9 @@ impl Plan {
         self.heads
     }
 
-    /// Work items: those that read the same KV together, of them and among them the longest first, but for short ones of all, which may come last; or request after request where they
-    /// are not packed. Where there are two queues, those of the front come first.
+    /// Work items: those that read the same KV together, of them and among them the longest first, but for short ones of all,
+    /// which may come last; or request after request where they are not packed. Where there are two queues, those of the front
+    /// come first.
     pub fn items(&self) -> &[WorkItem] {
         &self.items
     }
@@ -128,20 +130,23 @@ impl Plan {
         self.num_front_items
     }
 
-    /// Head groups of which the items of the front come together: all of them for the first so many groups, then for the next. So wide tiles that read the same KV run at the same time, on enough
-    /// multiprocessors, whatever the number of KV heads. Only persistent blocks take their tasks like that.
+    /// Head groups of which the items of the front come together: all of them for the first so many groups, then for the next. So
+    /// wide tiles that read the same KV run at the same time, on enough multiprocessors, whatever the number of KV heads. Only
+    /// persistent blocks take their tasks like that.
     pub fn groups_at_once(&self) -> u32 {
         self.groups_at_once
     }
 
-    /// Lanes that begin with the items behind the [front](Self::num_front_items), and go on with those when there are no more; the others do the front first. So some read
-    /// memory while others compute. Only persistent blocks take their tasks like that.
+    /// Lanes that begin with the items behind the [front](Self::num_front_items), and go on with those when there are no more;
+    /// the others do the front first. So some read memory while others compute. Only persistent blocks take their tasks like
+    /// that.
     pub fn back_lanes(&self) -> u32 {
         self.back_lanes
     }
 
-    /// Whether each multiprocessor can do the items behind the [front](Self::num_front_items), which are narrow, beside those of the front, which are wide. Where a kernel can do
-    /// that, it is faster than [lanes that begin behind the front](Self::back_lanes).
+    /// Whether each multiprocessor can do the items behind the [front](Self::num_front_items), which are narrow, beside those of
+    /// the front, which are wide. Where a kernel can do that, it is faster than
+    /// [lanes that begin behind the front](Self::back_lanes).
     pub fn is_beside(&self) -> bool {
         self.beside
     }

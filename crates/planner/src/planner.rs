@@ -20,8 +20,8 @@ use crate::{DeviceModel, Headroom, KernelFamily, Plan, PlanError};
 /// How requests are put into tiles.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Packing {
-    /// KV that several requests begin with is read once for all of them where that is faster; query heads of a KV head together, short
-    /// requests together, long tiles split, the longest items first.
+    /// KV that several requests begin with is read once for all of them where that is faster; query heads of a KV head together,
+    /// short requests together, long tiles split, the longest items first.
     #[default]
     Packed,
     /// The same, but every request reads all of its KV by itself. It is there to be compared with.
@@ -33,8 +33,8 @@ pub enum Packing {
 
 /// Makes plans. It keeps its memory from plan to plan.
 ///
-/// Planning goes through four steps: it is chosen what requests read together, their query tokens are put into tiles, the tiles' columns
-/// are divided among work items, and these are put in order.
+/// Planning goes through four steps: it is chosen what requests read together, their query tokens are put into tiles, the tiles'
+/// columns are divided among work items, and these are put in order.
 #[derive(Clone, Debug)]
 pub struct Planner {
     /// At least one.
@@ -68,9 +68,9 @@ impl Planner {
         Self::choosing(vec![model])
     }
 
-    /// A planner for a device that has several families of kernels, with models of each; a default model if there are none. It plans a batch
-    /// by the model of each family that suits its head dimension, for the family that needs the least time for its bytes and products: the
-    /// last of those that need about the same, as families that fewer devices can run come later.
+    /// A planner for a device that has several families of kernels, with models of each; a default model if there are none. It
+    /// plans a batch by the model of each family that suits its head dimension, for the family that needs the least time for its
+    /// bytes and products: the last of those that need about the same, as families that fewer devices can run come later.
     pub fn choosing(mut models: Vec<DeviceModel>) -> Self {
         if models.is_empty() {
             models.push(DeviceModel::default());
@@ -140,10 +140,11 @@ impl Planner {
         planned.inspect_err(|_| *plan = Plan::empty(shape))
     }
 
-    /// The model that a batch is planned for, of whose KV tokens so many need not be read: of those that suit its head dimension best, the
-    /// one that needs the least time for its bytes and products; the last of those that need about the same.
+    /// The model that a batch is planned for, of whose KV tokens so many need not be read: of those that suit its head dimension
+    /// best, the one that needs the least time for its bytes and products; the last of those that need about the same.
     fn choose(&self, batch: &Batch, repeated_tokens: u64) -> DeviceModel {
-        /// What the models of two families may differ by where the kernels do not, as part of the time: fitted ones are off by up to 9 % in the median.
+        /// What the models of two families may differ by where the kernels do not, as part of the time: fitted ones are off by up
+        /// to 9 % in the median.
         const SPREAD: f64 = 0.1;
         let shape = batch.shape();
         let better = |a: &DeviceModel, b: &DeviceModel| {
@@ -226,7 +227,8 @@ impl Planner {
         }
     }
 
-    /// Puts the items into the plan, in [order](Order). Persistent blocks have two queues, if there are wide items and narrow ones.
+    /// Puts the items into the plan, in [order](Order). Persistent blocks have two queues, if there are wide items and narrow
+    /// ones.
     fn put_in_order(&mut self, plan: &mut Plan, cost: &CostModel) {
         let mut has_queues = false;
         if self.packing == Packing::PerRequest {
@@ -269,7 +271,8 @@ impl Planner {
         }));
     }
 
-    /// Puts narrow items, which memory limits, behind wide ones, which products limit, if there is much of both; and returns how the device should go about them.
+    /// Puts narrow items, which memory limits, behind wide ones, which products limit, if there is much of both; and returns how
+    /// the device should go about them.
     fn make_queues(&mut self, device: LanesOfGroups, beside: Option<BesideTimes>) -> Option<Arrangement> {
         let Self { items, order, times, queues, .. } = self;
         queues.fill(order.iter().map(|item| (items[item].item.tile, times[item])));
@@ -279,8 +282,9 @@ impl Planner {
     }
 }
 
-/// Head groups that come at once where several wide tiles read the same columns, so many at most: few, if the L2 cache cannot keep these for all KV heads, so that, where there are tiles enough,
-/// many multiprocessors read the same KV at the same time. Each brings some of it from the memory for the others, that is `1 / TILES_AT_ONCE` of what it takes from the cache.
+/// Head groups that come at once where several wide tiles read the same columns, so many at most: few, if the L2 cache cannot
+/// keep these for all KV heads, so that, where there are tiles enough, many multiprocessors read the same KV at the same time.
+/// Each brings some of it from the memory for the others, that is `1 / TILES_AT_ONCE` of what it takes from the cache.
 fn groups_at_once(model: &DeviceModel, shared_columns: u32, shape: AttentionShape) -> u32 {
     const TILES_AT_ONCE: u32 = 16;
     /// Half of an H100's L2 cache.
@@ -292,8 +296,9 @@ fn groups_at_once(model: &DeviceModel, shared_columns: u32, shape: AttentionShap
     (model.lanes() / TILES_AT_ONCE).max(1)
 }
 
-/// Rows of the wide tiles of a batch, of whose query heads so many are in a group. They are tall where there are kernels for that and most rows are of requests that fill more than one tile, unless
-/// requests of few rows have much to read: the kernels for tall tiles have no narrow ones.
+/// Rows of the wide tiles of a batch, of whose query heads so many are in a group. They are tall where there are kernels for that
+/// and most rows are of requests that fill more than one tile, unless requests of few rows have much to read: the kernels for
+/// tall tiles have no narrow ones.
 fn wide_tile_rows(batch: &Batch, model: &DeviceModel, heads_per_group: u32) -> u32 {
     /// The part of a batch's time that requests of few rows may take at most.
     const MOST_NARROW: f64 = 0.05;

@@ -1,8 +1,8 @@
 //! The prefix tree of a batch: which requests begin with the same KV slots, and how far.
 //!
-//! Requests are sorted by their slots, without comparing more of them than they have in common: of those that begin alike, one is compared
-//! with all others, and what parts from it in the same way is sorted further among itself. Nodes of the tree then are ranges of the
-//! sorted requests.
+//! Requests are sorted by their slots, without comparing more of them than they have in common: of those that begin alike, one is
+//! compared with all others, and what parts from it in the same way is sorted further among itself. Nodes of the tree then are
+//! ranges of the sorted requests.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -126,8 +126,8 @@ impl PrefixTree {
     /// Sorts members, which are alike up to `place` and one slot more, by how far they are like the first of them.
     fn sort(&mut self, batch: &Batch, range: Range<usize>, place: Place) {
         let members = &mut self.members[range.clone()];
-        // Requests that come later often go on where earlier ones end: one in the middle divides them best. Only the order of requests
-        // changes, not how far the first member is like the one before.
+        // Requests that come later often go on where earlier ones end: one in the middle divides them best. Only the order of
+        // requests changes, not how far the first member is like the one before.
         let middle = members.len() / 2;
         let (first, rest) = members.split_at_mut(1);
         std::mem::swap(&mut first[0].request, &mut rest[middle - 1].request);

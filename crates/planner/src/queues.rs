@@ -1,10 +1,10 @@
-//! How a device goes about what memory limits and what products limit: how many of the persistent blocks begin with the one, while the others begin with the
-//! other; or whether each does both at a time.
+//! How a device goes about what memory limits and what products limit: how many of the persistent blocks begin with the one,
+//! while the others begin with the other; or whether each does both at a time.
 //!
-//! Narrow items leave the tensor cores idle, wide ones the memory: if some lanes do the one while the others do the other, both are used.
-//! Wide items are few and long, so it matters in how many rounds they are done: one lane less for them can cost a whole round. Several numbers
-//! of lanes are therefore tried, near the one that balances both kinds. For each, wide items are given to lanes one after the other, and
-//! narrow ones, many and short, are taken for a fluid that fills whatever time is left.
+//! Narrow items leave the tensor cores idle, wide ones the memory: if some lanes do the one while the others do the other, both
+//! are used. Wide items are few and long, so it matters in how many rounds they are done: one lane less for them can cost a whole
+//! round. Several numbers of lanes are therefore tried, near the one that balances both kinds. For each, wide items are given to
+//! lanes one after the other, and narrow ones, many and short, are taken for a fluid that fills whatever time is left.
 
 use std::iter::{once, repeat_n};
 
@@ -18,8 +18,8 @@ use crate::lanes::Lanes;
 const WORTHWHILE: f64 = 0.05;
 /// How many numbers of lanes are tried at most …
 const MOST_TRIES: u32 = 16;
-/// … and how many wide items are given to lanes in all tries, so that long plans do not take long to try. These have so many items for each lane
-/// that none of them matters much.
+/// … and how many wide items are given to lanes in all tries, so that long plans do not take long to try. These have so many
+/// items for each lane that none of them matters much.
 const MOST_GIVEN: u32 = 1 << 13;
 /// Where numbers of lanes are tried: these parts of the one that balances both kinds.
 const NEAR_BALANCE: (f64, f64) = (0.5, 1.25);
@@ -62,7 +62,8 @@ impl Queues {
         self.wide_ns = self.wide.iter().map(|times| times.full()).sum();
     }
 
-    /// How the device should go about both kinds of items so that the call ends first; nothing if there is hardly any work of one kind, so that queues do not matter.
+    /// How the device should go about both kinds of items so that the call ends first; nothing if there is hardly any work of one
+    /// kind, so that queues do not matter.
     pub fn arrange(&mut self, device: LanesOfGroups, beside: Option<BesideTimes>) -> Option<Arrangement> {
         let narrow_ns = self.narrow_full_ns();
         if self.wide_ns.min(narrow_ns) <= WORTHWHILE * (self.wide_ns + narrow_ns) {
@@ -132,7 +133,8 @@ impl Queues {
         (copies * self.narrow_beside_wide_ns(back / lanes) / back + mean_wide_ns) as Ns
     }
 
-    /// When wide items end at the earliest, in nanoseconds, if so many lanes come to them late and the others begin with them: all at the same time.
+    /// When wide items end at the earliest, in nanoseconds, if so many lanes come to them late and the others begin with them:
+    /// all at the same time.
     fn least_wide_end_ns(&self, back_lanes: u32, back_load: Ns, device: LanesOfGroups) -> f64 {
         let (lanes, back, back_load) = (f64::from(device.lanes), f64::from(back_lanes), back_load as f64);
         // Lanes count whole nanoseconds.
@@ -147,7 +149,8 @@ impl Queues {
         let beside_wide_ns = copies * self.narrow_beside_wide_ns(back / lanes);
         self.give_out_wide(back_lanes, back_load, device);
         let (free_ns, wide_end_ns) = (self.lanes.least() as f64, self.lanes.max() as f64);
-        // Until the first lane is free and finds no wide item left, only the back lanes do narrow ones; and all of them, if there is time enough.
+        // Until the first lane is free and finds no wide item left, only the back lanes do narrow ones; and all of them, if there
+        // is time enough.
         let done = (free_ns * back / beside_wide_ns).min(1.0);
         // Then one lane after the other joins them, until the last wide item is done.
         let ending_ns = wide_end_ns - free_ns;

@@ -65,8 +65,8 @@ pub enum StampError {
 }
 
 impl Schedule {
-    /// What `model` expects: the lane that is free first takes the next task of its queue, or of the other one if that is empty. Narrow items
-    /// have more of the memory than their lanes' share as long as all other lanes have wide ones, which need less.
+    /// What `model` expects: the lane that is free first takes the next task of its queue, or of the other one if that is empty.
+    /// Narrow items have more of the memory than their lanes' share as long as all other lanes have wide ones, which need less.
     pub fn predicted(plan: &Plan, model: &DeviceModel) -> Self {
         let num_lanes = model.lanes();
         let num_sms = model.num_sms.clamp(1, num_lanes);
@@ -111,8 +111,8 @@ impl Schedule {
         Ok(schedule)
     }
 
-    /// Gives each task to the lane of its multiprocessor that ended first, and to each the time until the lane's next begins. Tasks from `first_beside` on are done beside the
-    /// others, on the last lane.
+    /// Gives each task to the lane of its multiprocessor that ended first, and to each the time until the lane's next begins.
+    /// Tasks from `first_beside` on are done beside the others, on the last lane.
     fn find_lanes(&mut self, first_beside: usize) {
         let mut order: Vec<usize> = (0..self.tasks.len()).collect();
         order.sort_unstable_by_key(|&task| (self.tasks[task].begin_ns, task));
@@ -139,8 +139,8 @@ impl Schedule {
         self.tasks.iter().map(|task| task.end_ns).max().unwrap_or(0)
     }
 
-    /// The tasks that were done while every lane had one, with their numbers: they had their share of the device. The first of each lane
-    /// is left out, which found the device empty.
+    /// The tasks that were done while every lane had one, with their numbers: they had their share of the device. The first of
+    /// each lane is left out, which found the device empty.
     pub fn tasks_of_full_device(&self) -> impl Iterator<Item = (usize, &TaskTime)> {
         let last_begin = self.tasks.iter().map(|task| task.begin_ns).max().unwrap_or(0);
         let mut is_used = vec![u64::MAX; (self.num_sms * self.lanes_per_sm) as usize];
@@ -209,7 +209,8 @@ pub(crate) struct Given {
 }
 
 impl Plan {
-    /// Gives all tasks to the lanes of a device, as [`Schedule::predicted`] says, and tells of each. Leaves the loads of the device's blocks in `lanes`.
+    /// Gives all tasks to the lanes of a device, as [`Schedule::predicted`] says, and tells of each. Leaves the loads of the
+    /// device's blocks in `lanes`.
     pub(crate) fn give_out(&self, model: &DeviceModel, lanes: &mut Lanes, tell: impl FnMut(usize, Given)) {
         if self.beside {
             self.give_out_beside(model, lanes, tell);

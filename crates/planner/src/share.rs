@@ -1,9 +1,10 @@
 //! Which KV that several requests begin with is read once for all of them.
 //!
-//! Reading the columns of a node of the [prefix tree](crate::prefix) once saves bytes, and costs work items, partial results and a merge. What is
-//! not read at a node is left to its children and the requests, which then read longer. So the time of all that is below a node is a
-//! function of the number of columns that are left to it from above: the least of two lines, one for reading them at the node, one for
-//! leaving them to what is below. One pass from the leaves up finds the lines, one from the root down takes the lower of them.
+//! Reading the columns of a node of the [prefix tree](crate::prefix) once saves bytes, and costs work items, partial results and
+//! a merge. What is not read at a node is left to its children and the requests, which then read longer. So the time of all that
+//! is below a node is a function of the number of columns that are left to it from above: the least of two lines, one for reading
+//! them at the node, one for leaving them to what is below. One pass from the leaves up finds the lines, one from the root down
+//! takes the lower of them.
 
 use std::ops::Range;
 

@@ -1,8 +1,8 @@
 //! Which tiles are split along their columns, and where.
 //!
-//! Tiles go to lanes one after another, the longest first, each to the lane that is free first. If the lanes then end too far apart,
-//! a tile that would keep its lane busy past the common end is cut there, and the rest of it goes on elsewhere: so few tiles
-//! are split, and the lanes end together.
+//! Tiles go to lanes one after another, the longest first, each to the lane that is free first. If the lanes then end too far
+//! apart, a tile that would keep its lane busy past the common end is cut there, and the rest of it goes on elsewhere: so few
+//! tiles are split, and the lanes end together.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -22,8 +22,8 @@ const SPLIT_STEP: u32 = 2 * COLUMN_STEP;
 const LEAST_PART: f64 = 1.0;
 /// A part takes at most this share of what a lane has to do, so that lanes that fall behind can be helped out …
 const LONGEST_PART: f64 = 0.5;
-/// … which for decodes is better done after one long part than after two, with what is short; but there must be enough of that for all lanes, of which the `sm_80`
-/// kernels have twice as many …
+/// … which for decodes is better done after one long part than after two, with what is short; but there must be enough of that
+/// for all lanes, of which the `sm_80` kernels have twice as many …
 const LONGEST_NARROW_PART_OF_HOPPER: f64 = 0.75;
 /// … or so many times what it takes besides its columns, so that tiles of many rows do not leave too many partials.
 const WORTHWHILE_PART: f64 = 6.0;

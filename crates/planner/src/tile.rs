@@ -114,7 +114,8 @@ impl Own<'_> {
         Division::of(if self.kv_len() > 0 { self.request.query_len } else { 0 }, heads)
     }
 
-    /// The segment of some of its query tokens, in a tile whose column `column_begin` is the first own KV token that the first of them sees.
+    /// The segment of some of its query tokens, in a tile whose column `column_begin` is the first own KV token that the first of
+    /// them sees.
     pub fn segment(&self, mask: Mask, tokens: Range<u32>, column_begin: u32) -> RowSegment {
         let seen = self.request.sees(tokens.start, mask);
         RowSegment {
@@ -188,7 +189,8 @@ fn push_runs(plan: &mut Plan, runs: &[KvRun], begin: Place, end: Option<Place>) 
     }
 }
 
-/// Appends all tiles of pack `pack`: of its `members`, requests whose remainders share a tile of the given kind; with their segments and runs.
+/// Appends all tiles of pack `pack`: of its `members`, requests whose remainders share a tile of the given kind; with their
+/// segments and runs.
 pub(crate) fn push_tiles<'a>(
     tiles: &mut Vec<Tile>,
     plan: &mut Plan,
@@ -230,7 +232,8 @@ pub(crate) fn push_tiles<'a>(
 
     let segment_begin = plan.segments.len();
     let mut content = Content::default();
-    // Requests with a window join others whole, or else stay alone: only then no column lies between theirs that none of the rows sees.
+    // Requests with a window join others whole, or else stay alone: only then no column lies between theirs that none of the rows
+    // sees.
     let skip_of = |own: Own<'_>| left_behind(own.request, mask, own.division(plan.heads).remainder_tokens().start);
     let run_skip = members.clone().next().map_or(0, skip_of);
     for own in members {

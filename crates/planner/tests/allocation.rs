@@ -38,8 +38,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Decodes, one of them long enough to be split, and prompts that are packed together; `requests` of each. As many decodes share prefixes of
-/// two levels.
+/// Decodes, one of them long enough to be split, and prompts that are packed together; `requests` of each. As many decodes share
+/// prefixes of two levels.
 fn batch(requests: u32) -> Batch {
     let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape");
     let mut batch = Batch::new(shape, Mask::Causal);

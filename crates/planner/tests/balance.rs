@@ -1,8 +1,8 @@
 //! Work is balanced: the lanes of a device are predicted to end together.
 //!
-//! They do where there is work enough to divide. The shortest part of a tile that is worth its partial results and its merge takes some
-//! microseconds, so calls of less than [`LEAST_US`] may end less evenly; as may those with long wide tiles and little else, where dividing
-//! these would take longer than waiting for them.
+//! They do where there is work enough to divide. The shortest part of a tile that is worth its partial results and its merge
+//! takes some microseconds, so calls of less than [`LEAST_US`] may end less evenly; as may those with long wide tiles and little
+//! else, where dividing these would take longer than waiting for them.
 
 use packinfer_batch::{AttentionShape, Batch, DType, Mask};
 use packinfer_planner::{DeviceModel, Packing, Planner};
@@ -46,7 +46,8 @@ fn steps(rng: &mut SmallRng) -> Vec<(&'static str, Lengths)> {
     ]
 }
 
-/// Tiles of one prompt follow each other, so that they find their KV in the L2 cache; but the device does not wait for the last prompt's long ones.
+/// Tiles of one prompt follow each other, so that they find their KV in the L2 cache; but the device does not wait for the last
+/// prompt's long ones.
 #[test]
 fn lanes_end_together_where_the_last_prompt_has_no_short_tiles() {
     let shape = AttentionShape::new(8, 1, 128, DType::Bf16).expect("a good shape");

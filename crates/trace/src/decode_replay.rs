@@ -1,15 +1,16 @@
 //! Decode steps of a server that batches continuously: what happens to its KV pool between one launch and the next.
 //!
-//! A fixed number of requests of a trace decode at a time. In every step each of them appends a token; those whose answer is complete leave, and the next
-//! requests of the trace take their places, with prompts that others have computed. The replay says where everything lies and what is to be copied, and
-//! leaves the work to whoever has a device. A step is
+//! A fixed number of requests of a trace decode at a time. In every step each of them appends a token; those whose answer is
+//! complete leave, and the next requests of the trace take their places, with prompts that others have computed. The replay says
+//! where everything lies and what is to be copied, and leaves the work to whoever has a device. A step is
 //!
 //! 1. [`DecodeReplay::admit`]: who leaves and who comes, whose KV is then to be written;
 //! 2. [`DecodeReplay::end_move`], for each move whose copies are done, and [`DecodeReplay::begin_moves`];
 //! 3. [`DecodeReplay::append`]: a slot for each new token;
 //! 4. a plan for [`DecodeReplay::requests`], and its launches; [`DecodeReplay::retire`] when they have run.
 //!
-//! With [`DecodeConfig::group_size`], requests are moved in [`Group`]s, side by side: whoever comes takes a place that somebody has left.
+//! With [`DecodeConfig::group_size`], requests are moved in [`Group`]s, side by side: whoever comes takes a place that somebody
+//! has left.
 //!
 //! ```
 //! use packinfer_trace::TraceRequest;
@@ -42,7 +43,8 @@ use groups::Groups;
 pub use groups::{Group, TriggerCounts};
 pub use picture::{PoolMap, pools_svg};
 
-/// Slots of the pool for each token that as many mean requests have, if nobody says how many there are: so that the pool is two thirds full.
+/// Slots of the pool for each token that as many mean requests have, if nobody says how many there are: so that the pool is two
+/// thirds full.
 const SLOTS_PER_TOKEN: f64 = 1.75;
 
 /// What is replayed.
@@ -57,13 +59,15 @@ pub struct DecodeConfig {
     pub page_size: u32,
     /// How requests are laid out as they grow.
     pub policy: Policy,
-    /// Whether prompts come in pages all the same, as they do where their KV was computed or received page by page: it is for the policy then to say which requests
-    /// are moved.
+    /// Whether prompts come in pages all the same, as they do where their KV was computed or received page by page: it is for the
+    /// policy then to say which requests are moved.
     pub prompts_in_pages: bool,
-    /// Requests of a group, which are moved side by side: who comes takes a place in the group that has the fewest tokens, and a group is looked at when a
-    /// [`Trigger`](packinfer_kv::Trigger) of the policy gives cause. `None` if each request is moved by itself.
+    /// Requests of a group, which are moved side by side: who comes takes a place in the group that has the fewest tokens, and a
+    /// group is looked at when a [`Trigger`](packinfer_kv::Trigger) of the policy gives cause. `None` if each request is moved by
+    /// itself.
     pub group_size: Option<NonZeroU32>,
-    /// The most slots that moves begun in one step copy, so that none slows a step down by much; but one request, or one group, is always moved whole.
+    /// The most slots that moves begun in one step copy, so that none slows a step down by much; but one request, or one group,
+    /// is always moved whole.
     pub most_moving_slots: u32,
 }
 
@@ -209,8 +213,8 @@ impl<'a> DecodeReplay<'a> {
         })
     }
 
-    /// As [`Self::advance_alone`], so that the pool looks as after a long time of serving; then the report begins anew. Who is running afterwards was never
-    /// told by [`Self::admit`].
+    /// As [`Self::advance_alone`], so that the pool looks as after a long time of serving; then the report begins anew. Who is
+    /// running afterwards was never told by [`Self::admit`].
     ///
     /// # Errors
     ///
@@ -221,7 +225,8 @@ impl<'a> DecodeReplay<'a> {
         Ok(())
     }
 
-    /// Goes through `steps` steps without a device: copies are done when the next step begins, and plans have run when their step ends.
+    /// Goes through `steps` steps without a device: copies are done when the next step begins, and plans have run when their step
+    /// ends.
     ///
     /// # Errors
     ///
@@ -277,9 +282,9 @@ impl<'a> DecodeReplay<'a> {
         Ok(admitted)
     }
 
-    /// Begins to move the KV of requests, or of groups, for which the policy says so, each move with its request's number. What was appended so far is to be
-    /// copied. Steps may be left out while other copies are under way: who was to be looked at is looked at later. Groups are only looked at when all moves
-    /// have ended.
+    /// Begins to move the KV of requests, or of groups, for which the policy says so, each move with its request's number. What
+    /// was appended so far is to be copied. Steps may be left out while other copies are under way: who was to be looked at is
+    /// looked at later. Groups are only looked at when all moves have ended.
     ///
     /// # Errors
     ///
@@ -350,8 +355,8 @@ impl<'a> DecodeReplay<'a> {
         Ok((ids, begun))
     }
 
-    /// Ends a move whose copies are done: what is still to be copied, before the next step reads it, and the epoch that ended. `None` if the move was
-    /// given up, as the request has left, or has outgrown its new place.
+    /// Ends a move whose copies are done: what is still to be copied, before the next step reads it, and the epoch that ended.
+    /// `None` if the move was given up, as the request has left, or has outgrown its new place.
     ///
     /// # Errors
     ///
@@ -520,7 +525,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// Replays with copies that take `delay` steps, checks that every request reads its own tokens, and returns who was there in each step.
+    /// Replays with copies that take `delay` steps, checks that every request reads its own tokens, and returns who was there in
+    /// each step.
     pub fn replay(config: DecodeConfig, delay: u64) -> (Vec<Vec<u64>>, DecodeReport) {
         let trace = trace();
         let mut replay = DecodeReplay::new(&trace, config).expect("a good trace");

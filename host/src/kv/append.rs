@@ -62,20 +62,23 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// A `rotary_dim` that no heads can have turned, a base or a scale that is not finite and greater than 0, or not enough device memory.
+    /// A `rotary_dim` that no heads can have turned, a base or a scale that is not finite and greater than 0, or not enough
+    /// device memory.
     pub fn rope(&self, rope: Rope) -> Result<DeviceRope, EngineError> {
         rope.check(most_head_dim()).map_err(KvMemoryError::from)?;
         let frequencies: Vec<u64> = rope.fixed_point_frequencies().collect();
         Ok(DeviceRope { rope, frequencies: self.copy_of(&frequencies)? })
     }
 
-    /// Writes the K and V of new tokens into their slots of a layer: one launch, which is given to `stream` and not waited for. K is turned by RoPE in
-    /// float32. In FP8 K and V are divided by their heads' scales, then rounded to the nearest, and to ±448 what is beyond.
+    /// Writes the K and V of new tokens into their slots of a layer: one launch, which is given to `stream` and not waited for. K
+    /// is turned by RoPE in float32. In FP8 K and V are divided by their heads' scales, then rounded to the nearest, and to ±448
+    /// what is beyond.
     ///
     /// # Errors
     ///
-    /// No such layer, tensors of other lengths or at addresses that are not multiples of 16, slots that were checked for a larger pool, scales for an arena
-    /// that is not in FP8, more elements turned than a head has, objects of another device, or what the driver reports.
+    /// No such layer, tensors of other lengths or at addresses that are not multiples of 16, slots that were checked for a larger
+    /// pool, scales for an arena that is not in FP8, more elements turned than a head has, objects of another device, or what the
+    /// driver reports.
     pub fn kv_append<E: Element, K: KvElement<E>>(
         &self,
         arena: &mut KvArena<E, K>,
@@ -99,8 +102,8 @@ impl Engine {
         let params = append.params(arena.shape(), pools, append.slots.read_on(stream)?);
         let vector_elements = VECTOR_BYTES / arena.shape().kv_element_bytes() as u32;
         let blocks = num_blocks("appending tokens", num_tokens.into(), params.blocks_per_token(vector_elements).into())?;
-        // SAFETY: the kernel has this one parameter. The list is on the device when the stream gets there, its slots are within the checked pools, and
-        // the tensors are of the checked lengths. Freeing any of this memory waits for the device.
+        // SAFETY: the kernel has this one parameter. The list is on the device when the stream gets there, its slots are within
+        // the checked pools, and the tensors are of the checked lengths. Freeing any of this memory waits for the device.
         unsafe { arena.append_kernel.launch(blocks, &mut [parameter(&params)], stream) }
     }
 }

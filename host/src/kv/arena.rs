@@ -10,8 +10,8 @@ use crate::kernels::{Kernel, KernelSource};
 use crate::memory::{DeviceBuffer, DeviceSlice};
 use crate::{Element, Engine, EngineError, KvElement};
 
-/// K and V of all layers, in one piece of device memory: `[layers, 2, slots, num_kv_heads, head_dim]`, where the 2 are K and V. New tokens
-/// come in elements `E`.
+/// K and V of all layers, in one piece of device memory: `[layers, 2, slots, num_kv_heads, head_dim]`, where the 2 are K and V.
+/// New tokens come in elements `E`.
 ///
 /// ```no_run
 /// use half::bf16;

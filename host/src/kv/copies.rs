@@ -28,8 +28,8 @@ pub struct SlotCopies {
 }
 
 impl SlotCopies {
-    /// Replaces the copies, in order with the work of `stream`, and does not wait for it: the upload waits for launches that read the old ones, on
-    /// whatever streams.
+    /// Replaces the copies, in order with the work of `stream`, and does not wait for it: the upload waits for launches that read
+    /// the old ones, on whatever streams.
     ///
     /// # Errors
     ///
@@ -59,8 +59,8 @@ impl fmt::Debug for SlotCopies {
 }
 
 impl Engine {
-    /// A list of copies on the device, for arenas with as many slots of the same size as `arena`. It is copied there in order with the work of
-    /// `stream`; other streams that use the list wait for that by themselves.
+    /// A list of copies on the device, for arenas with as many slots of the same size as `arena`. It is copied there in order
+    /// with the work of `stream`; other streams that use the list wait for that by themselves.
     ///
     /// # Errors
     ///
@@ -86,7 +86,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Copies that were listed for an arena of another form, more of them than a launch can do, objects of another device, or what the driver reports.
+    /// Copies that were listed for an arena of another form, more of them than a launch can do, objects of another device, or
+    /// what the driver reports.
     pub fn kv_move<E: Element, K: KvElement<E>>(
         &self,
         arena: &mut KvArena<E, K>,
@@ -112,8 +113,8 @@ impl Engine {
             num_pieces: num_pieces as u32,
             slot_vectors: copies.form.slot_vectors(),
         };
-        // SAFETY: the kernel has this one parameter. The pieces are on the device when the stream gets there, within pools of the checked form.
-        // Freeing any of this memory waits for the device.
+        // SAFETY: the kernel has this one parameter. The pieces are on the device when the stream gets there, within pools of the
+        // checked form. Freeing any of this memory waits for the device.
         unsafe { arena.move_kernel.launch(blocks, &mut [parameter(&params)], stream) }
     }
 }

@@ -9,10 +9,11 @@ use super::{KvArena, KvMemoryError, SlotCopies};
 use crate::stream::{Event, Stream};
 use crate::{Element, Engine, EngineError, KvElement};
 
-/// Moves the KV of requests, which the caller calls by an `Id`, on a stream of its own, while steps run on another. One mover for each arena.
+/// Moves the KV of requests, which the caller calls by an `Id`, on a stream of its own, while steps run on another. One mover for
+/// each arena.
 ///
-/// Between two steps, [`Self::finish`] ends moves whose copies are done, and [`Self::start`] starts the copies of new ones. Neither waits for the device: as long
-/// as copies run, plans read the old place, and tokens are appended there.
+/// Between two steps, [`Self::finish`] ends moves whose copies are done, and [`Self::start`] starts the copies of new ones.
+/// Neither waits for the device: as long as copies run, plans read the old place, and tokens are appended there.
 ///
 /// ```no_run
 /// # use half::bf16;
@@ -83,13 +84,15 @@ impl<Id> KvMover<Id> {
         !self.moves.is_empty()
     }
 
-    /// Starts the copies of moves that were begun, of [requests](packinfer_kv::Sequence::reorganize) or of [groups](packinfer_kv::SlotPool::reorganize_group), in
-    /// all layers, by one launch beside the work of `stream`: behind what was given to that until now, which wrote what is copied and may still read the slots
-    /// that are copied to. Tokens that are appended later are copied when the moves are finished. Takes the moves out of the list.
+    /// Starts the copies of moves that were begun, of [requests](packinfer_kv::Sequence::reorganize) or of
+    /// [groups](packinfer_kv::SlotPool::reorganize_group), in all layers, by one launch beside the work of `stream`: behind what
+    /// was given to that until now, which wrote what is copied and may still read the slots that are copied to. Tokens that are
+    /// appended later are copied when the moves are finished. Takes the moves out of the list.
     ///
     /// # Errors
     ///
-    /// As [`Engine::kv_move`], or if the mover is [busy](Self::is_busy). The moves are left in the list then, to be cancelled or tried again: all KV is where it was.
+    /// As [`Engine::kv_move`], or if the mover is [busy](Self::is_busy). The moves are left in the list then, to be cancelled or
+    /// tried again: all KV is where it was.
     pub fn start<E: Element, K: KvElement<E>>(
         &mut self,
         engine: &Engine,
@@ -115,8 +118,9 @@ impl<Id> KvMover<Id> {
     }
 
     /// Ends the moves whose copies are done, if they are. `commit` gets each of them with its request's number, and
-    /// [commits](packinfer_kv::Sequence::commit_move) it, or [cancels](SequenceMove::cancel) it and returns `None`. What remains to be copied, of tokens that
-    /// were appended meanwhile, is given to `stream`, before the next step. Returns how many slots these are, or `None` if nothing was to be finished.
+    /// [commits](packinfer_kv::Sequence::commit_move) it, or [cancels](SequenceMove::cancel) it and returns `None`. What remains
+    /// to be copied, of tokens that were appended meanwhile, is given to `stream`, before the next step. Returns how many slots
+    /// these are, or `None` if nothing was to be finished.
     ///
     /// # Errors
     ///
@@ -160,8 +164,8 @@ impl<Id> KvMover<Id> {
         }
     }
 
-    /// The last epoch whose plans the device has run, to be [retired](packinfer_kv::SlotPool::retire), if there is one since the last call: of those that
-    /// ended when moves were finished, if all plans run on the stream that was given there.
+    /// The last epoch whose plans the device has run, to be [retired](packinfer_kv::SlotPool::retire), if there is one since the
+    /// last call: of those that ended when moves were finished, if all plans run on the stream that was given there.
     ///
     /// # Errors
     ///
@@ -177,7 +181,8 @@ impl<Id> KvMover<Id> {
         Ok(passed)
     }
 
-    /// How long the copies took that were started last, in milliseconds, beside whatever else ran: `None` if there were none, or they are not done.
+    /// How long the copies took that were started last, in milliseconds, beside whatever else ran: `None` if there were none, or
+    /// they are not done.
     ///
     /// # Errors
     ///

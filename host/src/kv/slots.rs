@@ -8,8 +8,8 @@ use crate::stream::Stream;
 use crate::upload::Upload;
 use crate::{Engine, EngineError};
 
-/// The slot and the position of each new token of a step, checked, on the device. All layers use the same; [`Self::update`] makes it the next step's,
-/// without an allocation as long as there is room.
+/// The slot and the position of each new token of a step, checked, on the device. All layers use the same; [`Self::update`] makes
+/// it the next step's, without an allocation as long as there is room.
 pub struct AppendSlots {
     /// Slots, then positions.
     words: Upload,
@@ -20,8 +20,9 @@ pub struct AppendSlots {
 }
 
 impl AppendSlots {
-    /// Replaces slots and positions, in order with the work of `stream`, and does not wait for it: the upload waits for launches that read the old
-    /// ones, on whatever streams. Graphs that were captured with so many tokens stay right as long as no list is longer.
+    /// Replaces slots and positions, in order with the work of `stream`, and does not wait for it: the upload waits for launches
+    /// that read the old ones, on whatever streams. Graphs that were captured with so many tokens stay right as long as no list
+    /// is longer.
     ///
     /// # Errors
     ///
@@ -66,8 +67,8 @@ impl fmt::Debug for AppendSlots {
 }
 
 impl Engine {
-    /// The slots that new tokens go to, in a pool of `num_slots`, and their positions, which RoPE turns them by. They are copied to the device in order
-    /// with the work of `stream`; other streams that use them wait for that by themselves.
+    /// The slots that new tokens go to, in a pool of `num_slots`, and their positions, which RoPE turns them by. They are copied
+    /// to the device in order with the work of `stream`; other streams that use them wait for that by themselves.
     ///
     /// # Errors
     ///

@@ -78,7 +78,8 @@ fn partials_are_merged() {
     }
 }
 
-/// The same plan without and with a soft-cap, for which there is no such kernel, and others before and after it, with one workspace.
+/// The same plan without and with a soft-cap, for which there is no such kernel, and others before and after it, with one
+/// workspace.
 #[test]
 fn other_kernels_take_turns_with_it() {
     let Some(engine) = engine() else { return };

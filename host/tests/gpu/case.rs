@@ -236,7 +236,8 @@ impl<E: Element, K: KvElement<E>> DeviceCase<E, K> {
     }
 }
 
-/// Checks plans for causal batches of some lengths in all of these shapes, in pages of these numbers of slots and contiguous. Ends where there is no engine, or `plan` has none for it.
+/// Checks plans for causal batches of some lengths in all of these shapes, in pages of these numbers of slots and contiguous.
+/// Ends where there is no engine, or `plan` has none for it.
 pub fn check_shapes<E: Element + PartialEq>(
     head_dims: &[u32],
     gqa_ratios: &[u32],

@@ -151,7 +151,8 @@ fn requests_that_share_pages() {
     case.check(&case.run(engine, Packing::Packed));
 }
 
-/// A prefix that all share, four of which each is shared by a quarter, and tails of their own; several query tokens in some requests.
+/// A prefix that all share, four of which each is shared by a quarter, and tails of their own; several query tokens in some
+/// requests.
 #[test]
 fn prefixes_of_three_levels() {
     let Some(engine) = engine() else { return };
@@ -221,7 +222,8 @@ fn a_given_softmax_scale() {
     case.check(&case.run(engine, Packing::Packed));
 }
 
-/// Keys that are longer the later they come, so that scores rise far above those before, again and again: up to 2^100 times as much weight.
+/// Keys that are longer the later they come, so that scores rise far above those before, again and again: up to 2^100 times as
+/// much weight.
 fn check_rising_scores<E: Element>(head_dim: u32) {
     let Some(engine) = engine() else { return };
     for lengths in [&PREFILL[..], &MIXED, &DECODE] {

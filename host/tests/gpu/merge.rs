@@ -26,7 +26,8 @@ fn batch<E: Element>(heads_per_group: u32, head_dim: u32) -> Batch {
     batch
 }
 
-/// Planners for each family of kernels that the engine uses, which split whatever can be split: memory is slow, and merging costs nothing.
+/// Planners for each family of kernels that the engine uses, which split whatever can be split: memory is slow, and merging costs
+/// nothing.
 fn splitting_planners(engine: &Engine) -> Vec<Planner> {
     let models = engine.device().models().into_iter().filter(|model| engine.kernel_families().contains(&model.kernel_family));
     models.map(|model| Planner::new(DeviceModel { bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..model })).collect()
@@ -135,7 +136,8 @@ fn partials_that_are_not_numbers() {
     }
 }
 
-/// A batch whose plan keeps less than half of the multiprocessors busy for a while, and merges nothing; none where there are no kernels for Hopper.
+/// A batch whose plan keeps less than half of the multiprocessors busy for a while, and merges nothing; none where there are no
+/// kernels for Hopper.
 fn long_and_narrow(engine: &Engine) -> Option<(Case<bf16>, Plan)> {
     let case = Case::<bf16>::new(contiguous(shape::<bf16>(4, 128), Mask::Causal, &[(768, 100_000)]));
     let plan = case.plan_for_hopper(engine, |model| DeviceModel { merge_ns: 1e9, ..model })?;

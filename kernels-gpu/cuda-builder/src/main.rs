@@ -1,4 +1,5 @@
-//! `packinfer-cuda-builder ARCHITECTURE FILE`: compiles the kernels with rust-cuda's `cuda_builder`, and writes their PTX to a file.
+//! `packinfer-cuda-builder ARCHITECTURE FILE`: compiles the kernels with rust-cuda's `cuda_builder`, and writes their PTX to a
+//! file.
 
 use std::env;
 use std::process::ExitCode;
@@ -22,8 +23,8 @@ fn main() -> ExitCode {
     let built = CudaBuilder::new(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels"))
         .arch(nvvm_arch)
         .build_args(&["--no-default-features", "--features", arch])
-        // cuda_builder's own compiler flags take the place of every other setting but the profile's. This one turns off a pass that
-        // copies barriers into the branches of conditions.
+        // cuda_builder's own compiler flags take the place of every other setting but the profile's. This one turns off a pass
+        // that copies barriers into the branches of conditions.
         .build_args(&["-Zprofile-rustflags", "--config", "profile.release.rustflags = [\"-Zmir-enable-passes=-JumpThreading\"]"])
         .copy_to(file)
         .build();

@@ -31,8 +31,8 @@ pub unsafe fn lse(task: &Task, row: u32, index: u32, lse_log2: f32) {
     }
 }
 
-/// Logarithm to base 2 of the sink of row `index` of the output, if the item is the only one of its rows: else they get it when they are
-/// merged. −∞ for none.
+/// Logarithm to base 2 of the sink of row `index` of the output, if the item is the only one of its rows: else they get it when
+/// they are merged. −∞ for none.
 ///
 /// # Safety
 ///
@@ -78,8 +78,8 @@ pub unsafe fn finish<const ROW_BLOCKS: usize>(
     sums.map(|sums| sums.map(|sum| sum.inverse))
 }
 
-/// Stores the warp's rows of a partial O: each quad of lanes writes 32 bytes at a time. `element` says which the first of a lane's elements in a
-/// block of 8 is.
+/// Stores the warp's rows of a partial O: each quad of lanes writes 32 bytes at a time. `element` says which the first of a
+/// lane's elements in a block of 8 is.
 ///
 /// # Safety
 ///

@@ -46,8 +46,8 @@ impl<const WARPS: usize, const BLOCKS: usize> WarpResults<WARPS, BLOCKS> {
     ///
     /// # Safety
     ///
-    /// Reached by all lanes of the warp; the results are read after a barrier. There are `BLOCKS` fragments, and `element` says which the
-    /// first of a lane's elements in each is.
+    /// Reached by all lanes of the warp; the results are read after a barrier. There are `BLOCKS` fragments, and `element` says
+    /// which the first of a lane's elements in each is.
     #[inline(always)]
     pub unsafe fn write(
         &self,
@@ -69,8 +69,8 @@ impl<const WARPS: usize, const BLOCKS: usize> WarpResults<WARPS, BLOCKS> {
         }
     }
 
-    /// Merges the warps' results by their log-sum-exp and stores them, as columns `first_column ..` of the `dim` of O. The block's
-    /// `threads` threads take two elements each at a time.
+    /// Merges the warps' results by their log-sum-exp and stores them, as columns `first_column ..` of the `dim` of O. The
+    /// block's `threads` threads take two elements each at a time.
     ///
     /// # Safety
     ///

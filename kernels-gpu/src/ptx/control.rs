@@ -14,8 +14,9 @@ pub unsafe fn sync_block() {
     core::arch::nvptx::_syncthreads();
 }
 
-/// Waits until the launch before this one in the stream is done and all that it wrote can be read. Only needed in a kernel that is launched so
-/// that it may begin before that. PTX ISA, Parallel Synchronization and Communication Instructions: `griddepcontrol.wait`.
+/// Waits until the launch before this one in the stream is done and all that it wrote can be read. Only needed in a kernel that
+/// is launched so that it may begin before that. PTX ISA, Parallel Synchronization and Communication Instructions:
+/// `griddepcontrol.wait`.
 ///
 /// # Safety
 ///
@@ -26,8 +27,9 @@ pub unsafe fn wait_for_launch_before() {
     asm!("griddepcontrol.wait;", options(nostack));
 }
 
-/// Keeps the assembler from moving arithmetic across this place, where it stands between instructions that nothing else orders: it does not look beyond a branch.
-/// That branch is taken where `number` is not below `bound`, which never is, without the assembler knowing.
+/// Keeps the assembler from moving arithmetic across this place, where it stands between instructions that nothing else orders:
+/// it does not look beyond a branch. That branch is taken where `number` is not below `bound`, which never is, without the
+/// assembler knowing.
 #[cfg(feature = "sm_90a")]
 #[inline(always)]
 pub fn fence_arithmetic(number: u32, bound: u32) {

@@ -1,4 +1,5 @@
-//! Copies from global to shared memory that run beside the program (PTX ISA, Data Movement and Conversion Instructions: `cp.async`).
+//! Copies from global to shared memory that run beside the program (PTX ISA, Data Movement and Conversion Instructions:
+//! `cp.async`).
 
 use core::arch::asm;
 

@@ -29,7 +29,8 @@ pub fn reciprocal(x: f32) -> f32 {
     y
 }
 
-/// tanh(x · ln 2 / 2), to about 10^-7: the hardware's own tanh is a thousand times coarser, which shows where a soft-cap multiplies it.
+/// tanh(x · ln 2 / 2), to about 10^-7: the hardware's own tanh is a thousand times coarser, which shows where a soft-cap
+/// multiplies it.
 #[inline(always)]
 pub fn tanh_of_half_log2(x: f32) -> f32 {
     fma(-2.0, reciprocal(exp2(x) + 1.0), 1.0)
@@ -74,8 +75,8 @@ pub fn ones_from(first: u32) -> u32 {
     word
 }
 
-/// The same number, but unknown to the compiler: what depends on it is worked out where it is used, rather than kept in registers across a loop
-/// that needs those for its accumulators.
+/// The same number, but unknown to the compiler: what depends on it is worked out where it is used, rather than kept in registers
+/// across a loop that needs those for its accumulators.
 #[inline(always)]
 pub fn opaque(mut x: u32) -> u32 {
     // SAFETY: a move.
@@ -83,7 +84,8 @@ pub fn opaque(mut x: u32) -> u32 {
     x
 }
 
-/// As [`opaque`], of an address: such as that of a tensor that a launch may have or not, which is asked for again rather than remembered.
+/// As [`opaque`], of an address: such as that of a tensor that a launch may have or not, which is asked for again rather than
+/// remembered.
 #[inline(always)]
 pub fn opaque_address(mut address: u64) -> u64 {
     // SAFETY: a move.

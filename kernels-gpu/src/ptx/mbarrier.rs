@@ -11,7 +11,8 @@ pub const BYTES: u32 = 8;
 ///
 /// # Safety
 ///
-/// `barrier` is aligned to 8 bytes and in the block's shared memory; other threads use it after [`fence_init`] and a block barrier.
+/// `barrier` is aligned to 8 bytes and in the block's shared memory; other threads use it after [`fence_init`] and a block
+/// barrier.
 #[inline(always)]
 pub unsafe fn init(barrier: u32, arrivals: u32) {
     asm!("mbarrier.init.shared::cta.b64 [{0}], {1};", in(reg32) barrier, in(reg32) arrivals, options(nostack));
@@ -55,7 +56,8 @@ pub unsafe fn arrive_expecting(barrier: u32, bytes: u32) {
     asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1};", in(reg32) barrier, in(reg32) bytes, options(nostack));
 }
 
-/// As [`arrive_expecting`] where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+/// As [`arrive_expecting`] where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp
+/// stay together.
 ///
 /// # Safety
 ///

@@ -1,4 +1,5 @@
-//! Loads and stores in global and shared memory (PTX ISA, Data Movement and Conversion Instructions). Shared addresses are 32-bit, in the shared window.
+//! Loads and stores in global and shared memory (PTX ISA, Data Movement and Conversion Instructions). Shared addresses are
+//! 32-bit, in the shared window.
 
 use core::arch::asm;
 
@@ -92,7 +93,8 @@ pub unsafe fn load_written_x2(address: u64) -> [u32; 2] {
     [a, b]
 }
 
-/// Loads a word that another block may have written, where `condition` holds, else `otherwise`: from where all blocks meet, not from this multiprocessor's cache.
+/// Loads a word that another block may have written, where `condition` holds, else `otherwise`: from where all blocks meet, not
+/// from this multiprocessor's cache.
 ///
 /// # Safety
 ///
@@ -144,7 +146,8 @@ pub unsafe fn store_global(address: u64, value: u32) {
     asm!("st.global.u32 [{0}], {1};", in(reg64) address, in(reg32) value, options(nostack));
 }
 
-/// Stores one word where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+/// Stores one word where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay
+/// together.
 ///
 /// # Safety
 ///
@@ -230,7 +233,8 @@ pub unsafe fn store_global_x4(address: u64, [a, b, c, d]: [u32; 4]) {
         in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
 }
 
-/// Stores 16 bytes where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+/// Stores 16 bytes where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay
+/// together.
 ///
 /// # Safety
 ///
@@ -312,7 +316,8 @@ pub unsafe fn store_shared(address: u32, value: u32) {
     asm!("st.shared.u32 [{0}], {1};", in(reg32) address, in(reg32) value, options(nostack));
 }
 
-/// Stores 4 bytes to shared memory where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+/// Stores 4 bytes to shared memory where `condition` holds. There is no branch around it, so that the compiler sees the lanes of
+/// a warp stay together.
 ///
 /// # Safety
 ///
@@ -394,7 +399,8 @@ pub unsafe fn fetch_add_global_u64_ordered(address: u64, value: u64) -> u64 {
     before
 }
 
-/// Makes two words that other blocks change too `value`, if they are `expected`; returns what they were. It orders no other memory accesses.
+/// Makes two words that other blocks change too `value`, if they are `expected`; returns what they were. It orders no other
+/// memory accesses.
 ///
 /// # Safety
 ///
@@ -408,7 +414,8 @@ pub unsafe fn compare_and_swap_global_u64(address: u64, expected: u64, value: u6
     before
 }
 
-/// Adds to a word that other blocks change too, where `condition` holds, and returns what it was, else zero. It orders no other memory accesses. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
+/// Adds to a word that other blocks change too, where `condition` holds, and returns what it was, else zero. It orders no other
+/// memory accesses. There is no branch around it, so that the compiler sees the lanes of a warp stay together.
 ///
 /// # Safety
 ///

@@ -1,7 +1,7 @@
 //! Tensor cores by the warp: `ldmatrix` and `mma.m16n8k16` (PTX ISA, Warp Level Matrix Instructions).
 //!
-//! Of a 16 × 8 accumulator [`Fragment`], lane `l` holds columns `2 (l % 4)` and the next: of row `l / 4` in elements 0 and 1, of row
-//! `l / 4 + 8` in elements 2 and 3.
+//! Of a 16 × 8 accumulator [`Fragment`], lane `l` holds columns `2 (l % 4)` and the next: of row `l / 4` in elements 0 and 1, of
+//! row `l / 4 + 8` in elements 2 and 3.
 
 use core::arch::asm;
 
@@ -38,7 +38,8 @@ pub unsafe fn load_matrices_transposed(row: u32) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// Stores four 8 × 8 matrices of 16-bit elements; lane `l` gives the address of row `l % 8` of matrix `l / 8`. PTX ISA, `stmatrix`.
+/// Stores four 8 × 8 matrices of 16-bit elements; lane `l` gives the address of row `l % 8` of matrix `l / 8`. PTX ISA,
+/// `stmatrix`.
 ///
 /// # Safety
 ///

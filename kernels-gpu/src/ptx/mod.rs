@@ -1,4 +1,5 @@
-//! PTX instructions as functions, one file a family. Comments name the section of the PTX ISA, by its title since numbers move, that defines them.
+//! PTX instructions as functions, one file a family. Comments name the section of the PTX ISA, by its title since numbers move,
+//! that defines them.
 
 pub mod control;
 pub mod cp_async;

@@ -1,4 +1,5 @@
-//! Words that hold several numbers (PTX ISA, Data Movement and Conversion Instructions: `prmt`; Half Precision Floating Point Instructions).
+//! Words that hold several numbers (PTX ISA, Data Movement and Conversion Instructions: `prmt`; Half Precision Floating Point
+//! Instructions).
 
 use core::arch::asm;
 

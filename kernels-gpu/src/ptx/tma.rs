@@ -1,8 +1,10 @@
-//! The copy engine: boxes of tensors to shared memory (PTX ISA, Data Movement and Conversion Instructions: `cp.async.bulk.tensor`).
+//! The copy engine: boxes of tensors to shared memory (PTX ISA, Data Movement and Conversion Instructions:
+//! `cp.async.bulk.tensor`).
 
 use core::arch::asm;
 
-/// Brings a tensor map to where the copy engine looks for it (PTX ISA, Data Movement and Conversion Instructions: `prefetch.tensormap`).
+/// Brings a tensor map to where the copy engine looks for it (PTX ISA, Data Movement and Conversion Instructions:
+/// `prefetch.tensormap`).
 ///
 /// # Safety
 ///
@@ -12,12 +14,13 @@ pub unsafe fn prefetch_map(map: u64) {
     asm!("prefetch.tensormap [{0}];", in(reg64) map, options(nostack));
 }
 
-/// Starts a copy of a box of a five-dimensional tensor; `barrier` counts its bytes. What lies outside the tensor arrives as zeros.
+/// Starts a copy of a box of a five-dimensional tensor; `barrier` counts its bytes. What lies outside the tensor arrives as
+/// zeros.
 ///
 /// # Safety
 ///
-/// `map` is the address of a tensor map; the box at `destination`, aligned to 128 bytes, is in the block's shared memory and nobody reads or
-/// writes it until `barrier` says that it has arrived.
+/// `map` is the address of a tensor map; the box at `destination`, aligned to 128 bytes, is in the block's shared memory and
+/// nobody reads or writes it until `barrier` says that it has arrived.
 #[inline(always)]
 pub unsafe fn copy_box(destination: u32, map: u64, at: [u32; 5], barrier: u32) {
     asm!("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}, {{{3}, {4}, {5}, {6}, {7}}}], [{2}];",
@@ -40,7 +43,8 @@ pub unsafe fn copy_box_once(destination: u32, map: u64, at: [u32; 5], barrier: u
         options(nostack));
 }
 
-/// Starts to bring a box of a five-dimensional tensor to the L2 cache. PTX ISA, Data Movement and Conversion Instructions: `cp.async.bulk.prefetch.tensor`.
+/// Starts to bring a box of a five-dimensional tensor to the L2 cache. PTX ISA, Data Movement and Conversion Instructions:
+/// `cp.async.bulk.prefetch.tensor`.
 ///
 /// # Safety
 ///

@@ -1,4 +1,5 @@
-//! Exchange among the 32 lanes of a warp (PTX ISA, Data Movement: `shfl.sync`; Parallel Synchronization and Communication). All lanes take part in every function.
+//! Exchange among the 32 lanes of a warp (PTX ISA, Data Movement: `shfl.sync`; Parallel Synchronization and Communication). All
+//! lanes take part in every function.
 
 use core::arch::asm;
 
@@ -113,7 +114,8 @@ pub unsafe fn any(condition: bool) -> bool {
     result != 0
 }
 
-/// The lanes that a condition holds for, a bit each. PTX ISA, Parallel Synchronization and Communication Instructions: `vote.sync`.
+/// The lanes that a condition holds for, a bit each. PTX ISA, Parallel Synchronization and Communication Instructions:
+/// `vote.sync`.
 ///
 /// # Safety
 ///
@@ -188,7 +190,8 @@ pub unsafe fn column_sum(value: f32) -> f32 {
     value + shuffle_xor(value, 16)
 }
 
-/// Waits for all lanes, and orders their memory accesses. PTX ISA, Parallel Synchronization and Communication Instructions: `bar.warp.sync`.
+/// Waits for all lanes, and orders their memory accesses. PTX ISA, Parallel Synchronization and Communication Instructions:
+/// `bar.warp.sync`.
 ///
 /// # Safety
 ///

@@ -25,7 +25,8 @@ pub unsafe fn take_registers<const REGISTERS: u32>() {
     asm!("setmaxnreg.inc.sync.aligned.u32 {0};", const REGISTERS, options(nostack));
 }
 
-/// Waits until `threads` threads have reached barrier `barrier`. PTX ISA, Parallel Synchronization and Communication Instructions: `bar.sync`.
+/// Waits until `threads` threads have reached barrier `barrier`. PTX ISA, Parallel Synchronization and Communication
+/// Instructions: `bar.sync`.
 ///
 /// # Safety
 ///

@@ -1,8 +1,8 @@
 //! Tensor cores by the warpgroup (PTX ISA, Asynchronous Warpgroup Level Matrix Instructions).
 //!
-//! A product runs beside the program from [`commit_group`] to [`wait_group`]; meanwhile its registers must not be touched. The compiler
-//! does not know that, so [`Accumulator::hold`] stands on both sides of a flight: it makes the compiler believe that all of an accumulator's
-//! registers change there, and nothing moves across.
+//! A product runs beside the program from [`commit_group`] to [`wait_group`]; meanwhile its registers must not be touched. The
+//! compiler does not know that, so [`Accumulator::hold`] stands on both sides of a flight: it makes the compiler believe that all
+//! of an accumulator's registers change there, and nothing moves across.
 //!
 //! Warp `w` of the warpgroup holds rows `16 w ..` of the 64 × N accumulator, as [`Fragment`]s of 8 columns each.
 
@@ -14,7 +14,8 @@ use crate::element::{Bf16, F16};
 /// Where an operand lies in shared memory: rows of 128 bytes, swizzled by 128 bytes (PTX ISA, Matrix Descriptor Format).
 #[derive(Clone, Copy)]
 pub struct Descriptor {
-    /// Address and leading offset. An address is all that differs between the operands of a product, and it never carries over into what stands above it.
+    /// Address and leading offset. An address is all that differs between the operands of a product, and it never carries over
+    /// into what stands above it.
     low: u32,
     /// Stride and swizzle.
     high: u32,
@@ -30,14 +31,15 @@ impl Descriptor {
         Self { low: leading_bytes >> 4 << 16 | (address & 0x3_FFFF) >> 4, high: Self::SWIZZLE_128B | stride_bytes >> 4 }
     }
 
-    /// Rows are rows of A or columns of B, eight of them every `eight_rows_bytes`; a row's 64 elements are summed over. The leading offset
-    /// is not used.
+    /// Rows are rows of A or columns of B, eight of them every `eight_rows_bytes`; a row's 64 elements are summed over. The
+    /// leading offset is not used.
     #[inline(always)]
     pub fn along_sum(address: u32, eight_rows_bytes: u32) -> Self {
         Self::new(address, 16, eight_rows_bytes)
     }
 
-    /// Rows are summed over, eight of them every `eight_rows_bytes`; a row's 64 elements are columns of B, the next 64 lie `half_bytes` on.
+    /// Rows are summed over, eight of them every `eight_rows_bytes`; a row's 64 elements are columns of B, the next 64 lie
+    /// `half_bytes` on.
     #[inline(always)]
     pub fn across_sum(address: u32, half_bytes: u32, eight_rows_bytes: u32) -> Self {
         Self::new(address, half_bytes, eight_rows_bytes)
@@ -124,7 +126,8 @@ pub trait Accumulator<E> {
     ///
     /// # Safety
     ///
-    /// Reached by all threads of the warpgroup, between [`fence`] and [`commit_group`]; both operands are in shared memory until waited for.
+    /// Reached by all threads of the warpgroup, between [`fence`] and [`commit_group`]; both operands are in shared memory until
+    /// waited for.
     unsafe fn add_product_shared(&mut self, a: Descriptor, b: Descriptor, accumulate: bool);
 
     /// As [`Self::add_product_shared`], with A across the sum: 16 of its rows, 64 elements of each, are summed over.
@@ -134,15 +137,16 @@ pub trait Accumulator<E> {
     /// As [`Self::add_product_shared`].
     unsafe fn add_product_shared_across(&mut self, a: Descriptor, b: Descriptor, accumulate: bool);
 
-    /// Starts `self += a · b`, or `self = a · b` where not `accumulate`: A in registers, B along the sum in shared memory, 16 elements summed
-    /// over.
+    /// Starts `self += a · b`, or `self = a · b` where not `accumulate`: A in registers, B along the sum in shared memory, 16
+    /// elements summed over.
     ///
     /// # Safety
     ///
     /// As [`Self::add_product_shared`]; the registers of A do not change until waited for.
     unsafe fn add_product_along(&mut self, a: OperandA, b: Descriptor, accumulate: bool);
 
-    /// Starts `self += a · b`, or `self = a · b` where not `accumulate`: A in registers, B across the sum in shared memory, 16 rows summed over.
+    /// Starts `self += a · b`, or `self = a · b` where not `accumulate`: A in registers, B across the sum in shared memory, 16
+    /// rows summed over.
     ///
     /// # Safety
     ///
@@ -242,7 +246,8 @@ accumulator!(F16, "f16", 8, 64, 32, operands 32 33 34 35 36 37, [0 1 2 3 4 5 6 7
 /// Columns of each product that one of 256 columns is made of.
 const HALF_COLUMNS: u32 = 128;
 
-/// Of 256 columns, the products of 128 and of the others: one for all of them takes as many registers as the assembler has for a thread of a block of 512.
+/// Of 256 columns, the products of 128 and of the others: one for all of them takes as many registers as the assembler has for a
+/// thread of a block of 512.
 impl<E> Accumulator<E> for [Fragment; 32]
 where
     [Fragment; 16]: Accumulator<E>,

@@ -1,7 +1,7 @@
 //! The backend `cuda-builder`: rust-cuda's `cuda_builder`, whose compiler backend hands LLVM 7 bitcode to NVIDIA's libNVVM.
 //!
-//! A small program with a manifest of its own (`kernels-gpu/cuda-builder`) calls it, so that the workspace does not depend on it. These
-//! environment variables name a toolchain that was built by hand:
+//! A small program with a manifest of its own (`kernels-gpu/cuda-builder`) calls it, so that the workspace does not depend on it.
+//! These environment variables name a toolchain that was built by hand:
 //!
 //! | variable | what it names | else |
 //! | --- | --- | --- |

@@ -5,8 +5,8 @@
 //! | `// packinfer.launch_bounds KERNEL THREADS BLOCKS` | writes `.maxntid` and `.minnctapersm` into the kernel's head |
 //! | `// packinfer.expect KERNEL INSTRUCTION COUNT` | fails if the kernel has another number of them |
 //!
-//! The counts guard against compilers that duplicate a barrier into the branches of a condition: a kernel of which some threads wait at
-//! one copy and some at the other hangs.
+//! The counts guard against compilers that duplicate a barrier into the branches of a condition: a kernel of which some threads
+//! wait at one copy and some at the other hangs.
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;

@@ -1,7 +1,8 @@
 //! `cargo xtask build-ptx`: kernels in Rust to PTX.
 //!
-//! A backend ([`rustc`] or [`cuda_builder`]) compiles the device crate for one architecture at a time; [`split`] makes of its output
-//! one module for each kernel, which is a file `ARCHITECTURE/KERNEL.ptx`. The committed files come from the backend `rustc`.
+//! A backend ([`rustc`] or [`cuda_builder`]) compiles the device crate for one architecture at a time; [`split`] makes of its
+//! output one module for each kernel, which is a file `ARCHITECTURE/KERNEL.ptx`. The committed files come from the backend
+//! `rustc`.
 
 use std::collections::BTreeSet;
 use std::fs;

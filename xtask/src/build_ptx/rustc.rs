@@ -1,7 +1,7 @@
 //! The backend `rustc`: rustc's own target `nvptx64-nvidia-cuda`.
 //!
-//! The target has no compiled standard library, so `core` is built from source. That takes a compiler whose sysroot has that source,
-//! and unstable options, which `RUSTC_BOOTSTRAP` allows on any compiler.
+//! The target has no compiled standard library, so `core` is built from source. That takes a compiler whose sysroot has that
+//! source, and unstable options, which `RUSTC_BOOTSTRAP` allows on any compiler.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,8 +18,8 @@ const TARGET: &str = "nvptx64-nvidia-cuda";
 /// The device crate's library.
 const CRATE: &str = "packinfer_kernels";
 
-/// Unrolls every loop over registers, however long: a register cannot be indexed, and an array of which one index is left at run time
-/// lies in memory. In LLVM instructions of the unrolled loop.
+/// Unrolls every loop over registers, however long: a register cannot be indexed, and an array of which one index is left at run
+/// time lies in memory. In LLVM instructions of the unrolled loop.
 const UNROLL_THRESHOLD: u32 = 20_000;
 
 impl Arch {
@@ -44,8 +44,8 @@ pub struct Toolchain {
 }
 
 impl Toolchain {
-    /// The compiler at `chosen`; or else, of those on this system that have the library's source, the one that the committed PTX comes
-    /// from, or the first.
+    /// The compiler at `chosen`; or else, of those on this system that have the library's source, the one that the committed PTX
+    /// comes from, or the first.
     ///
     /// # Errors
     ///

@@ -1,8 +1,8 @@
 //! From the PTX of the whole crate to one module for each kernel.
 //!
 //! A compiler backend emits one text with all kernels. Here it is cut into its items ([`Item`]), and each kernel is put together
-//! again with the header, the variables that it uses and its launch bounds. Comments go, so that the text depends on the code alone;
-//! what the kernels say in comments that begin with `packinfer.` is read first ([`Declared`]).
+//! again with the header, the variables that it uses and its launch bounds. Comments go, so that the text depends on the code
+//! alone; what the kernels say in comments that begin with `packinfer.` is read first ([`Declared`]).
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;

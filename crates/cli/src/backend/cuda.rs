@@ -18,8 +18,8 @@ use crate::units::gigabytes;
 /// The least number of runs of a measurement, and the usual one.
 const LEAST_RUNS: u32 = 30;
 
-/// How long the device rests before runs are timed: at its power limit it slows down, and one batch is not to heat it for the next. Other libraries' benchmarks have pauses of
-/// that length while they make their tensors.
+/// How long the device rests before runs are timed: at its power limit it slows down, and one batch is not to heat it for the
+/// next. Other libraries' benchmarks have pauses of that length while they make their tensors.
 const REST: Duration = Duration::from_millis(300);
 
 /// A GPU.
@@ -178,7 +178,8 @@ pub struct DeviceTensors<E, K = E> {
 const RANDOM_ELEMENTS: usize = 1 << 22;
 
 impl<E: BackendElement, K: BackendKv<E>> DeviceTensors<E, K> {
-    /// Random Q, K and V for a case, which repeat themselves: enough to measure with, as the values have no influence but on the power that products take.
+    /// Random Q, K and V for a case, which repeat themselves: enough to measure with, as the values have no influence but on the
+    /// power that products take.
     pub fn random(engine: &Engine, case: &Case, seed: u64) -> anyhow::Result<Self> {
         let (batch, shape) = (&case.batch, case.batch.shape());
         let qo_len = usize::try_from(u64::from(batch.num_query_tokens()) * shape.qo_elements_per_token())?;

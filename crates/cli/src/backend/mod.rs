@@ -172,7 +172,8 @@ impl Backend {
     }
 }
 
-/// The device to plan for where nothing is run, and its planner: that of a calibration, or the first GPU, or an H100 if there is none.
+/// The device to plan for where nothing is run, and its planner: that of a calibration, or the first GPU, or an H100 if there is
+/// none.
 pub fn device_to_plan_for(args: &DeviceArgs) -> anyhow::Result<(String, Planner)> {
     let (name, models) = if let Some(path) = &args.calibration {
         let Calibration { device, models, .. } = Calibration::read(path)?;

@@ -25,8 +25,8 @@ impl Design {
         Self { name, mask, requests: requests.into(), is_cached, count: None }
     }
 
-    /// The batch for a device, whose KV lies in a pool of so many slots. Where KV is not to be cached, slots come again only when the
-    /// whole pool was read in between.
+    /// The batch for a device, whose KV lies in a pool of so many slots. Where KV is not to be cached, slots come again only when
+    /// the whole pool was read in between.
     pub fn batch(&self, shape: AttentionShape, model: &DeviceModel, num_slots: u32) -> Result<Batch, BatchError> {
         let heads = shape.packed_head_groups();
         let tiles = |&(query_len, _): &(u32, u32)| (query_len * heads.heads_per_group).div_ceil(packinfer_abi::WIDE_TILE_ROWS);

@@ -195,7 +195,8 @@ impl<'a, E: BackendElement + BackendKv<E>> Device<'a, E> {
         })
     }
 
-    /// Writes K and V of all layers into the slots of some runs. The same numbers of tokens in the same steps get the same K and V, wherever they lie.
+    /// Writes K and V of all layers into the slots of some runs. The same numbers of tokens in the same steps get the same K and
+    /// V, wherever they lie.
     fn write<'r>(&mut self, runs: impl Iterator<Item = &'r KvRun>, step: u32) -> anyhow::Result<()> {
         let slots: Vec<u32> = runs.flat_map(|run| run.first_slot..run.first_slot + run.num_slots).collect();
         for (index, slots) in slots.chunks(MOST_APPENDED).enumerate() {

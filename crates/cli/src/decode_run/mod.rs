@@ -1,5 +1,5 @@
-//! `packinfer decode-run`: decode steps of a server, with KV in pages, in contiguous extents, and in pages that are moved to extents, one request or one
-//! group at a time.
+//! `packinfer decode-run`: decode steps of a server, with KV in pages, in contiguous extents, and in pages that are moved to
+//! extents, one request or one group at a time.
 
 mod device;
 

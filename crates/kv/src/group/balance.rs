@@ -9,9 +9,10 @@ pub fn imbalance(tokens: &[u64]) -> f64 {
 /// An exchange must even out this part of the difference of two groups, at least: a change of groups is not worth less.
 const LEAST_PART: u64 = 8;
 
-/// Evens out groups of at most `places` members, so that the [imbalance] is `aim` or less, as far as that can be done: again and again, the largest group
-/// gives one of its members to the smallest one, or exchanges it for one of its members, whichever brings the two nearest to each other. Everybody else
-/// remains where it was. Returns the indices of the groups that changed, in order.
+/// Evens out groups of at most `places` members, so that the [imbalance] is `aim` or less, as far as that can be done: again and
+/// again, the largest group gives one of its members to the smallest one, or exchanges it for one of its members, whichever
+/// brings the two nearest to each other. Everybody else remains where it was. Returns the indices of the groups that changed, in
+/// order.
 pub fn balance_groups<M>(groups: &mut [Vec<M>], places: usize, aim: f64, tokens: impl Fn(&M) -> u64) -> Vec<usize> {
     let mut sums: Vec<u64> = groups.iter().map(|group| group.iter().map(&tokens).sum()).collect();
     let mut changed = Vec::new();

@@ -12,14 +12,15 @@ use crate::{Contiguous, Policy, Sequence, SlotPool};
 pub enum Trigger {
     /// A member that lies in the group's extent has no room left behind its tokens: its next token will lie elsewhere.
     HeadroomExhausted,
-    /// Members have left holes in the extent, or others have come that lie elsewhere: more than [`Contiguous::max_group_fragmentation`].
+    /// Members have left holes in the extent, or others have come that lie elsewhere: more than
+    /// [`Contiguous::max_group_fragmentation`].
     Fragmentation,
     /// Groups differ in length by more than [`Contiguous::max_imbalance`], and members went from one to another.
     Imbalance,
 }
 
-/// How the members of a group lie, against the one extent that they were moved into. All counts but [`Self::exhausted`] are slots, with those that are kept for
-/// tokens to come.
+/// How the members of a group lie, against the one extent that they were moved into. All counts but [`Self::exhausted`] are
+/// slots, with those that are kept for tokens to come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GroupState {
     /// Of the group's extent; 0 if it has none yet.
@@ -33,7 +34,8 @@ pub struct GroupState {
 }
 
 impl GroupState {
-    /// The state of a group that was last moved into `extent`. What members share with others does not count: it is not moved with them.
+    /// The state of a group that was last moved into `extent`. What members share with others does not count: it is not moved
+    /// with them.
     pub fn of<'a>(extent: Option<KvRun>, members: impl IntoIterator<Item = &'a Sequence>, pool: &SlotPool) -> Self {
         let extent = extent.unwrap_or(KvRun { first_slot: 0, num_slots: 0 });
         let mut state = Self { extent: extent.num_slots, ..Self::default() };
@@ -48,7 +50,8 @@ impl GroupState {
         state
     }
 
-    /// Share of all slots, of the extent or of a member, that are not both: 0 if the members fill the extent, 1 if none of them lies in it.
+    /// Share of all slots, of the extent or of a member, that are not both: 0 if the members fill the extent, 1 if none of them
+    /// lies in it.
     pub fn fragmentation(&self) -> f64 {
         let either = u64::from(self.extent) + u64::from(self.elsewhere);
         if either == 0 { 0.0 } else { 1.0 - f64::from(self.in_place) / either as f64 }

@@ -41,8 +41,8 @@ impl SequenceMove {
 }
 
 impl Sequence {
-    /// Begins to move the sequence's own KV to one extent with headroom, if `policy` says that this pays for a request that expects
-    /// `expected` more tokens; also says why. `None` if it stays where it is: because that is better, because it is being
+    /// Begins to move the sequence's own KV to one extent with headroom, if `policy` says that this pays for a request that
+    /// expects `expected` more tokens; also says why. `None` if it stays where it is: because that is better, because it is being
     /// moved already, or because no extent is long enough.
     ///
     /// # Errors

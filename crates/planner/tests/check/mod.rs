@@ -20,8 +20,8 @@ struct Token {
     partials: Vec<u32>,
 }
 
-/// Panics unless every (query token, visible KV token) pair is in exactly one work item, at the slot where the batch has it, and every
-/// query token is written once.
+/// Panics unless every (query token, visible KV token) pair is in exactly one work item, at the slot where the batch has it, and
+/// every query token is written once.
 pub fn assert_valid(batch: &Batch, plan: &Plan) {
     let heads = plan.heads();
     assert_eq!(heads.num_groups * heads.heads_per_group, batch.shape().num_qo_heads());
@@ -118,9 +118,10 @@ fn counted(ranges: Vec<Range<u32>>) -> Vec<(u32, i32)> {
     summed.filter(|&(_, change)| change != 0).collect()
 }
 
-/// Panics unless the items of a pack stand together, the longest first or by columns, and of the packs the one with the longest item
-/// first; or unless that holds but for the shortest items of all packs, a quarter of the work at most, which come last, the longest of them first. For persistent blocks that holds of each kind of tile by itself, but for the order of
-/// packs. Under a sliding window nothing of a plan says which tiles are a pack: those of one request need not have any KV in common.
+/// Panics unless the items of a pack stand together, the longest first or by columns, and of the packs the one with the longest
+/// item first; or unless that holds but for the shortest items of all packs, a quarter of the work at most, which come last, the
+/// longest of them first. For persistent blocks that holds of each kind of tile by itself, but for the order of packs. Under a
+/// sliding window nothing of a plan says which tiles are a pack: those of one request need not have any KV in common.
 pub fn assert_in_order(batch: &Batch, plan: &Plan, model: &DeviceModel) {
     if matches!(batch.mask(), Mask::Window(_)) {
         return;
@@ -150,7 +151,8 @@ pub fn assert_in_order(batch: &Batch, plan: &Plan, model: &DeviceModel) {
     }
 }
 
-/// Says what is not in order among items that come pack by pack; of the packs those with the longest items first, if they are `sorted`.
+/// Says what is not in order among items that come pack by pack; of the packs those with the longest items first, if they are
+/// `sorted`.
 fn check_packs(plan: &Plan, packs: &[u32], times: &[f64], items: &[usize], sorted: bool) -> Result<(), String> {
     let mut seen = HashSet::new();
     let mut longest_before = f64::INFINITY;
@@ -172,8 +174,8 @@ fn check_packs(plan: &Plan, packs: &[u32], times: &[f64], items: &[usize], sorte
     Ok(())
 }
 
-/// For each item, what stands for its pack, of tiles that have runs in common, directly or by way of others: the pack's first KV run. The
-/// parts of a tile that has none in common with others are packs by themselves.
+/// For each item, what stands for its pack, of tiles that have runs in common, directly or by way of others: the pack's first KV
+/// run. The parts of a tile that has none in common with others are packs by themselves.
 fn packs(plan: &Plan) -> Vec<u32> {
     let mut tiles: HashMap<u32, Range<u32>> = HashMap::new();
     for item in plan.items() {

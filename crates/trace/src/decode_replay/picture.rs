@@ -66,8 +66,8 @@ impl PoolMap {
     }
 }
 
-/// Draws the beginnings of pools, one below the other, as an SVG document: a square for each page, in a colour for each request, and paler where it is kept for tokens to
-/// come; free pages are grey.
+/// Draws the beginnings of pools, one below the other, as an SVG document: a square for each page, in a colour for each request,
+/// and paler where it is kept for tokens to come; free pages are grey.
 ///
 /// # Errors
 ///

@@ -45,8 +45,8 @@ impl Block {
     }
 }
 
-/// Attention for a head dimension of `8 * DIM_BLOCKS`, K and V in rows of `KV_BLOCKS` chunks. Of wide tiles, a warp holds `ROW_BLOCKS` blocks of 16 rows,
-/// and takes `WIDE_FRAGMENTS` fragments of 8 columns a step; of narrow tiles `NARROW_FRAGMENTS`.
+/// Attention for a head dimension of `8 * DIM_BLOCKS`, K and V in rows of `KV_BLOCKS` chunks. Of wide tiles, a warp holds
+/// `ROW_BLOCKS` blocks of 16 rows, and takes `WIDE_FRAGMENTS` fragments of 8 columns a step; of narrow tiles `NARROW_FRAGMENTS`.
 #[inline(always)]
 unsafe fn attention<
     E: Element,

@@ -1,4 +1,5 @@
-//! Tiles of few rows: four warps share 16 rows and divide the columns, 16 of every 64 each; for a head dimension of 256, 8 of every 32.
+//! Tiles of few rows: four warps share 16 rows and divide the columns, 16 of every 64 each; for a head dimension of 256, 8 of
+//! every 32.
 //!
 //! A warp copies only the columns that it works on, so warps never wait for each other in the loop: each keeps several steps of
 //! copies in flight, which is what saturates memory. At the end the four results are merged through shared memory.
@@ -29,8 +30,8 @@ impl<const KV_BLOCKS: usize, const SCORE_FRAGMENTS: usize> Ring<KV_BLOCKS, SCORE
     const COLUMNS: u32 = 8 * SCORE_FRAGMENTS as u32;
     /// Rows of a stage: the warp's columns of K, then of V.
     const STAGE_ROWS: u32 = 2 * Self::COLUMNS;
-    /// Stages that fill the block's shared memory: 6 for a head dimension of 64, 4 for 96, 3 for 128, and for 256 with its shorter steps; in FP8 twice
-    /// as many, and 3 for 256.
+    /// Stages that fill the block's shared memory: 6 for a head dimension of 64, 4 for 96, 3 for 128, and for 256 with its
+    /// shorter steps; in FP8 twice as many, and 3 for 256.
     const STAGES: u32 = TILE_SHARED_BYTES / (WARPS * Self::STAGE_ROWS * SharedTile::<KV_BLOCKS>::ROW_BYTES);
 
     #[inline(always)]

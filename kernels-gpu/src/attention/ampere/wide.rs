@@ -1,4 +1,5 @@
-//! Tiles of many rows: four warps take 32 rows each and share the columns, 64 at a time; for a head dimension of 256, 16 rows and 32 columns.
+//! Tiles of many rows: four warps take 32 rows each and share the columns, 64 at a time; for a head dimension of 256, 16 rows and
+//! 32 columns.
 //!
 //! ```text
 //! columns   0..64      64..128    128..192
@@ -26,8 +27,8 @@ use crate::stored::{MOST_PRODUCTS, Stored};
 /// Steps whose K and V shared memory holds.
 const STAGES: u32 = 2;
 
-/// Shared memory of a wide tile whose warps hold `ROW_BLOCKS` blocks of 16 rows each, and take `SCORE_FRAGMENTS` fragments of 8 columns a
-/// step: Q, then K and V of each stage.
+/// Shared memory of a wide tile whose warps hold `ROW_BLOCKS` blocks of 16 rows each, and take `SCORE_FRAGMENTS` fragments of 8
+/// columns a step: Q, then K and V of each stage.
 struct Tiles<const DIM_BLOCKS: usize, const KV_BLOCKS: usize, const ROW_BLOCKS: usize, const SCORE_FRAGMENTS: usize> {
     base: u32,
 }
@@ -104,7 +105,8 @@ pub(crate) unsafe fn run<
     let mut stage = 0;
     let mut column = item.column_begin;
     while column < item.column_end {
-        // Worked out anew in each step, for accumulators leave no registers to keep these in; while it waits, a warp has the time.
+        // Worked out anew in each step, for accumulators leave no registers to keep these in; while it waits, a warp has the
+        // time.
         let lane = thread_index() % LANES;
         let view = WarpView::of(task.rows.read(first_row + lane % warp_rows));
         wait_group::<0>();
@@ -183,7 +185,8 @@ unsafe fn copy_queries<const DIM_BLOCKS: usize>(
     }
 }
 
-/// Writes the warp's rows of Q, of every 16 elements first the pairs 0, 2, 4, 6, then the others: two chunks, which are one of a tile of half as many.
+/// Writes the warp's rows of Q, of every 16 elements first the pairs 0, 2, 4, 6, then the others: two chunks, which are one of a
+/// tile of half as many.
 #[inline(always)]
 unsafe fn permute_queries<const DIM_BLOCKS: usize, const KV_BLOCKS: usize>(
     task: &Task,
@@ -266,8 +269,9 @@ unsafe fn accumulate<
     v: SharedTile<KV_BLOCKS>,
     lane: u32,
 ) {
-    // Products need no sums, so the assembler puts the additions off until after them, and keeps all exponentials for that long. Where accumulators
-    // leave too few registers, those of two fragments are to be added up before the first load for the next two.
+    // Products need no sums, so the assembler puts the additions off until after them, and keeps all exponentials for that long.
+    // Where accumulators leave too few registers, those of two fragments are to be added up before the first load for the next
+    // two.
     let few_registers = const { 4 * ROW_BLOCKS * (DIM_BLOCKS + SCORE_FRAGMENTS) >= MANY_ACCUMULATORS };
     let v = v.columns_by_lane_transposed(lane);
     for pair in 0..SCORE_FRAGMENTS / 2 {

@@ -47,17 +47,19 @@ pub struct Consumer<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const R
     pub v: Ring,
     /// K and V of narrow tiles, where they are taken as they are stored.
     pub stored: [Ring; 2],
-    /// The warp, counted over all consumers. It is the same for all lanes, and the assembler knows: what is worked out from it takes no register of a lane.
+    /// The warp, counted over all consumers. It is the same for all lanes, and the assembler knows: what is worked out from it
+    /// takes no register of a lane.
     pub warp: u32,
-    /// What products with the rows of Q that the lane holds scores of must be multiplied with, where it is [scaled](super::scaled).
+    /// What products with the rows of Q that the lane holds scores of must be multiplied with, where it is
+    /// [scaled](super::scaled).
     pub query_factors: OfRows,
 }
 
 impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers>
     Consumer<'a, DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>
 {
-    /// Whether Q is held in registers. Where O, helpers or a third consumer leave no room for it there, products take it from shared memory, and it is let go only when the
-    /// tile's last scores are there.
+    /// Whether Q is held in registers. Where O, helpers or a third consumer leave no room for it there, products take it from
+    /// shared memory, and it is let go only when the tile's last scores are there.
     pub const HOLDS_QUERIES: bool =
         Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::HAS_EXCHANGE && !H::CONVERT && DIM_BLOCKS <= 16;
 
@@ -149,7 +151,8 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
         Stamper::of(self.params).filter(|_| self.warp == 0 && self.lane() == 0)
     }
 
-    /// Takes sixteen rows of the tile's Q, from `first_row` on, into registers; or if these do not hold Q, waits until it is there.
+    /// Takes sixteen rows of the tile's Q, from `first_row` on, into registers; or if these do not hold Q, waits until it is
+    /// there.
     ///
     /// # Safety
     ///
@@ -204,8 +207,8 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
         SharedTile::<PANEL_BLOCKS>::operand_a(panel.rows_by_lane(self.lane()), 0, block % PANEL_BLOCKS)
     }
 
-    /// Starts `scores += Q Kᵀ` for a consumer's rows of a wide tile and 16 elements, from `8 * block` on, of which `k` is the K; `scores = Q Kᵀ` for the first of
-    /// them.
+    /// Starts `scores += Q Kᵀ` for a consumer's rows of a wide tile and 16 elements, from `8 * block` on, of which `k` is the K;
+    /// `scores = Q Kᵀ` for the first of them.
     ///
     /// # Safety
     ///
@@ -231,7 +234,8 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
         scores.add_product_shared(q, k, block > 0);
     }
 
-    /// What becomes of the scores of the task in slot `slot`, where products with K must be multiplied with `factor` and the scale of K.
+    /// What becomes of the scores of the task in slot `slot`, where products with K must be multiplied with `factor` and the
+    /// scale of K.
     ///
     /// # Safety
     ///
@@ -263,7 +267,8 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
         of_rows
     }
 
-    /// Bounds scores, in a kernel for launches with a soft-cap: for each of the lane's rows, what [`Self::logits_of_rows`] says, or [`Self::logits`] of all.
+    /// Bounds scores, in a kernel for launches with a soft-cap: for each of the lane's rows, what [`Self::logits_of_rows`] says,
+    /// or [`Self::logits`] of all.
     #[inline(always)]
     pub fn cap<const CAPPED: bool, const N: usize>(&self, soft_cap_log2: OfRows, scores: &mut [Fragment; N]) {
         if CAPPED {

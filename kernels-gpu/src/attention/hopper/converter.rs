@@ -1,4 +1,5 @@
-//! The converters: make K and V of wide tiles in float16, of what is stored in FP8. Consumers of narrow tiles do so by themselves.
+//! The converters: make K and V of wide tiles in float16, of what is stored in FP8. Consumers of narrow tiles do so by
+//! themselves.
 //!
 //! ```text
 //! copy engine   K₀ₐ K₀ᵦ V₀ₐ V₀ᵦ K₁ₐ …       a ring of parts of a step, as they are stored
@@ -6,7 +7,8 @@
 //! consumers                 S₀ · S₁ P₀V₀ …
 //! ```
 //!
-//! K and V become float16, which weights are in too, and Q (see [`scaled`](super::scaled)). Numbers are as they are stored: the scales of K and V go into the [scale](Shared::scales) of the softmax, and into O.
+//! K and V become float16, which weights are in too, and Q (see [`scaled`](super::scaled)). Numbers are as they are stored: the
+//! scales of K and V go into the [scale](Shared::scales) of the softmax, and into O.
 
 use packinfer_abi::TileKind;
 
@@ -29,8 +31,8 @@ const CHUNKS_PER_PANEL: u32 = 4;
 const PANELS_STORED_IN_ONE: u32 = 2;
 /// The most [rounds](Share::rounds) of a part.
 const MOST_ROUNDS: usize = 4;
-/// Of eight rows, the one that lies opposite of row 0 in both tiles: a swizzle by it moves chunks `0 ..= 3` of one to where `4 ..= 7` were, and even ones of the other to odd ones. Lanes of rows
-/// that differ by it meet no bank twice.
+/// Of eight rows, the one that lies opposite of row 0 in both tiles: a swizzle by it moves chunks `0 ..= 3` of one to where
+/// `4 ..= 7` were, and even ones of the other to odd ones. Lanes of rows that differ by it meet no bank twice.
 const OPPOSITE: u32 = 5;
 
 /// Does the converters' part until no task is left.
@@ -65,7 +67,8 @@ pub unsafe fn run<
     }
 }
 
-/// What is stored, and a converting warp's place. None of it is there before loaders have [made room](super::helpers::StoredRings) for what becomes of it.
+/// What is stored, and a converting warp's place. None of it is there before loaders have
+/// [made room](super::helpers::StoredRings) for what becomes of it.
 struct Stored<const CHUNKS: usize, const PART_BLOCKS: usize> {
     /// The first of the ring.
     parts: StoredPart<CHUNKS, PART_BLOCKS>,
@@ -119,7 +122,8 @@ impl<const CHUNKS: usize, const PART_BLOCKS: usize> Stored<CHUNKS, PART_BLOCKS> 
     }
 }
 
-/// What a lane converts at once: 16 numbers of a row of a part. In every round, those eight rows on: so all that it converts is swizzled alike.
+/// What a lane converts at once: 16 numbers of a row of a part. In every round, those eight rows on: so all that it converts is
+/// swizzled alike.
 struct Place {
     row: u32,
     /// The panel that they become a part of, and which chunk they are of what becomes that.
@@ -146,7 +150,8 @@ impl<const DIM_BLOCKS: usize> Share<DIM_BLOCKS> {
         rows / 8 * Self::WARPS / CONVERTER_WARPS
     }
 
-    /// What the lane has in the first of these rounds. Lanes: four chunks for a panel of one row, four of the opposite row; then those for the other panel; then other rows.
+    /// What the lane has in the first of these rounds. Lanes: four chunks for a panel of one row, four of the opposite row; then
+    /// those for the other panel; then other rows.
     #[inline(always)]
     fn first(rounds: u32, warp: u32, lane: u32) -> Place {
         let (is_opposite, group) = (lane / CHUNKS_PER_PANEL % 2, lane / (2 * CHUNKS_PER_PANEL));

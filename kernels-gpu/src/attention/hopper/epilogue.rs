@@ -12,8 +12,8 @@ use crate::shared_tile::SharedTile;
 /// The most times that a warp goes through rows, to store 16 of them: those of 128 bytes.
 const MOST_ROUNDS: usize = 4;
 
-/// Stores the 16 rows of a warp, the tile's from `first_row` on, through shared memory, so that its lanes store `STAGED_BLOCKS` blocks of 8
-/// elements of a row together: 128 bytes, or 32 where there is room for no more.
+/// Stores the 16 rows of a warp, the tile's from `first_row` on, through shared memory, so that its lanes store `STAGED_BLOCKS`
+/// blocks of 8 elements of a row together: 128 bytes, or 32 where there is room for no more.
 ///
 /// # Safety
 ///
@@ -46,7 +46,8 @@ pub unsafe fn direct<E: Element, const DIM_BLOCKS: usize, const STAGED_BLOCKS: u
         warp::sync();
         for (round, &index) in indices[..rounds].iter().enumerate() {
             if rounds == 1 {
-                // Without a branch: what decides it is the same for all parts, so the compiler would take the whole loop, barriers included, into both branches.
+                // Without a branch: what decides it is the same for all parts, so the compiler would take the whole loop,
+                // barriers included, into both branches.
                 let row = task.params.o + u64::from(index) * (8 * DIM_BLOCKS as u64 * u64::from(ELEMENT_BYTES));
                 let words = load_shared_x4(chunk.rows_on(round as u32 * rows_at_once));
                 store_global_x4_if(row + u64::from(byte), words, index != NO_ROW && is_in_row);

@@ -1,7 +1,7 @@
 //! Merging what the consuming warps found for the rows of a narrow tile, each over columns of its own, through shared memory.
 //!
-//! First the warps tell each other the log-sum-exp of every row, so that each can give its own output its weight. What is left is a sum of eight. It is made a few
-//! rows at a time: most narrow tiles have no more.
+//! First the warps tell each other the log-sum-exp of every row, so that each can give its own output its weight. What is left is
+//! a sum of eight. It is made a few rows at a time: most narrow tiles have no more.
 
 use packinfer_abi::NARROW_TILE_ROWS;
 
@@ -75,7 +75,8 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
         }
     }
 
-    /// What the warp's outputs, not divided by their sums yet, are multiplied with before they are summed up; stores the log-sum-exp of the rows.
+    /// What the warp's outputs, not divided by their sums yet, are multiplied with before they are summed up; stores the
+    /// log-sum-exp of the rows.
     ///
     /// # Safety
     ///
@@ -109,7 +110,8 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
         factors
     }
 
-    /// Writes down the warp's output of the rows from `first_row` on, a multiple of [`Self::ROWS_AT_ONCE`]. `element` says which the first of a lane's elements in a block of 8 is.
+    /// Writes down the warp's output of the rows from `first_row` on, a multiple of [`Self::ROWS_AT_ONCE`]. `element` says which
+    /// the first of a lane's elements in a block of 8 is.
     ///
     /// # Safety
     ///

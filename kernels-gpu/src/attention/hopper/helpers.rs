@@ -1,4 +1,5 @@
-//! What the warpgroup of a block does that is neither the producer nor a consumer, where there is one; and what that changes in how K and V are brought.
+//! What the warpgroup of a block does that is neither the producer nor a consumer, where there is one; and what that changes in
+//! how K and V are brought.
 
 use packinfer_abi::{HOPPER_STORED_STEP, TileKind};
 
@@ -112,8 +113,8 @@ pub const PART_BYTES: u32 = 8 << 10;
 /// Blocks of 8 columns of a step of a narrow tile, whose K and V are taken as they are stored.
 pub const STORED_STEP_BLOCKS: usize = HOPPER_STORED_STEP as usize / 8;
 
-/// They make K and V of wide tiles of what is stored in FP8, of which `STAGES` parts of `8 * PART_BLOCKS` rows are held: see [`converter`](super::converter). Consumers of narrow
-/// tiles take it as it is. A row has `CHUNKS` chunks of 16 bytes, or fewer.
+/// They make K and V of wide tiles of what is stored in FP8, of which `STAGES` parts of `8 * PART_BLOCKS` rows are held: see
+/// [`converter`](super::converter). Consumers of narrow tiles take it as it is. A row has `CHUNKS` chunks of 16 bytes, or fewer.
 #[derive(Clone, Copy)]
 pub struct Converters<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize>;
 
@@ -122,7 +123,8 @@ pub type StoredPart<const CHUNKS: usize, const PART_BLOCKS: usize> = BoxTile<CHU
 /// Step of K or V of a narrow tile, as it is stored.
 pub type StoredStep<const CHUNKS: usize> = BoxTile<CHUNKS, STORED_STEP_BLOCKS>;
 
-/// Where a loader is, where K and V are stored in FP8: the rings of both kinds of tiles, which lie in the same memory. Each is at the beginning of a step.
+/// Where a loader is, where K and V are stored in FP8: the rings of both kinds of tiles, which lie in the same memory. Each is at
+/// the beginning of a step.
 pub struct StoredRings {
     /// K and V of narrow tiles.
     narrow: [Ring; 2],
@@ -149,11 +151,13 @@ impl StoredRings {
         }
     }
 
-    /// Before a tile of kind `kind`: waits until nobody uses what lies where it has K and V, if the tile before was of the other kind.
+    /// Before a tile of kind `kind`: waits until nobody uses what lies where it has K and V, if the tile before was of the other
+    /// kind.
     ///
-    /// A barrier's parity only tells whether a part has been emptied to those who know that it was emptied the time before. The loader of K knows that of K of narrow tiles, as it fills
-    /// them, and so, as consumers go on from V to the next K, of V; and that of V the same. When all parts that are to be converted have been, all K and V were emptied but for those of
-    /// the last steps.
+    /// A barrier's parity only tells whether a part has been emptied to those who know that it was emptied the time before. The
+    /// loader of K knows that of K of narrow tiles, as it fills them, and so, as consumers go on from V to the next K, of V; and
+    /// that of V the same. When all parts that are to be converted have been, all K and V were emptied but for those of the last
+    /// steps.
     ///
     /// # Safety
     ///

@@ -1,8 +1,11 @@
-//! Merging partials in the launch that makes them: when no task is left, the consumers of all blocks share out the rows of O that are merged.
+//! Merging partials in the launch that makes them: when no task is left, the consumers of all blocks share out the rows of O that
+//! are merged.
 //!
-//! Whoever stores a partial does nothing besides. Between launches, every word of the partial buffers is [`NOT_STORED`], which no partial contains, so whoever merges a row sees which words are there
-//! already, waits for the others, and leaves [`NOT_STORED`] behind. Only blocks that have begun are waited for: a block that has no task left before all have begun has
-//! [no share](packinfer_abi::Attendance). Which warp merges a row does not matter, and the order in which its partials are added is that of the plan.
+//! Whoever stores a partial does nothing besides. Between launches, every word of the partial buffers is [`NOT_STORED`], which no
+//! partial contains, so whoever merges a row sees which words are there already, waits for the others, and leaves [`NOT_STORED`]
+//! behind. Only blocks that have begun are waited for: a block that has no task left before all have begun has
+//! [no share](packinfer_abi::Attendance). Which warp merges a row does not matter, and the order in which its partials are added
+//! is that of the plan.
 
 use core::f32::consts::LOG2_E;
 
@@ -100,7 +103,8 @@ impl MergedPart {
         load_of_device_if(params.partial_lse + 4 * partial, index < self.num_sources, f32::NEG_INFINITY.to_bits())
     }
 
-    /// Says that the log-sum-exps of its row have been read for this part; where they have been for all parts, leaves [`NOT_STORED`] behind.
+    /// Says that the log-sum-exps of its row have been read for this part; where they have been for all parts, leaves
+    /// [`NOT_STORED`] behind.
     #[inline(always)]
     unsafe fn leave_lse(&self, params: &AttentionParams, division: Division, lane: u32) {
         let counter = params.lse_readers + 4 * u64::from(self.row);
@@ -189,7 +193,8 @@ impl Sum {
 ///
 /// # Safety
 ///
-/// Reached by all lanes of the warp, when its block has taken its last task, and stored or handed over to others what it has computed. No other block has this share.
+/// Reached by all lanes of the warp, when its block has taken its last task, and stored or handed over to others what it has
+/// computed. No other block has this share.
 #[inline(always)]
 pub unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize>(params: &AttentionParams, share: Share, warp: u32, warps: u32) {
     if params.num_merged_rows == 0 || share.of == 0 {

@@ -6,11 +6,12 @@
 //!                             narrow: 16 columns of a step each warp   S₀ P₀V₀ · S₁ P₁V₁ · … · merge
 //! ```
 //!
-//! Launches of wide tiles alone have three consumers ([`wide::trio`]); those with narrow tiles beside wide ones have readers besides ([`reader`]), and those
-//! with K and V in FP8 converters ([`converter`]).
+//! Launches of wide tiles alone have three consumers ([`wide::trio`]); those with narrow tiles beside wide ones have readers
+//! besides ([`reader`]), and those with K and V in FP8 converters ([`converter`]).
 //!
-//! The producer runs ahead, also across tasks: while the consumers finish one, the Q, K and V of the next arrive. All that passes between
-//! them lies in [`Shared`], guarded by pairs of barriers: *full* (the producer has filled it) and *empty* (the consumers have done with it).
+//! The producer runs ahead, also across tasks: while the consumers finish one, the Q, K and V of the next arrive. All that passes
+//! between them lies in [`Shared`], guarded by pairs of barriers: *full* (the producer has filled it) and *empty* (the consumers
+//! have done with it).
 
 mod consumer;
 mod converter;
@@ -59,7 +60,8 @@ const CONSUMER_REGISTERS: u32 = 232;
 
 /// Warps of the readers, where there are any.
 const READER_WARPS: u32 = 4;
-/// Registers of a consumer's and of a reader's thread where there are readers: 128 at the launch, and 128 · (40 + 88) + 256 · 192 = 512 · 128.
+/// Registers of a consumer's and of a reader's thread where there are readers: 128 at the launch, and 128 · (40 + 88) + 256 · 192
+/// = 512 · 128.
 const CONSUMER_REGISTERS_BESIDE: u32 = 192;
 const READER_REGISTERS: u32 = 88;
 
@@ -76,9 +78,9 @@ mod barrier {
     pub const READERS: u32 = CONSUMERS + 1;
 }
 
-/// Attention for a head dimension of `8 * DIM_BLOCKS`, in steps of `8 * FRAGMENTS` columns, of which a warp takes `8 * NARROW_FRAGMENTS` where the
-/// tile is narrow. Launches with a soft-cap have kernels of their own, which are
-/// `CAPPED`: so it takes no registers from the others.
+/// Attention for a head dimension of `8 * DIM_BLOCKS`, in steps of `8 * FRAGMENTS` columns, of which a warp takes
+/// `8 * NARROW_FRAGMENTS` where the tile is narrow. Launches with a soft-cap have kernels of their own, which are `CAPPED`: so it
+/// takes no registers from the others.
 #[inline(always)]
 unsafe fn attention<
     E: Element,
@@ -138,8 +140,8 @@ where
     }
 }
 
-/// The same for launches of wide tiles of 192 rows, which three consumers do. Each has `CONSUMER` registers a thread, the producer `PRODUCER`:
-/// 128 · (3 · `CONSUMER` + `PRODUCER`) = 512 · 128.
+/// The same for launches of wide tiles of 192 rows, which three consumers do. Each has `CONSUMER` registers a thread, the
+/// producer `PRODUCER`: 128 · (3 · `CONSUMER` + `PRODUCER`) = 512 · 128.
 #[inline(always)]
 unsafe fn attention_tall<
     E: Element,
@@ -172,8 +174,8 @@ unsafe fn attention_tall<
     }
 }
 
-/// The same for K and V in FP8, of which a fourth warpgroup makes such as wide tiles take: for head dimensions whose rows, as they are stored, fit into one panel. Of parts of steps that are
-/// brought ahead, `STORED_STAGES` fit into shared memory.
+/// The same for K and V in FP8, of which a fourth warpgroup makes such as wide tiles take: for head dimensions whose rows, as
+/// they are stored, fit into one panel. Of parts of steps that are brought ahead, `STORED_STAGES` fit into shared memory.
 #[inline(always)]
 unsafe fn attention_e4m3<E: Element + FromE4m3, const DIM_BLOCKS: usize, const STORED_STAGES: u32, const CAPPED: bool>(
     params: AttentionParams,
@@ -183,14 +185,16 @@ unsafe fn attention_e4m3<E: Element + FromE4m3, const DIM_BLOCKS: usize, const S
     attention_converting::<E, DIM_BLOCKS, 16, STORED_STAGES, 8, 8, 56, 200, CAPPED>(params)
 }
 
-/// The same for a head dimension of 256: rows as they are stored have two panels, steps 64 columns, and O takes registers that the others give.
+/// The same for a head dimension of 256: rows as they are stored have two panels, steps 64 columns, and O takes registers that
+/// the others give.
 #[inline(always)]
 unsafe fn attention_e4m3_d256<E: Element + FromE4m3, const CAPPED: bool>(params: AttentionParams) {
     attention_converting::<E, 32, 8, 5, 16, 4, 48, 208, CAPPED>(params)
 }
 
-/// Attention with K and V in FP8, of which `STORED_STAGES` parts of `8 * PART_BLOCKS` rows are held as they are stored, in `CHUNKS` chunks of 16 bytes. A consumer's thread has
-/// `CONSUMER` registers, one of the producer or of the converters `OTHER`: 128 · 2 · (`CONSUMER` + `OTHER`) = 512 · 128.
+/// Attention with K and V in FP8, of which `STORED_STAGES` parts of `8 * PART_BLOCKS` rows are held as they are stored, in
+/// `CHUNKS` chunks of 16 bytes. A consumer's thread has `CONSUMER` registers, one of the producer or of the converters `OTHER`:
+/// 128 · 2 · (`CONSUMER` + `OTHER`) = 512 · 128.
 #[inline(always)]
 unsafe fn attention_converting<
     E: Element + FromE4m3,

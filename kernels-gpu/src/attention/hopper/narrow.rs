@@ -1,7 +1,9 @@
-//! The consumers of narrow tiles: all eight warps share the rows and divide the columns of every step, 16 each; 8 for a head dimension of 256, unless K and V are in FP8.
+//! The consumers of narrow tiles: all eight warps share the rows and divide the columns of every step, 16 each; 8 for a head
+//! dimension of 256, unless K and V are in FP8.
 //!
-//! There is little to compute, and much to bring: a step takes the tensor cores a fraction of the time that memory takes for it. So warps wait for nobody
-//! but the copy engine, whose next steps are under way meanwhile. At the end the eight results are merged through shared memory.
+//! There is little to compute, and much to bring: a step takes the tensor cores a fraction of the time that memory takes for it.
+//! So warps wait for nobody but the copy engine, whose next steps are under way meanwhile. At the end the eight results are
+//! merged through shared memory.
 
 use packinfer_abi::NARROW_TILE_ROWS;
 
@@ -19,8 +21,8 @@ use crate::shared_tile::{BoxTile, PANEL_BLOCKS};
 use crate::softmax::{OnlineSoftmax, ROWS_PER_LANE, mask, probabilities, row_of_lane, scale_rows};
 use crate::stored::Stored;
 
-/// Does the next tile, which is narrow, and whose K and V are stored as `KV`, in rows of `CHUNKS` chunks of 16 bytes and steps of `8 * STEP_BLOCKS` columns. A warp takes
-/// `SCORE_FRAGMENTS` fragments of 8 columns of a step.
+/// Does the next tile, which is narrow, and whose K and V are stored as `KV`, in rows of `CHUNKS` chunks of 16 bytes and steps of
+/// `8 * STEP_BLOCKS` columns. A warp takes `SCORE_FRAGMENTS` fragments of 8 columns of a step.
 ///
 /// # Safety
 ///
@@ -109,7 +111,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
     /// Whether Q of narrow tiles is held in registers.
     const HOLDS_NARROW_QUERIES: bool = Self::HOLDS_QUERIES || H::CONVERT && DIM_BLOCKS <= 16;
 
-    /// Takes the rows of the tile's Q into registers, in the order that products with `KV` take them in; or if these do not hold Q, waits until it is there.
+    /// Takes the rows of the tile's Q into registers, in the order that products with `KV` take them in; or if these do not hold
+    /// Q, waits until it is there.
     #[inline(always)]
     unsafe fn take_narrow_queries<E, KV: Stored<E>>(&mut self) -> Queries<DIM_BLOCKS> {
         let mut queries = [[0u32; 2]; DIM_BLOCKS];

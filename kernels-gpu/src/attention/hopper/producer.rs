@@ -28,8 +28,9 @@ pub const LOADER_WARPS: u32 = 3;
 /// Warps that work out rows of tasks.
 pub const POSTING_WARPS: u32 = 2;
 
-/// Bytes of K, and as many of V, that a block brings before the L2 cache is to give up what it brings first: until then, these take the place of what others have written there and that
-/// must be stored in memory, all at once. Later they take the place of each other.
+/// Bytes of K, and as many of V, that a block brings before the L2 cache is to give up what it brings first: until then, these
+/// take the place of what others have written there and that must be stored in memory, all at once. Later they take the place of
+/// each other.
 const SETTLED_BYTES: u32 = 512 << 10;
 
 /// A slot past the end of any pool: the copy engine brings zeros from there.
@@ -102,7 +103,8 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
         }
         items.fill_by(leads);
         let scales = if H::CONVERT && leads { task.kv_scales() } else { [1.0; 2] };
-        // The ticket of a task after a short one is on its way through memory meanwhile, but for the first task, which nothing is to delay.
+        // The ticket of a task after a short one is on its way through memory meanwhile, but for the first task, which nothing is
+        // to delay.
         let mut ticket = 0;
         if leads && !is_first && !shared.is_long(stage) {
             ticket = Queue::of_block(params).draw(params);
@@ -202,8 +204,9 @@ unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
     }
 }
 
-/// Brings all columns of a task's K or V, step by step, each in `PARTS` tiles one after the other, and calls `at_step`, with one thread, with the steps that are left. `tiles` is
-/// the ring's first tile. Where a step has several parts, those of the other tensor lie between them and those of the next. If all is `read_once`, the L2 cache need not keep it.
+/// Brings all columns of a task's K or V, step by step, each in `PARTS` tiles one after the other, and calls `at_step`, with one
+/// thread, with the steps that are left. `tiles` is the ring's first tile. Where a step has several parts, those of the other
+/// tensor lie between them and those of the next. If all is `read_once`, the L2 cache need not keep it.
 ///
 /// # Safety
 ///
@@ -278,11 +281,13 @@ pub struct BoxCopies<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAGMENTS> {
-    /// Starts a copy of `2^log2` slots from `slot` on to the tile's rows from `row` on: one box, or one for each panel, which it must be for less than eight slots.
+    /// Starts a copy of `2^log2` slots from `slot` on to the tile's rows from `row` on: one box, or one for each panel, which it
+    /// must be for less than eight slots.
     ///
     /// # Safety
     ///
-    /// `row` is a multiple of eight, or of the number of slots if these are fewer. Nobody uses the tile until its barrier says so.
+    /// `row` is a multiple of eight, or of the number of slots if these are fewer. Nobody uses the tile until its barrier says
+    /// so.
     #[inline(always)]
     pub unsafe fn copy_rows(&self, slot: u32, row: u32, log2: u32) {
         let map = self.maps + u64::from(log2 * TENSOR_MAP_BYTES);
@@ -307,8 +312,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
         }
     }
 
-    /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: a box of whole rows for as many times eight rows as there are, or
-    /// one for each panel where it can have but one; and before and behind them boxes that fit, for each panel.
+    /// Starts copies of slots from `slot` on to rows `row .. end` of the tile: a box of whole rows for as many times eight rows
+    /// as there are, or one for each panel where it can have but one; and before and behind them boxes that fit, for each panel.
     #[inline(always)]
     unsafe fn copy(&self, mut slot: u32, mut row: u32, end: u32) {
         while row < end {
@@ -333,7 +338,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
     }
 }
 
-/// The task that a ticket of the block's queue stands for, or if that queue is empty, one of the other, unless readers take those.
+/// The task that a ticket of the block's queue stands for, or if that queue is empty, one of the other, unless readers take
+/// those.
 #[inline(always)]
 unsafe fn task_of_ticket<H: Helpers>(params: &AttentionParams, ticket: u32) -> Option<u32> {
     let queue = Queue::of_block(params);

@@ -9,7 +9,8 @@ use crate::ptx::tma::copy_box;
 use crate::ptx::warp::{self, LANES};
 use crate::shared_tile::origin_of_panel;
 
-/// Has the copy engine bring the task's Q to `tile`. Rows past the tile's last keep what was there: nothing that is worked out from them is stored.
+/// Has the copy engine bring the task's Q to `tile`. Rows past the tile's last keep what was there: nothing that is worked out
+/// from them is stored.
 ///
 /// # Safety
 ///
@@ -67,7 +68,8 @@ struct TokenBoxes<'a, const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> {
 }
 
 impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> TokenBoxes<'_, DIM_BLOCKS, ROW_BLOCKS> {
-    /// Starts copies of `count` tokens from `token` on, which are the tile's from `tile_token` on: for each panel, boxes of powers of two.
+    /// Starts copies of `count` tokens from `token` on, which are the tile's from `tile_token` on: for each panel, boxes of
+    /// powers of two.
     #[inline(always)]
     unsafe fn copy(&self, mut token: u32, mut tile_token: u32, mut count: u32) {
         let heads_per_group = self.task.params.heads.heads_per_group;

@@ -14,8 +14,8 @@ use crate::ptx::special::{block_index, num_blocks};
 /// The index of a task that there is not.
 pub const NO_TASK: u32 = u32::MAX;
 
-/// The queue that a block's producer takes its tasks from. Where narrow tasks are done beside wide ones, it is the front in all blocks, and their
-/// [readers](ReaderQueue) have the other.
+/// The queue that a block's producer takes its tasks from. Where narrow tasks are done beside wide ones, it is the front in all
+/// blocks, and their [readers](ReaderQueue) have the other.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Queue {
     Front,
@@ -29,7 +29,8 @@ impl Queue {
         if block_index() < num_blocks() - params.back_blocks { Self::Front } else { Self::Back }
     }
 
-    /// The first task of this block, which no other has. It has one of the queue that it begins with, but for blocks that are there for their readers.
+    /// The first task of this block, which no other has. It has one of the queue that it begins with, but for blocks that are
+    /// there for their readers.
     #[inline(always)]
     pub fn first_task<H: Helpers>(self, params: &AttentionParams) -> Option<u32> {
         let place = match self {
@@ -90,7 +91,8 @@ fn task_at(params: &AttentionParams, place: u32) -> u32 {
     }
 }
 
-/// The queue behind the front as the readers of all blocks take from it: each has its first task without a ticket. A task may be [`NO_TASK`].
+/// The queue behind the front as the readers of all blocks take from it: each has its first task without a ticket. A task may be
+/// [`NO_TASK`].
 pub struct ReaderQueue;
 
 impl ReaderQueue {
@@ -163,7 +165,8 @@ const LOOKS: u32 = 32;
 /// How long it waits before it looks again.
 const NS_BETWEEN_LOOKS: u32 = 100;
 
-/// Says that this block takes no more tasks, and returns its share of the rows that are merged. Its consumers are mostly still at work.
+/// Says that this block takes no more tasks, and returns its share of the rows that are merged. Its consumers are mostly still at
+/// work.
 ///
 /// # Safety
 ///

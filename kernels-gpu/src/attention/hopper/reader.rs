@@ -1,10 +1,12 @@
 //! The readers: a warpgroup that does narrow tiles while the consumers beside it do wide ones.
 //!
-//! Narrow tiles wait for memory, and wide ones for the tensor cores. A multiprocessor that does both at a time uses both. So the readers have little of anything else:
-//! few registers, a quarter of shared memory, and no part in what the producer and the consumers tell each other. They take their own tasks, and have the copy engine bring
-//! K and V, each warp 16 of a step's 64 columns.
+//! Narrow tiles wait for memory, and wide ones for the tensor cores. A multiprocessor that does both at a time uses both. So the
+//! readers have little of anything else: few registers, a quarter of shared memory, and no part in what the producer and the
+//! consumers tell each other. They take their own tasks, and have the copy engine bring K and V, each warp 16 of a step's 64
+//! columns.
 //!
-//! Rows are few, so products are transposed: columns, and then elements of O, are the 64 rows of `wgmma`, and the tile's rows its 16 columns.
+//! Rows are few, so products are transposed: columns, and then elements of O, are the 64 rows of `wgmma`, and the tile's rows its
+//! 16 columns.
 //!
 //! ```text
 //! Sᵀ = K Qᵀ      64 columns × 16 rows: lane l of a warp has its columns l / 4 and l / 4 + 8, of rows 2 (l % 4), the next, and both eight on
@@ -225,8 +227,8 @@ impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
         self.task.params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES)
     }
 
-    /// Finds the slots of the warp's columns of a step, and has their K and V brought to the L2 cache if one run holds all of them: there is more room there than in shared
-    /// memory. Behind the last column, slots are such where there are zeros.
+    /// Finds the slots of the warp's columns of a step, and has their K and V brought to the L2 cache if one run holds all of
+    /// them: there is more room there than in shared memory. Behind the last column, slots are such where there are zeros.
     #[inline(always)]
     unsafe fn find_slots(&mut self, step: u32) {
         let v_maps = self.v_maps();
@@ -261,8 +263,8 @@ impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
         warp::sync();
     }
 
-    /// Has the copy engine fill the warp's part of the stage: by one box if the slots follow each other, by a box for each half where only these do, else by one for each
-    /// slot.
+    /// Has the copy engine fill the warp's part of the stage: by one box if the slots follow each other, by a box for each half
+    /// where only these do, else by one for each slot.
     #[inline(always)]
     unsafe fn fill(&mut self, maps: u64) {
         let Self { task, stage, slot, .. } = *self;
@@ -291,8 +293,8 @@ impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
     }
 }
 
-/// The softmax of a tile, whose columns the warps share: an origin of each row, the same in all of them, that seldom moves (see [`LazySoftmax`](super::softmax::LazySoftmax)),
-/// and the sums of the lane's exponentials.
+/// The softmax of a tile, whose columns the warps share: an origin of each row, the same in all of them, that seldom moves (see
+/// [`LazySoftmax`](super::softmax::LazySoftmax)), and the sums of the lane's exponentials.
 struct Softmax {
     /// What is added to scaled scores: minus the origin, or [`NOTHING_SEEN`].
     offset: OfRows,
@@ -431,7 +433,8 @@ pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
     let mut index = ReaderQueue::first_task(params);
     while index != NO_TASK {
         let task = Task::load(*params, index, shared.reader_rows());
-        // Opaque, here and below: what depends on the lane is worked out again where it is used, and not kept in registers and predicates.
+        // Opaque, here and below: what depends on the lane is worked out again where it is used, and not kept in registers and
+        // predicates.
         tile::<E, DIM_BLOCKS>(&task, &mut stage, warp, opaque(thread % LANES));
         meet();
         index = load_shared(memory.next_task());
@@ -513,7 +516,8 @@ where
             }
         }
         softmax.add(&exponentials);
-        // All warps have done with this step's K, and with V of the step before: what comes as many stages behind takes their places.
+        // All warps have done with this step's K, and with V of the step before: what comes as many stages behind takes their
+        // places.
         if stages % 2 == 1 {
             if step > 0 {
                 loader.load_k();
@@ -685,7 +689,8 @@ unsafe fn finish<E: Element, const DIM_BLOCKS: usize>(
             inverse[block][i] = sum.inverse;
         }
     }
-    // Two lanes that hold neighbouring elements of the same two rows exchange one each, so that either has both elements of one row.
+    // Two lanes that hold neighbouring elements of the same two rows exchange one each, so that either has both elements of one
+    // row.
     let is_odd = lane / 4 % 2 == 1;
     let mut pairs = [[[[0f32; 2]; 2]; ROW_BLOCKS]; MOST_PANELS];
     for panel in 0..panels {

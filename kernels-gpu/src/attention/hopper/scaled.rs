@@ -1,7 +1,8 @@
-//! Q in bf16 of wide tiles in float16 instead, for products with a K that was made of FP8: all of its numbers are numbers of float16, and one instruction makes two of them, where it takes five for
-//! two in bf16.
+//! Q in bf16 of wide tiles in float16 instead, for products with a K that was made of FP8: all of its numbers are numbers of
+//! float16, and one instruction makes two of them, where it takes five for two in bf16.
 //!
-//! A number in bf16 has fewer bits than one in float16, but a wider range. So each row is multiplied by a power of two ([`ScaleToF16`]), and its scores by the inverse.
+//! A number in bf16 has fewer bits than one in float16, but a wider range. So each row is multiplied by a power of two
+//! ([`ScaleToF16`]), and its scores by the inverse.
 
 use packinfer_abi::ScaleToF16;
 
@@ -26,7 +27,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     /// Chunks of a row of Q that a lane has.
     const CHUNKS_OF_LANE: usize = DIM_BLOCKS / LANES_OF_ROW as usize;
 
-    /// Makes float16 of the warp's rows of the tile's Q, which are there, from `first_row` on. Products with them come behind a barrier of the consumer.
+    /// Makes float16 of the warp's rows of the tile's Q, which are there, from `first_row` on. Products with them come behind a
+    /// barrier of the consumer.
     ///
     /// # Safety
     ///
@@ -38,7 +40,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         let queries = self.shared.queries();
         let address_of = |half: usize, index: usize| {
             let row = first_row + row_of_lane(0, half, lane);
-            // Lanes of neighbouring rows have chunks of different halves of a panel, which are in different banks, but for the half that has no other.
+            // Lanes of neighbouring rows have chunks of different halves of a panel, which are in different banks, but for the
+            // half that has no other.
             let is_alone = index + 1 == Self::CHUNKS_OF_LANE && index % 2 == 0;
             let half_of_panel = if is_alone { 0 } else { (index as u32 ^ row) % 2 };
             let chunk = half_of_panel * LANES_OF_ROW + lane % LANES_OF_ROW;

@@ -30,7 +30,8 @@ pub type QueryTile<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> = PanelTile
 /// K or V of a step of `8 * FRAGMENTS` columns.
 pub type ColumnTile<const DIM_BLOCKS: usize, const FRAGMENTS: usize> = BoxTile<DIM_BLOCKS, FRAGMENTS>;
 
-/// A ring of parts of shared memory that one side fills and the other empties in turn. Each warp of either side counts for itself.
+/// A ring of parts of shared memory that one side fills and the other empties in turn. Each warp of either side counts for
+/// itself.
 #[derive(Clone, Copy)]
 pub struct Ring {
     barriers: u32,
@@ -113,8 +114,8 @@ impl Ring {
     ///
     /// # Safety
     ///
-    /// Reached by all lanes of a warp of the filling side, or of one that knows that all but the last of these times the parts were emptied: a parity does not tell one time
-    /// from the one before the last.
+    /// Reached by all lanes of a warp of the filling side, or of one that knows that all but the last of these times the parts
+    /// were emptied: a parity does not tell one time from the one before the last.
     #[inline(always)]
     pub unsafe fn wait_all_empty(mut self) {
         for _ in 0..self.stages {
@@ -205,8 +206,8 @@ impl Ring {
         self.take_full_after(0)
     }
 
-    /// As [`Self::take_full`], for a `zero` that the assembler does not know to be one: what it is worked out from is worked out before. The assembler
-    /// would put it off until after the next wait for products in flight, which it is there to overlap.
+    /// As [`Self::take_full`], for a `zero` that the assembler does not know to be one: what it is worked out from is worked out
+    /// before. The assembler would put it off until after the next wait for products in flight, which it is there to overlap.
     ///
     /// # Safety
     ///
@@ -227,7 +228,8 @@ impl Ring {
         stage
     }
 
-    /// Emptying side: waits until part `stage` is full, the last that was taken; at once if it was waited for before. For `zero`, see [`Self::take_full_after`].
+    /// Emptying side: waits until part `stage` is full, the last that was taken; at once if it was waited for before. For `zero`,
+    /// see [`Self::take_full_after`].
     ///
     /// # Safety
     ///
@@ -326,8 +328,9 @@ pub struct SeenSteps {
     pub behind: u32,
 }
 
-/// Where the parts lie, in this order: Q, K, V, what the helpers have tiles of, row tables, exchange, task slots, barriers, the rest of what readers have. Where narrow tiles are
-/// done by readers, or not at all, by three consumers, there is no exchange, but only room for each consuming warp to store rows of O through.
+/// Where the parts lie, in this order: Q, K, V, what the helpers have tiles of, row tables, exchange, task slots, barriers, the
+/// rest of what readers have. Where narrow tiles are done by readers, or not at all, by three consumers, there is no exchange,
+/// but only room for each consuming warp to store rows of O through.
 #[derive(Clone, Copy)]
 pub struct Shared<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H: Helpers> {
     base: u32,
@@ -378,8 +381,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     /// Bytes that a consuming warp stages rows of O in, where there is no exchange.
     const STAGING_BYTES: u32 =
         16 * if H::READ { SharedTile::<STAGED_BLOCKS>::ROW_BYTES } else { SharedTile::<PANEL_BLOCKS>::ROW_BYTES };
-    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, and in which steps. The words on the task are one more than the
-    /// tile's kind, or zero if no task is left; the head group; the KV head; the task's index.
+    /// Where the parts of a task slot lie: the work item, four words on the task, what each consumer's rows see, and in which
+    /// steps. The words on the task are one more than the tile's kind, or zero if no task is left; the head group; the KV head;
+    /// the task's index.
     const SLOT_ITEM: u32 = 0;
     const SLOT_TASK: u32 = size_of::<WorkItem>() as u32;
     const SLOT_VIEWS: u32 = Self::SLOT_TASK + 16;
@@ -533,7 +537,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         Exchange::at(self.base + Self::EXCHANGE)
     }
 
-    /// Where a consuming warp may put 16 rows of `BLOCKS` blocks: [`STAGED_BLOCKS`] where there are readers, otherwise those of a panel.
+    /// Where a consuming warp may put 16 rows of `BLOCKS` blocks: [`STAGED_BLOCKS`] where there are readers, otherwise those of a
+    /// panel.
     #[inline(always)]
     pub fn staging<const BLOCKS: usize>(&self, warp: u32) -> SharedTile<BLOCKS> {
         if Self::HAS_EXCHANGE {
@@ -607,7 +612,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         self.tile_kind(slot).map(|_| slot)
     }
 
-    /// The kind of the task's tile, if there is a task left. All lanes read the same address, so the assembler knows that they get the same.
+    /// The kind of the task's tile, if there is a task left. All lanes read the same address, so the assembler knows that they
+    /// get the same.
     ///
     /// # Safety
     ///
@@ -646,8 +652,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         column(core::mem::offset_of!(WorkItem, column_begin))..column(core::mem::offset_of!(WorkItem, column_end))
     }
 
-    /// How many steps of a task are left to be loaded when the block takes the next: it is early enough to begin with that in time, and late enough that no block has one in store that another would be
-    /// free for. Of tasks with fewer steps, the block takes some ahead.
+    /// How many steps of a task are left to be loaded when the block takes the next: it is early enough to begin with that in
+    /// time, and late enough that no block has one in store that another would be free for. Of tasks with fewer steps, the block
+    /// takes some ahead.
     #[inline(always)]
     pub fn steps_left_at_next(&self, kind: TileKind) -> u32 {
         let is_narrow = Self::HAS_EXCHANGE && kind == TileKind::Narrow;

@@ -1,8 +1,9 @@
 //! The softmax of wide tiles: online, as [`OnlineSoftmax`](crate::softmax::OnlineSoftmax), but with little to wait for.
 //!
-//! Exponentials are relative to an *origin* of their row. It need not be the row's greatest score: as long as no score is far above it, exponentials
-//! are numbers of an ordinary size, and what was summed up before stays as it is. So the origin is the greatest score of a tile's first step, and later steps only
-//! look whether some score of the warp's rows is out of range, which lanes need not tell each other for. (FlashAttention-4, for Blackwell, moves origins as seldom.)
+//! Exponentials are relative to an *origin* of their row. It need not be the row's greatest score: as long as no score is far
+//! above it, exponentials are numbers of an ordinary size, and what was summed up before stays as it is. So the origin is the
+//! greatest score of a tile's first step, and later steps only look whether some score of the warp's rows is out of range, which
+//! lanes need not tell each other for. (FlashAttention-4, for Blackwell, moves origins as seldom.)
 
 use crate::ptx::mma::Fragment;
 use crate::ptx::{math, warp};
@@ -36,8 +37,9 @@ impl LazySoftmax {
     /// Nothing seen yet.
     pub const NOTHING: Self = Self { offset: [NOTHING_SEEN; ROWS_PER_LANE], sum: [0.0; ROWS_PER_LANE] };
 
-    /// Moves the origins of rows that have scores out of range, if there are any in the warp. What was summed up before is then multiplied by the factors that are
-    /// returned; so must the output be. Each row goes by its own scores alone: those past the tile's last hold anything.
+    /// Moves the origins of rows that have scores out of range, if there are any in the warp. What was summed up before is then
+    /// multiplied by the factors that are returned; so must the output be. Each row goes by its own scores alone: those past the
+    /// tile's last hold anything.
     ///
     /// # Safety
     ///
@@ -96,8 +98,8 @@ impl LazySoftmax {
         }
     }
 
-    /// Zero, as a sum of exponentials is never negative; but neither the compiler nor the assembler knows that, so what depends on it comes after the
-    /// exponentials so far.
+    /// Zero, as a sum of exponentials is never negative; but neither the compiler nor the assembler knows that, so what depends
+    /// on it comes after the exponentials so far.
     ///
     /// # Safety
     ///

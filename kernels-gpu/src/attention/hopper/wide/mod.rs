@@ -1,6 +1,7 @@
 //! The consumers of wide tiles: each takes 64 rows of every tile, a step of columns at a time.
 //!
-//! What they do with the scores of a step, and when, is another for two consumers, which have [registers](pair) for the scores of two steps, and for [three](trio).
+//! What they do with the scores of a step, and when, is another for two consumers, which have [registers](pair) for the scores of
+//! two steps, and for [three](trio).
 
 pub mod pair;
 pub mod trio;
@@ -19,8 +20,8 @@ use crate::ptx::wgmma::{self, Accumulator, Descriptor};
 use crate::shared_tile::PANEL_BLOCKS;
 use crate::softmax::{ROWS_PER_LANE, element_of_lane, mask};
 
-/// Exponentials of a step in the element type, two words a fragment of scores: one for each row that the lane holds a part of. Those of two
-/// neighbouring fragments are an operand A.
+/// Exponentials of a step in the element type, two words a fragment of scores: one for each row that the lane holds a part of.
+/// Those of two neighbouring fragments are an operand A.
 type Weights<const FRAGMENTS: usize> = [[u32; 2]; FRAGMENTS];
 
 /// A step of a tile that some of the consumer's rows see.
@@ -157,7 +158,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         self.tasks.release_stage_by_lanes(slot);
     }
 
-    /// Lets `steps` steps go by unused. Nothing that has come before may be left to do: other consumers may need it out of the way.
+    /// Lets `steps` steps go by unused. Nothing that has come before may be left to do: other consumers may need it out of the
+    /// way.
     #[inline(always)]
     unsafe fn skip(&mut self, steps: u32) {
         for _ in 0..steps {
@@ -170,8 +172,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         }
     }
 
-    /// Waits for this warpgroup's turn to start products. The warpgroups take turns step by step, so that one has the tensor cores
-    /// while others do their softmax; all have a turn for every step of every tile.
+    /// Waits for this warpgroup's turn to start products. The warpgroups take turns step by step, so that one has the tensor
+    /// cores while others do their softmax; all have a turn for every step of every tile.
     #[inline(always)]
     unsafe fn take_turn(&self) {
         warpgroup::sync(barrier::TURN + self.index(), 2 * warpgroup::THREADS);

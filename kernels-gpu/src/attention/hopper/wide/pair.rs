@@ -1,6 +1,7 @@
-//! Two consumers: the scores of a step are started together with the output of the step before, which is still in flight while the softmax of the scores
-//! runs: FlashAttention-3's schedule (Shah et al. 2024, section 3). The other consumer has the tensor cores meanwhile. Tiles follow each
-//! other without a gap: the first scores of one are started together with the last output of the one before.
+//! Two consumers: the scores of a step are started together with the output of the step before, which is still in flight while
+//! the softmax of the scores runs: FlashAttention-3's schedule (Shah et al. 2024, section 3). The other consumer has the tensor
+//! cores meanwhile. Tiles follow each other without a gap: the first scores of one are started together with the last output of
+//! the one before.
 //!
 //! ```text
 //! tensor cores    S₀           S₁ P₀V₀             S₀′ P₁V₁                    S₁′ P₀′V₀′
@@ -39,7 +40,8 @@ struct State<const DIM_BLOCKS: usize, const FRAGMENTS: usize> {
     next_k_is_full: bool,
 }
 
-/// Goes through tiles that follow each other without a gap, from the next one on, which is wide. Q and O are of type `E`, products of type `W`.
+/// Goes through tiles that follow each other without a gap, from the next one on, which is wide. Q and O are of type `E`,
+/// products of type `W`.
 ///
 /// # Safety
 ///
@@ -84,11 +86,12 @@ pub unsafe fn tiles<E: Element, W: Element, const DIM_BLOCKS: usize, const FRAGM
 }
 
 impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, DIM_BLOCKS, FRAGMENTS, PAIR, H> {
-    /// Whether V of a step comes so late that it is waited for only when its product is to be started, and is let go as soon as that has ended: where there is room for
-    /// two of them.
+    /// Whether V of a step comes so late that it is waited for only when its product is to be started, and is let go as soon as
+    /// that has ended: where there is room for two of them.
     const V_IS_LATE: bool = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, H>::V_STAGES == 2;
 
-    /// Whether tiles can follow each other: where O takes so many registers that those for the step from one to the next are not there, they cannot.
+    /// Whether tiles can follow each other: where O takes so many registers that those for the step from one to the next are not
+    /// there, they cannot.
     const FOLLOW: bool = DIM_BLOCKS <= 16;
 
     /// Whether a wide tile comes next that these rows see from its first step on.
@@ -162,7 +165,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
         }
     }
 
-    /// The first step of a tile that follows another, whose last output is made meanwhile. Returns what that output is to be multiplied with at the end.
+    /// The first step of a tile that follows another, whose last output is made meanwhile. Returns what that output is to be
+    /// multiplied with at the end.
     #[inline(always)]
     unsafe fn first_step_of_next<W: Element, const CAPPED: bool>(
         &mut self,

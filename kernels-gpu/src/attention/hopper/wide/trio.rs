@@ -1,5 +1,6 @@
-//! Three consumers: a tile of 192 rows takes two thirds of the bytes from the L2 cache that one of 128 takes for the same products. Each has at most 160 registers a thread, too
-//! few for the scores of a step beside the weights of the step before. So a consumer does one after the other, and the other two have the tensor cores meanwhile.
+//! Three consumers: a tile of 192 rows takes two thirds of the bytes from the L2 cache that one of 128 takes for the same
+//! products. Each has at most 160 registers a thread, too few for the scores of a step beside the weights of the step before. So
+//! a consumer does one after the other, and the other two have the tensor cores meanwhile.
 //!
 //! ```text
 //! consumer 0    S₀ · softmax₀             P₀V₀ S₁ · softmax₁             P₁V₁ S₂ …
