@@ -21,34 +21,34 @@ impl Attendance {
     pub const LEFT: u64 = 1 << 16;
     /// What its readers add when they leave, if it has any.
     pub const READERS_LEFT: u64 = 1 << 32;
-    /// What the last block to begin sets, besides how many have given up their share.
+    /// One of the blocks that have given up their share, which the last to begin counts.
+    const GIVEN_UP: u64 = 1 << 48;
+    /// What it sets besides.
     const ALL_HAVE_BEGUN: u64 = 1 << 63;
-    /// Where the number of those that have given up their share is.
-    const GIVEN_UP: u32 = 48;
 
     /// Blocks that have begun.
     pub const fn begun(self) -> u32 {
-        self.field(0)
+        self.count_of(Self::BEGUN)
     }
 
     /// Blocks that have left.
     pub const fn left(self) -> u32 {
-        self.field(16)
+        self.count_of(Self::LEFT)
     }
 
     /// Blocks whose readers have left.
     pub const fn readers_left(self) -> u32 {
-        self.field(32)
+        self.count_of(Self::READERS_LEFT)
     }
 
-    const fn field(self, first_bit: u32) -> u32 {
-        (self.0 >> first_bit) as u32 & Self::MOST_BLOCKS
+    const fn count_of(self, one: u64) -> u32 {
+        (self.0 >> one.trailing_zeros()) as u32 & Self::MOST_BLOCKS
     }
 
     /// The same, when all blocks have begun: those that have left have given up their share. The last to begin swaps the one for
     /// the other.
     pub const fn with_all_begun(self) -> Self {
-        Self(self.0 | Self::ALL_HAVE_BEGUN | (self.left() as u64) << Self::GIVEN_UP)
+        Self(self.0 | Self::ALL_HAVE_BEGUN | (self.left() as u64 * Self::GIVEN_UP))
     }
 
     /// Whether all blocks have begun.
@@ -61,7 +61,7 @@ impl Attendance {
         if !self.have_all_begun() {
             return Share::NONE;
         }
-        let given_up = self.field(Self::GIVEN_UP);
+        let given_up = self.count_of(Self::GIVEN_UP);
         Share { index: self.left() - given_up, of: num_blocks - given_up }
     }
 }

@@ -99,15 +99,9 @@ impl Order {
         }
     }
 
-    /// Has short items of all packs begun last, if the lanes then end earlier: so many that they give each lane as much to do as
-    /// the longest of them takes.
+    /// Has short items of all packs begun last, if the lanes then end earlier.
     fn end_with_short_items(&mut self, tiles: &[Tile], items: &[Item], times: &[WorkTimes], device: LanesOfGroups) {
         let time_of = |place: &Place| times[place.item as usize].full_ns();
-        // What items take for all head groups that share the lanes.
-        let together = |times: &[Ns]| {
-            let sum = times.iter().fold(0, |sum: Ns, &time| sum.saturating_add(time));
-            sum.saturating_mul(Ns::from(device.copies))
-        };
         let Self { places, shortest, ascending, others, lanes, .. } = self;
         let mut end = |places: &[Place]| {
             lanes.reset(device.lanes);
@@ -117,8 +111,7 @@ impl Order {
             lanes.max()
         };
         let (total, latest_end) = total_and_latest_end(places.iter().map(time_of), device.copies, device.lanes);
-        let total = total as f64;
-        let is_balanced = |end: Ns| end as f64 <= total / f64::from(device.lanes) * (1.0 + BALANCED);
+        let is_balanced = |end: Ns| end as f64 <= total as f64 / f64::from(device.lanes) * (1.0 + BALANCED);
         // The latest end is found sooner, and mostly is enough.
         if is_balanced(latest_end) {
             return;
@@ -130,17 +123,7 @@ impl Order {
         ascending.clear();
         ascending.extend(places.iter().map(time_of));
         ascending.sort_unstable();
-        let mut so_far: Ns = 0;
-        let longest_short = ascending.iter().copied().find(|&time| {
-            so_far = time.saturating_mul(Ns::from(device.copies)).saturating_add(so_far);
-            so_far >= time.saturating_mul(Ns::from(device.lanes))
-        });
-        let Some(longest_short) = longest_short else { return };
-        // Those that take as long are short too.
-        let num_short = ascending.partition_point(|&time| time <= longest_short);
-        if together(&ascending[..num_short]) as f64 > MOST_SHORT * total {
-            return;
-        }
+        let Some(longest_short) = longest_short(ascending, total, device) else { return };
         let is_short = |place: &Place| time_of(place) <= longest_short && !tiles[items[place.item as usize].tile as usize].shared;
         shortest.clear();
         shortest.resize(self.longest.len(), Ns::MAX);
@@ -178,6 +161,21 @@ impl Order {
     pub fn iter(&self) -> impl Iterator<Item = usize> {
         self.places.iter().map(|place| place.item as usize)
     }
+}
+
+/// What the longest short item takes: there are so many short ones that they give each lane as much to do as the longest of them
+/// takes. None if these are too much of the `total`. `ascending` is what the items of a head group take.
+fn longest_short(ascending: &[Ns], total: Ns, device: LanesOfGroups) -> Option<Ns> {
+    let times_copies = |time: Ns| time.saturating_mul(Ns::from(device.copies));
+    let mut so_far: Ns = 0;
+    let longest = ascending.iter().copied().find(|&time| {
+        so_far = times_copies(time).saturating_add(so_far);
+        so_far >= time.saturating_mul(Ns::from(device.lanes))
+    })?;
+    // Those that take as long are short too.
+    let short = &ascending[..ascending.partition_point(|&time| time <= longest)];
+    let all_short = times_copies(short.iter().fold(0, |sum, &time| time.saturating_add(sum)));
+    (all_short as f64 <= MOST_SHORT * total as f64).then_some(longest)
 }
 
 /// Sorts pack by pack, those of the greatest `of_pack` first.

@@ -26,11 +26,15 @@ fn batch<E: Element>(heads_per_group: u32, head_dim: u32) -> Batch {
     batch
 }
 
-/// Planners for each family of kernels that the engine uses, which split whatever can be split: memory is slow, and merging costs
-/// nothing.
+/// A model by which whatever can be split is: memory is slow, and merging costs nothing.
+fn splitting(model: DeviceModel) -> DeviceModel {
+    DeviceModel { bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..model }
+}
+
+/// Planners for each family of kernels that the engine uses, which split whatever can be split.
 fn splitting_planners(engine: &Engine) -> Vec<Planner> {
     let models = engine.device().models().into_iter().filter(|model| engine.kernel_families().contains(&model.kernel_family));
-    models.map(|model| Planner::new(DeviceModel { bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..model })).collect()
+    models.map(|model| Planner::new(splitting(model))).collect()
 }
 
 /// Whether items of both kinds of tiles leave partials.
@@ -138,7 +142,7 @@ fn partials_that_are_not_numbers() {
 
 /// A batch whose plan keeps less than half of the multiprocessors busy for a while, and merges nothing; none where there are no
 /// kernels for Hopper.
-fn long_and_narrow(engine: &Engine) -> Option<(Case<bf16>, Plan)> {
+fn few_long_tasks(engine: &Engine) -> Option<(Case<bf16>, Plan)> {
     let case = Case::<bf16>::new(contiguous(shape::<bf16>(4, 128), Mask::Causal, &[(768, 100_000)]));
     let plan = case.plan_for_hopper(engine, |model| DeviceModel { merge_ns: 1e9, ..model })?;
     assert_eq!(plan.merge_tokens(), []);
@@ -151,11 +155,10 @@ fn long_and_narrow(engine: &Engine) -> Option<(Case<bf16>, Plan)> {
 #[test]
 fn blocks_that_begin_late() {
     let Some(engine) = engine() else { return };
-    let Some((holding, holding_plan)) = long_and_narrow(engine) else { return };
+    let Some((holding, holding_plan)) = few_long_tasks(engine) else { return };
     // All rows have partials of all blocks.
     let merging = with_sinks::<bf16>(contiguous(shape::<bf16>(4, 128), Mask::Causal, &[(64, 30_000)]));
-    let split = |model| DeviceModel { bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..model };
-    let Some(merging_plan) = merging.plan_for_hopper(engine, split) else { return };
+    let Some(merging_plan) = merging.plan_for_hopper(engine, splitting) else { return };
     let num_tasks = merging_plan.items().len() as u32 * merging_plan.heads().num_groups;
     assert!(num_tasks >= engine.device().multiprocessors, "{num_tasks} tasks");
     let alone = merging.run_plan(engine, &merging_plan);
