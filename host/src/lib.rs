@@ -107,6 +107,6 @@ pub use packinfer_planner::{
     PlanError, Planner,
 };
 pub use run::{RunOptions, Tensors};
-pub use stamps::Stamps;
+pub use stamps::{RunStamps, Stamps};
 pub use stream::Stream;
 pub use workspace::Workspace;

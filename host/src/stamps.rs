@@ -4,7 +4,7 @@ use std::fmt;
 use std::mem::offset_of;
 use std::sync::Arc;
 
-use packinfer_abi::TaskStamp;
+use packinfer_abi::{Attendance, MOST_MERGING_WARPS, TaskStamp};
 
 use crate::EngineError;
 use crate::context::Shared;
@@ -13,6 +13,15 @@ use crate::memory::DeviceBuffer;
 /// Words of a stamp: begin, end, and one whose lower half is the multiprocessor.
 type Words = [u64; 3];
 const _: () = assert!(size_of::<Words>() == size_of::<TaskStamp>() && offset_of!(TaskStamp, sm) == 16);
+
+/// The stamps of a run.
+#[derive(Clone, Debug)]
+pub struct RunStamps {
+    /// In the order of the plan: task `t` is work item `t / num_groups` for head group `t % num_groups`.
+    pub tasks: Vec<TaskStamp>,
+    /// Of each warp that merged rows of O when its block had no task left, of whatever block; none where another launch merges.
+    pub merges: Vec<TaskStamp>,
+}
 
 /// Room on the device for the stamps of a plan's tasks.
 pub struct Stamps {
@@ -23,18 +32,23 @@ pub struct Stamps {
 
 impl Stamps {
     pub(crate) fn new(shared: &Arc<Shared>, tasks: u32) -> Result<Self, EngineError> {
-        Ok(Self { words: DeviceBuffer::zeroed(shared, tasks as usize, "stamps")?, tasks, shared: shared.clone() })
+        let merging_warps = shared.info.multiprocessors.min(Attendance::MOST_BLOCKS) * MOST_MERGING_WARPS;
+        let words = DeviceBuffer::zeroed(shared, tasks as usize + merging_warps as usize, "stamps")?;
+        Ok(Self { words, tasks, shared: shared.clone() })
     }
 
-    /// The stamps of the last run, in the order of the plan: task `t` is work item `t / num_groups` for head group
-    /// `t % num_groups`. Waits for the device.
+    /// The stamps of the last run. Waits for the device.
     ///
     /// # Errors
     ///
     /// What the driver reports, be it of the run.
-    pub fn read(&self) -> Result<Vec<TaskStamp>, EngineError> {
+    pub fn read(&self) -> Result<RunStamps, EngineError> {
         let stamp = |[begin_ns, end_ns, sm]: Words| TaskStamp { begin_ns, end_ns, sm: sm as u32, unused: 0 };
-        Ok(self.words.download()?.into_iter().map(stamp).collect())
+        let mut tasks: Vec<_> = self.words.download()?.into_iter().map(stamp).collect();
+        let mut merges = tasks.split_off(self.tasks as usize);
+        let begin_ns = tasks.iter().map(|task| task.begin_ns).min().unwrap_or(u64::MAX);
+        merges.retain(|merge| merge.begin_ns >= begin_ns);
+        Ok(RunStamps { tasks, merges })
     }
 
     /// Where a run of so many tasks notes them.

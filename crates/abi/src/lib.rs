@@ -285,6 +285,9 @@ pub struct Scheduler {
     pub taken: [u32; 2],
 }
 
+/// The most warps of a block that merge rows.
+pub const MOST_MERGING_WARPS: u32 = 12;
+
 /// When and where a task was done: what the attention kernel notes if it is asked to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -379,7 +382,8 @@ pub struct AttentionParams {
     pub k_scales: DeviceAddress,
     /// As `k_scales`, of V.
     pub v_scales: DeviceAddress,
-    /// A [`TaskStamp`] for each task, `[num_items, num_groups]`; or zero.
+    /// A [`TaskStamp`] for each task, `[num_items, num_groups]`, and behind them, for `sm_90a`, one for each consuming warp of each
+    /// block, of when it merged rows; or zero.
     pub stamps: DeviceAddress,
     /// Bytes from a slot of K, or of V, to the next.
     pub kv_slot_bytes: u32,

@@ -1,6 +1,7 @@
 //! What the planner predicted of a call against what the device did.
 
 use std::io::Write;
+use std::time::Duration;
 
 use packinfer_planner::{Comparison, ItemError, KindError, Plan, Schedule, ScheduleSummary, SmLoad};
 use serde::Serialize;
@@ -33,6 +34,9 @@ struct Times {
     call_us: f64,
     /// Launches and merging: what it takes besides work items.
     besides_us: f64,
+    /// What merging takes after the last work item, if rows are merged in the same launch: that is known of runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    merging_us: Option<f64>,
     #[serde(flatten)]
     summary: ScheduleSummary,
     multiprocessors: Vec<SmLoad>,
@@ -41,9 +45,10 @@ struct Times {
 }
 
 impl Times {
-    fn new(call_us: f64, schedule: Schedule) -> Self {
+    fn new(call_us: f64, schedule: Schedule, merging_us: Option<f64>) -> Self {
         let summary = schedule.summary();
-        Self { call_us, besides_us: call_us - summary.span_us, summary, multiprocessors: schedule.loads(), schedule }
+        let besides_us = call_us - summary.span_us;
+        Self { call_us, besides_us, merging_us, summary, multiprocessors: schedule.loads(), schedule }
     }
 }
 
@@ -51,12 +56,13 @@ impl Call {
     /// Predicts a call, and runs it if the backend is a GPU.
     pub fn of(case: &Case, plan: &Plan, backend: &Backend) -> anyhow::Result<Self> {
         let model = plan.model();
-        let predicted = Times::new(plan.explain(model).predicted_us, Schedule::predicted(plan, model));
+        let predicted = Times::new(plan.explain(model).predicted_us, Schedule::predicted(plan, model), None);
         let Backend::Cuda(cuda) = backend else { return Ok(Self { predicted, achieved: None, comparison: None }) };
         backend.check_fits(&case.batch)?;
-        let StampedCall { call, schedule } = with_types!(plan.shape(), stamp(case, plan, cuda))?;
+        let StampedCall { call, schedule, merging } = with_types!(plan.shape(), stamp(case, plan, cuda))?;
         let comparison = Some(Comparison::new(plan, model, &schedule));
-        Ok(Self { predicted, achieved: Some(Times::new(call.as_secs_f64() * 1e6, schedule)), comparison })
+        let us = |time: Duration| time.as_secs_f64() * 1e6;
+        Ok(Self { predicted, achieved: Some(Times::new(us(call), schedule, merging.map(us))), comparison })
     }
 
     /// The schedules that there are, with what to call them.
@@ -80,7 +86,7 @@ impl Call {
 
     fn times(&self) -> comfy_table::Table {
         let mut table = table::new(&["µs", "predicted", "achieved", "error, %"]);
-        let mut row = |name: &str, value: &dyn Fn(&Times) -> f64| {
+        let add_row = |table: &mut comfy_table::Table, name: &str, value: &dyn Fn(&Times) -> f64| {
             let predicted = value(&self.predicted);
             let mut row = vec![name.to_owned(), significant(predicted)];
             if let Some(achieved) = self.achieved.as_ref().map(value) {
@@ -88,8 +94,17 @@ impl Call {
             }
             table.add_row(row);
         };
-        row("the call", &|times| times.call_us);
-        row("launches and merging", &|times| times.besides_us);
+        add_row(&mut table, "the call", &|times| times.call_us);
+        add_row(&mut table, "launches and merging", &|times| times.besides_us);
+        if let Some(merging_us) = self.achieved.as_ref().and_then(|times| times.merging_us) {
+            table.add_row(vec![
+                "of that, merging after the last work item".into(),
+                "".into(),
+                significant(merging_us),
+                "".into(),
+            ]);
+        }
+        let mut row = |name: &str, value: &dyn Fn(&Times) -> f64| add_row(&mut table, name, value);
         row("work items, first begin to last end", &|times| times.summary.span_us);
         row("busy: the least of all SMs", &|times| times.summary.least_busy_us);
         row("busy: median", &|times| times.summary.median_busy_us);

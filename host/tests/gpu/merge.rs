@@ -187,7 +187,7 @@ fn blocks_that_begin_late() {
         }
         let mut ends = runs.iter().map(|(.., stamps)| {
             let stamps = stamps.read().expect("the work is done");
-            stamps.into_iter().map(|stamp| stamp.end_ns).collect::<Vec<_>>()
+            stamps.tasks.iter().chain(&stamps.merges).map(|stamp| stamp.end_ns).collect::<Vec<_>>()
         });
         let held_until = ends.next().and_then(|ends| ends.into_iter().min());
         ends.flatten().max() < held_until

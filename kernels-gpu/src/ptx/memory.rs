@@ -181,17 +181,6 @@ pub unsafe fn store_for_device_x2(address: u64, [a, b]: [u32; 2]) {
     asm!("st.relaxed.gpu.global.v2.u32 [{0}], {{{1}, {2}}};", in(reg64) address, in(reg32) a, in(reg32) b, options(nostack));
 }
 
-/// Stores two words.
-///
-/// # Safety
-///
-/// `address` is aligned to 8 bytes and writable.
-#[cfg(feature = "sm_90a")]
-#[inline(always)]
-pub unsafe fn store_global_x2(address: u64, [a, b]: [u32; 2]) {
-    asm!("st.global.v2.u32 [{0}], {{{1}, {2}}};", in(reg64) address, in(reg32) a, in(reg32) b, options(nostack));
-}
-
 /// Stores two words to global memory as one number.
 ///
 /// # Safety
@@ -233,8 +222,20 @@ pub unsafe fn store_global_x4(address: u64, [a, b, c, d]: [u32; 4]) {
         in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
 }
 
-/// Stores 16 bytes where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay
+/// Stores two words where `condition` holds. There is no branch around it, so that the compiler sees the lanes of a warp stay
 /// together.
+///
+/// # Safety
+///
+/// Where the condition holds, `address` is aligned to 8 bytes and writable.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn store_global_x2_if(address: u64, [a, b]: [u32; 2], condition: bool) {
+    asm!("{{ .reg .pred p; setp.ne.u32 p, {3}, 0; @p st.global.v2.u32 [{0}], {{{1}, {2}}}; }}",
+        in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) condition as u32, options(nostack));
+}
+
+/// As [`store_global_x2_if`], of four words.
 ///
 /// # Safety
 ///

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use bytemuck::Pod;
 use packinfer::{Calibration, DeviceBuffer, Engine, EngineError, EngineOptions, KernelFamily, RunOptions, Stream, measure};
+use packinfer_abi::TaskStamp;
 use packinfer_batch::Batch;
 use packinfer_cpu::{Number, random_elements};
 use packinfer_planner::{Plan, Planner, Schedule};
@@ -35,6 +36,8 @@ pub struct StampedCall {
     /// Time of the whole call.
     pub call: Duration,
     pub schedule: Schedule,
+    /// From the end of the last task to that of merging, if rows were merged in the same launch.
+    pub merging: Option<Duration>,
 }
 
 impl Cuda {
@@ -144,7 +147,13 @@ impl Cuda {
         )?;
         calls.sort_unstable_by_key(|(call, _)| *call);
         let (call, stamps) = calls.into_iter().nth(runs / 2).context("nothing was measured")?;
-        Ok(StampedCall { call, schedule: Schedule::achieved(plan, plan.model(), &stamps)? })
+        let last_end = |stamps: &[TaskStamp]| stamps.iter().map(|stamp| stamp.end_ns).max();
+        let merging = last_end(&stamps.merges).zip(last_end(&stamps.tasks));
+        Ok(StampedCall {
+            call,
+            schedule: Schedule::achieved(plan, plan.model(), &stamps.tasks)?,
+            merging: merging.map(|(merged, done)| Duration::from_nanos(merged.saturating_sub(done))),
+        })
     }
 }
 

@@ -75,7 +75,7 @@ fn measure_design(
     let qo_len = batch.num_query_tokens() as usize * shape.qo_elements_per_token() as usize;
     tensors.q = random(cuda.engine(), qo_len, 3)?;
     tensors.o = cuda.engine().zeros(qo_len)?;
-    let StampedCall { call, schedule } = cuda.stamp(&plan, tensors, RUNS)?;
+    let StampedCall { call, schedule, .. } = cuda.stamp(&plan, tensors, RUNS)?;
     Ok(Measurement {
         batch: design.name.clone(),
         kernel_family: model.kernel_family,

@@ -1,6 +1,6 @@
 //! What both ways of consuming a tile have in common: a warp's place, its side of the rings, and Q.
 
-use packinfer_abi::{AttentionParams, TileKind};
+use packinfer_abi::{AttentionParams, MOST_MERGING_WARPS, TileKind};
 
 use super::helpers::Helpers;
 use super::shared::{QueryTile, Ring, Shared};
@@ -10,7 +10,7 @@ use crate::attention::task::Stamper;
 use crate::element::Element;
 use crate::ptx::math::opaque;
 use crate::ptx::mma::{Fragment, OperandA};
-use crate::ptx::special::thread_index;
+use crate::ptx::special::{block_index, thread_index};
 use crate::ptx::wgmma::{Accumulator, Descriptor, hold_words};
 use crate::ptx::{control, warp, warpgroup};
 use crate::shared_tile::{PANEL_BLOCKS, PANEL_ROW_BYTES, SharedTile};
@@ -294,8 +294,17 @@ impl<'a, const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usiz
     #[inline(always)]
     pub unsafe fn merge_rows<E: Element>(&self) {
         let warps = const { WARPS * Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::CONSUMERS };
+        const { assert!(WARPS * Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::CONSUMERS <= MOST_MERGING_WARPS) };
         let share = self.shared.share(self.tasks.stage());
+        let stamp = || self.params.num_items * self.params.heads.num_groups + block_index() * warps + self.warp;
+        let stamper = || Stamper::of(self.params).filter(|_| self.params.num_merged_rows > 0 && self.lane() == 0);
+        if let Some(stamper) = stamper() {
+            stamper.begin(stamp());
+        }
         merge::merge_rows::<E, DIM_BLOCKS>(self.params, share, self.warp, warps);
+        if let Some(stamper) = stamper() {
+            stamper.end(stamp());
+        }
     }
 
     /// Waits until all consuming warps are here.

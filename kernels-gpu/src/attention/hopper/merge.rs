@@ -15,8 +15,8 @@ use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::control;
 use crate::ptx::math::{self, divide};
 use crate::ptx::memory::{
-    fetch_add_global_if, load_global, load_of_device_if, load_of_device_x4_if, prefetch_global, store_global, store_global_f32,
-    store_global_if, store_global_x2, store_global_x4_if,
+    fetch_add_global_if, load_global, load_of_device_if, load_of_device_x4_if, prefetch_global, store_global, store_global_if,
+    store_global_x2_if, store_global_x4_if,
 };
 use crate::ptx::special::{num_blocks, thread_index};
 use crate::ptx::warp::{self, LANES};
@@ -26,10 +26,12 @@ use crate::softmax::LN_2;
 const LANE_ELEMENTS: u32 = 4;
 /// The fewest lanes that load parts of one partial.
 const FEWEST_LANES: u32 = 8;
-/// Loads of partials that a lane has on their way, for each row: those of a warp are 32 partials at most.
-const LOADS_AHEAD: u32 = FEWEST_LANES;
-/// Rows, or parts of rows, that a warp merges at once.
-const ROWS_AT_ONCE: usize = 2;
+/// Windows that a warp takes in at once.
+const WINDOWS_AT_ONCE: usize = 2;
+/// Loads of partials that a lane has on their way, for each window.
+const LOADS_AHEAD: usize = 4;
+/// Parts of rows that a warp gets, where there are few.
+const FEW_PARTS: u32 = 2;
 /// How long a warp waits before it looks again whether rows are complete.
 const NS_BETWEEN_LOOKS: u32 = 100;
 
@@ -43,14 +45,14 @@ struct Division {
 }
 
 impl Division {
-    /// As many parts of a row as leave each of a launch's `num_warps` warps no more than it merges at once.
+    /// As many parts of a row as leave each of a launch's `num_warps` warps few.
     #[inline(always)]
     fn of<const DIM_BLOCKS: usize>(num_rows: u32, num_warps: u32) -> Self {
         let lanes_of_row = 8 * DIM_BLOCKS as u32 / LANE_ELEMENTS;
         let parts = |log2_lanes: u32| (lanes_of_row + (1 << log2_lanes) - 1) >> log2_lanes;
         let mut log2_lanes = if lanes_of_row > LANES / 2 { LANES.ilog2() } else { lanes_of_row.ilog2() };
         while log2_lanes > FEWEST_LANES.ilog2()
-            && u64::from(num_rows) * u64::from(parts(log2_lanes - 1)) <= ROWS_AT_ONCE as u64 * u64::from(num_warps)
+            && u64::from(num_rows) * u64::from(parts(log2_lanes - 1)) <= u64::from(FEW_PARTS) * u64::from(num_warps)
         {
             log2_lanes -= 1;
         }
@@ -90,37 +92,29 @@ impl MergedPart {
         }
     }
 
-    /// Its merge source `source`; the first where there are not so many.
+    /// The row of the `index`-th of its partials; of the first where there are not so many.
     #[inline(always)]
-    unsafe fn source(&self, params: &AttentionParams, source: u32) -> u32 {
-        let source = self.source_begin + if source < self.num_sources { source } else { 0 };
-        load_global(params.merge_sources + 4 * u64::from(source))
+    unsafe fn partial(&self, params: &AttentionParams, index: u32) -> u32 {
+        let source = self.source_begin + if index < self.num_sources { index } else { 0 };
+        self.first_partial(params) + load_global(params.merge_sources + 4 * u64::from(source))
     }
 
-    /// The log-sum-exp of its `index`-th partial, which is partial row `partial`; −∞ where there are not so many.
+    /// Where those that have read the log-sum-exps of its row are counted.
     #[inline(always)]
-    unsafe fn load_lse(&self, params: &AttentionParams, partial: u64, index: u32) -> u32 {
-        load_of_device_if(params.partial_lse + 4 * partial, index < self.num_sources, f32::NEG_INFINITY.to_bits())
+    fn lse_readers(&self, params: &AttentionParams) -> DeviceAddress {
+        params.lse_readers + 4 * u64::from(self.row)
     }
 
-    /// Says that the log-sum-exps of its row have been read for this part; where they have been for all parts, leaves
-    /// [`NOT_STORED`] behind.
+    /// Leaves [`NOT_STORED`] behind, when the log-sum-exps of its row have been read for all parts.
     #[inline(always)]
-    unsafe fn leave_lse(&self, params: &AttentionParams, division: Division, lane: u32) {
-        let counter = params.lse_readers + 4 * u64::from(self.row);
-        let before = fetch_add_global_if(counter, 1, lane == 0 && self.num_sources > 0);
-        if warp::shuffle_from(before, 0) + 1 != division.parts {
-            return;
-        }
+    unsafe fn forget_lse(&self, params: &AttentionParams, lane: u32) {
         if lane == 0 {
-            store_global(counter, 0);
+            store_global(self.lse_readers(params), 0);
         }
-        let first_partial = self.first_partial(params);
-        let mut source = lane;
-        while source < self.num_sources {
-            let partial = first_partial + u64::from(self.source(params, source));
-            store_global(params.partial_lse + 4 * partial, NOT_STORED);
-            source += LANES;
+        let mut index = lane;
+        while index < self.num_sources {
+            store_global(lse_address(params, self.partial(params, index)), NOT_STORED);
+            index += LANES;
         }
     }
 
@@ -142,12 +136,40 @@ impl MergedPart {
         self.row - divide(self.row, params.heads.num_qo_heads) * params.heads.num_qo_heads
     }
 
-    /// Partial row 0 of its head.
+    /// Partial row 0 of its head. The rows of all heads can be counted in 32 bits: no device has memory for more.
     #[inline(always)]
-    unsafe fn first_partial(&self, params: &AttentionParams) -> u64 {
+    unsafe fn first_partial(&self, params: &AttentionParams) -> u32 {
         let head = self.qo_head(params);
         let head_group = divide(head, params.heads.heads_per_group);
-        u64::from(head_group) * u64::from(params.num_partial_rows) + u64::from(head - head_group * params.heads.heads_per_group)
+        head_group * params.num_partial_rows + head - head_group * params.heads.heads_per_group
+    }
+}
+
+/// Up to as many partials of a part as a warp has lanes: what it takes in at once.
+#[derive(Clone, Copy)]
+struct Window {
+    part: MergedPart,
+    /// The first of its partials, counted in its row.
+    first: u32,
+}
+
+impl Window {
+    /// Whether they are the last of their row; not if there are none.
+    #[inline(always)]
+    fn is_last(&self) -> bool {
+        self.first < self.part.num_sources && self.part.num_sources <= self.first + LANES
+    }
+
+    /// Whether the row has a partial for place `index` of the window.
+    #[inline(always)]
+    fn has(&self, index: u32) -> bool {
+        index < LANES && self.first + index < self.part.num_sources
+    }
+
+    /// Of the lane's partial, a log-sum-exp that has not been seen yet: −∞ where there is no partial.
+    #[inline(always)]
+    fn lse_to_see(&self, lane: u32) -> u32 {
+        if self.has(lane) { NOT_STORED } else { f32::NEG_INFINITY.to_bits() }
     }
 }
 
@@ -179,6 +201,16 @@ impl Sum {
         origin
     }
 
+    /// Adds the sum of other partials.
+    #[inline(always)]
+    fn add(&mut self, other: &Self) {
+        let factor = math::exp2(other.max - self.make_room(other.max));
+        self.total += factor * other.total;
+        for (element, other) in self.elements.iter_mut().zip(&other.elements) {
+            *element += factor * other;
+        }
+    }
+
     /// Takes in the weights of a partial in each lane, of these log-sum-exps to base 2; returns the lane's.
     #[inline(always)]
     unsafe fn add_weights(&mut self, lse_log2: f32) -> f32 {
@@ -204,23 +236,40 @@ pub unsafe fn merge_rows<E: Element, const DIM_BLOCKS: usize>(params: &Attention
     let division = Division::of::<DIM_BLOCKS>(params.num_merged_rows, warps * num_blocks());
     let num_parts = params.num_merged_rows * division.parts;
     let num_warps = warps * share.of;
-    let mut first = share.index * warps + warp;
-    while first < num_parts {
+    let mut first_part = share.index * warps + warp;
+    while first_part < num_parts {
         // One in each lane.
-        let part = MergedPart::find(params, division, first + lane * num_warps);
-        let num_here = core::cmp::min((num_parts - first).div_ceil(num_warps), LANES);
-        let mut next = 0;
+        let part = MergedPart::find(params, division, first_part + lane * num_warps);
+        let num_here = core::cmp::min((num_parts - first_part).div_ceil(num_warps), LANES);
+        let mut sum = Sum::NOTHING;
+        let (mut next, mut first) = (0, 0);
         while next < num_here {
-            let mut parts = [part; ROWS_AT_ONCE];
-            for (ahead, part) in parts.iter_mut().enumerate() {
-                let of_lane = next + ahead as u32;
-                *part = part.of_lane(of_lane);
-                part.num_sources = if of_lane < num_here { part.num_sources } else { 0 };
+            let mut windows = [Window { part, first: 0 }; WINDOWS_AT_ONCE];
+            for window in &mut windows {
+                window.part = part.of_lane(next);
+                window.part.num_sources = if next < num_here { window.part.num_sources } else { 0 };
+                window.first = first;
+                first += LANES;
+                if first >= window.part.num_sources {
+                    (next, first) = (next + 1, 0);
+                }
             }
-            merge::<E, DIM_BLOCKS>(params, division, &parts, lane);
-            next += ROWS_AT_ONCE as u32;
+            let sums = sum_up::<DIM_BLOCKS>(params, division, &windows, lane);
+            for (window, of_window) in windows.iter().zip(&sums) {
+                if window.first == 0 {
+                    sum = Sum::NOTHING;
+                }
+                sum.add(of_window);
+                if window.is_last() {
+                    store::<E, DIM_BLOCKS>(params, division, &window.part, &sum, lane);
+                }
+            }
+            if division.parts > 1 {
+                leave_lse(params, division, &windows, lane);
+            }
+            warp::sync();
         }
-        first += LANES * num_warps;
+        first_part += LANES * num_warps;
     }
 }
 
@@ -238,109 +287,101 @@ pub unsafe fn prefetch<const DIM_BLOCKS: usize>(params: &AttentionParams, share:
     }
 }
 
-/// Merges some parts, waiting for their partials, and stores them.
+/// The sums of some windows, whose partials are waited for.
 #[inline(always)]
-unsafe fn merge<E: Element, const DIM_BLOCKS: usize>(
+unsafe fn sum_up<const DIM_BLOCKS: usize>(
     params: &AttentionParams,
     division: Division,
-    parts: &[MergedPart; ROWS_AT_ONCE],
+    windows: &[Window; WINDOWS_AT_ONCE],
     lane: u32,
-) {
+) -> [Sum; WINDOWS_AT_ONCE] {
     let dim = const { 8 * DIM_BLOCKS as u32 };
-    let lanes = 1 << division.log2_lanes;
     let (partial_of_lane, partials_at_once) = (lane >> division.log2_lanes, LANES >> division.log2_lanes);
-    let elements = parts.map(|part| (part.part * lanes + lane % lanes) * LANE_ELEMENTS);
-    let mut sums = [Sum::NOTHING; ROWS_AT_ONCE];
-    let (mut first_partials, mut sources) = ([0u64; ROWS_AT_ONCE], [0u32; ROWS_AT_ONCE]);
-    for row in 0..ROWS_AT_ONCE {
-        first_partials[row] = parts[row].first_partial(params);
-        sources[row] = parts[row].source(params, lane);
+    let mut sums = [Sum::NOTHING; WINDOWS_AT_ONCE];
+    let (mut partials, mut elements, mut most) = ([0u32; WINDOWS_AT_ONCE], [0u32; WINDOWS_AT_ONCE], 0);
+    for (row, window) in windows.iter().enumerate() {
+        partials[row] = window.part.partial(params, window.first + lane);
+        elements[row] = first_element(division, &window.part, lane);
+        most = core::cmp::max(most, core::cmp::min(window.part.num_sources.saturating_sub(window.first), LANES));
     }
-    let most = parts.iter().fold(0, |most, part| core::cmp::max(most, part.num_sources));
-    let mut first = 0;
-    while first < most {
-        // Of each row a partial for each lane.
-        let mut partials = first_partials;
-        for row in 0..ROWS_AT_ONCE {
-            partials[row] += u64::from(sources[row]);
-            sources[row] = parts[row].source(params, first + LANES + lane);
-        }
-        let num_here = core::cmp::min(most - first, LANES);
-        let (mut lse, mut weights) = ([0u32; ROWS_AT_ONCE], [0f32; ROWS_AT_ONCE]);
-        let mut next = 0;
-        while next < num_here {
-            let index_of = |ahead: usize| next + ahead as u32 * partials_at_once + partial_of_lane;
-            let exists =
-                |row: usize, index: u32| index < num_here && first + index < parts[row].num_sources && elements[row] < dim;
-            let mut loaded = [[[0u32; LANE_ELEMENTS as usize]; ROWS_AT_ONCE]; LOADS_AHEAD as usize];
-            let mut is_missing = true;
-            while is_missing {
-                if next == 0 {
-                    for row in 0..ROWS_AT_ONCE {
-                        lse[row] = parts[row].load_lse(params, partials[row], first + lane);
-                    }
-                }
-                for (ahead, loaded) in loaded.iter_mut().enumerate() {
-                    for row in 0..ROWS_AT_ONCE {
-                        let index = index_of(ahead);
-                        let address = output_address(params, shuffle_u64(partials[row], index), dim, elements[row]);
-                        loaded[row] = load_of_device_x4_if(address, exists(row, index));
-                    }
-                }
-                let is_lse_missing = warp::any(is_any_missing(&lse));
-                is_missing = is_lse_missing || warp::any(is_any_missing(loaded.as_flattened().as_flattened()));
-                if is_lse_missing {
-                    wait_for_lse(params, parts, &partials, first + lane);
-                }
-            }
+    let (mut lse, mut weights) = (windows.each_ref().map(|window| window.lse_to_see(lane)), [0f32; WINDOWS_AT_ONCE]);
+    let mut next = 0;
+    while next < most {
+        let index_of = |ahead: usize| next + ahead as u32 * partials_at_once + partial_of_lane;
+        let mut loaded = [[[0u32; LANE_ELEMENTS as usize]; WINDOWS_AT_ONCE]; LOADS_AHEAD];
+        let mut is_missing = true;
+        while is_missing {
             if next == 0 {
-                for row in 0..ROWS_AT_ONCE {
-                    weights[row] = sums[row].add_weights(f32::from_bits(lse[row]) * LOG2_E);
-                    let is_read = division.parts == 1 && first + lane < parts[row].num_sources;
-                    store_global_if(params.partial_lse + 4 * partials[row], NOT_STORED, is_read);
-                }
+                look_for_lse(params, &partials, &mut lse);
             }
-            for (ahead, loaded) in loaded.iter().enumerate() {
-                for row in 0..ROWS_AT_ONCE {
+            for (ahead, loaded) in loaded.iter_mut().enumerate() {
+                for (row, window) in windows.iter().enumerate() {
                     let index = index_of(ahead);
-                    let weight = f32::from_bits(warp::shuffle_from(weights[row].to_bits(), index));
-                    for (sum, &word) in sums[row].elements.iter_mut().zip(&loaded[row]) {
-                        *sum += weight * f32::from_bits(word);
-                    }
-                    let address = output_address(params, shuffle_u64(partials[row], index), dim, elements[row]);
-                    store_global_x4_if(address, [NOT_STORED; 4], exists(row, index));
+                    let address = output_address(params, warp::shuffle_from(partials[row], index), dim, elements[row]);
+                    loaded[row] = load_of_device_x4_if(address, window.has(index) && elements[row] < dim);
                 }
             }
-            next += LOADS_AHEAD * partials_at_once;
-        }
-        first += LANES;
-    }
-    for row in 0..ROWS_AT_ONCE {
-        // What other lanes have loaded of the same elements.
-        for element in &mut sums[row].elements {
-            for log2_distance in FEWEST_LANES.ilog2()..LANES.ilog2() {
-                let other = warp::shuffle_xor(*element, 1 << log2_distance);
-                *element += if log2_distance < division.log2_lanes { 0.0 } else { other };
+            let is_lse_missing = warp::any(is_any_missing(&lse));
+            is_missing = is_lse_missing || warp::any(is_any_missing(loaded.as_flattened().as_flattened()));
+            if is_lse_missing {
+                wait_for_lse(params, &partials, &mut lse);
             }
         }
-        if parts[row].num_sources > 0 && partial_of_lane == 0 && elements[row] < dim {
-            store::<E, DIM_BLOCKS>(params, &parts[row], elements[row], sums[row]);
+        if next == 0 {
+            for (row, window) in windows.iter().enumerate() {
+                weights[row] = sums[row].add_weights(f32::from_bits(lse[row]) * LOG2_E);
+                let is_read = division.parts == 1 && window.has(lane);
+                store_global_if(lse_address(params, partials[row]), NOT_STORED, is_read);
+            }
         }
-        if division.parts > 1 {
-            parts[row].leave_lse(params, division, lane);
+        for (ahead, loaded) in loaded.iter().enumerate() {
+            for (row, window) in windows.iter().enumerate() {
+                let index = index_of(ahead);
+                let weight = f32::from_bits(warp::shuffle_from(weights[row].to_bits(), index));
+                for (sum, &word) in sums[row].elements.iter_mut().zip(&loaded[row]) {
+                    *sum += weight * f32::from_bits(word);
+                }
+                let address = output_address(params, warp::shuffle_from(partials[row], index), dim, elements[row]);
+                store_global_x4_if(address, [NOT_STORED; 4], window.has(index) && elements[row] < dim);
+            }
         }
+        next += LOADS_AHEAD as u32 * partials_at_once;
     }
-    warp::sync();
+    sums
 }
 
-/// Waits until partials of each row, one in each lane, have their log-sum-exp; `index` is which of the row's the lane's are.
+/// Looks for log-sum-exps of partials, one of each window in each lane, that have not been seen yet.
 #[inline(always)]
-unsafe fn wait_for_lse(params: &AttentionParams, parts: &[MergedPart; ROWS_AT_ONCE], partials: &[u64; ROWS_AT_ONCE], index: u32) {
-    let mut lse = [NOT_STORED; ROWS_AT_ONCE];
-    while warp::any(is_any_missing(&lse)) {
+unsafe fn look_for_lse(params: &AttentionParams, partials: &[u32; WINDOWS_AT_ONCE], lse: &mut [u32; WINDOWS_AT_ONCE]) {
+    for (lse, &partial) in lse.iter_mut().zip(partials) {
+        *lse = load_of_device_if(lse_address(params, partial), *lse == NOT_STORED, *lse);
+    }
+}
+
+/// Waits until all have been seen.
+#[inline(always)]
+unsafe fn wait_for_lse(params: &AttentionParams, partials: &[u32; WINDOWS_AT_ONCE], lse: &mut [u32; WINDOWS_AT_ONCE]) {
+    while warp::any(is_any_missing(lse)) {
         control::sleep(NS_BETWEEN_LOOKS);
-        for row in 0..ROWS_AT_ONCE {
-            lse[row] = parts[row].load_lse(params, partials[row], index);
+        look_for_lse(params, partials, lse);
+    }
+}
+
+/// Says of parts whose last window this was that the log-sum-exps of their row have been read; where they have been for all parts
+/// of a row, leaves [`NOT_STORED`] behind.
+#[inline(always)]
+unsafe fn leave_lse(params: &AttentionParams, division: Division, windows: &[Window; WINDOWS_AT_ONCE], lane: u32) {
+    // One in each of the first lanes.
+    let (mut counter, mut is_read) = (params.lse_readers, false);
+    for (index, window) in (0..).zip(windows) {
+        if lane == index {
+            (counter, is_read) = (window.part.lse_readers(params), window.is_last());
+        }
+    }
+    let before = fetch_add_global_if(counter, 1, is_read);
+    for (index, window) in (0..).zip(windows) {
+        if window.is_last() && warp::shuffle_from(before, index) + 1 == division.parts {
+            window.part.forget_lse(params, lane);
         }
     }
 }
@@ -351,22 +392,42 @@ fn is_any_missing(words: &[u32]) -> bool {
     words.iter().fold(false, |is_missing, &word| is_missing | (word == NOT_STORED))
 }
 
+/// Where the log-sum-exp of partial row `partial` lies.
+#[inline(always)]
+fn lse_address(params: &AttentionParams, partial: u32) -> DeviceAddress {
+    params.partial_lse + 4 * u64::from(partial)
+}
+
 /// Where the elements of partial row `partial` lie, from `element` on.
 #[inline(always)]
-fn output_address(params: &AttentionParams, partial: u64, dim: u32, element: u32) -> DeviceAddress {
-    params.partial_o + 4 * (partial * u64::from(dim) + u64::from(element))
+fn output_address(params: &AttentionParams, partial: u32, dim: u32, element: u32) -> DeviceAddress {
+    params.partial_o + 4 * (u64::from(partial) * u64::from(dim) + u64::from(element))
 }
 
-/// The value of lane `lane`.
+/// The first of the elements of a part that the lane loads; there may be none.
 #[inline(always)]
-unsafe fn shuffle_u64(value: u64, lane: u32) -> u64 {
-    let [low, high] = [value as u32, (value >> 32) as u32].map(|half| warp::shuffle_from(half, lane));
-    u64::from(high) << 32 | u64::from(low)
+fn first_element(division: Division, part: &MergedPart, lane: u32) -> u32 {
+    let lanes = 1 << division.log2_lanes;
+    (part.part * lanes + lane % lanes) * LANE_ELEMENTS
 }
 
-/// Stores the lane's elements, from `element` on, of a merged part.
+/// Stores a merged part, of which each lane has the sum of what it has loaded.
 #[inline(always)]
-unsafe fn store<E: Element, const DIM_BLOCKS: usize>(params: &AttentionParams, part: &MergedPart, element: u32, mut sum: Sum) {
+unsafe fn store<E: Element, const DIM_BLOCKS: usize>(
+    params: &AttentionParams,
+    division: Division,
+    part: &MergedPart,
+    sum: &Sum,
+    lane: u32,
+) {
+    let mut sum = *sum;
+    // What other lanes have loaded of the same elements.
+    for element in &mut sum.elements {
+        for log2_distance in FEWEST_LANES.ilog2()..LANES.ilog2() {
+            let other = warp::shuffle_xor(*element, 1 << log2_distance);
+            *element += if log2_distance < division.log2_lanes { 0.0 } else { other };
+        }
+    }
     if params.sinks != 0 {
         // One more partial, whose O is zero.
         let sink_log2 = f32::from_bits(load_global(params.sinks + 4 * u64::from(part.qo_head(params)))) * LOG2_E;
@@ -375,10 +436,11 @@ unsafe fn store<E: Element, const DIM_BLOCKS: usize>(params: &AttentionParams, p
     let inverse = if sum.total == 0.0 { 0.0 } else { math::reciprocal(sum.total) };
     let [a, b, c, d] = sum.elements.map(|element| element * inverse);
     let row = u64::from(part.token) * u64::from(params.heads.num_qo_heads) + u64::from(part.qo_head(params));
+    let element = first_element(division, part, lane);
     let address = params.o + (row * (8 * DIM_BLOCKS as u64) + u64::from(element)) * u64::from(ELEMENT_BYTES);
-    store_global_x2(address, [E::pack(a, b), E::pack(c, d)]);
-    if params.lse != 0 && element == 0 {
-        let origin = if sum.max == f32::NEG_INFINITY { 0.0 } else { sum.max };
-        store_global_f32(params.lse + 4 * row, (origin + math::log2(sum.total)) * LN_2);
-    }
+    let stores = lane >> division.log2_lanes == 0 && element < const { 8 * DIM_BLOCKS as u32 };
+    store_global_x2_if(address, [E::pack(a, b), E::pack(c, d)], stores);
+    let origin = if sum.max == f32::NEG_INFINITY { 0.0 } else { sum.max };
+    let lse = (origin + math::log2(sum.total)) * LN_2;
+    store_global_if(params.lse + 4 * row, lse.to_bits(), params.lse != 0 && stores && element == 0);
 }

@@ -12,7 +12,7 @@ use super::consumer::{CONSUMER_ROWS, WARPS};
 use super::helpers::{Helpers, Tensor};
 use super::queries;
 use super::queue::{Beginning, NO_TASK, Queue, leave};
-use super::shared::{ColumnTile, Ring, Shared};
+use super::shared::{Ring, Shared};
 use super::{TRIO, merge};
 use crate::attention::task::Task;
 use crate::columns::RunWindow;
@@ -295,7 +295,12 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
         let boxes = if log2 >= 3 { whole_boxes } else { BoxTile::<DIM_BLOCKS, FRAGMENTS>::PANELS };
         for panel in 0..boxes {
             let [element, of_panel] = origin_of_panel::<DIM_BLOCKS>(panel);
-            copy_box(self.tile.row(row, panel), map, [element, slot, of_panel, 0, self.kv_head], self.barrier);
+            let (destination, at) = (self.tile.row(row, panel), [element, slot, of_panel, 0, self.kv_head]);
+            if self.read_once {
+                copy_box_once(destination, map, at, self.barrier);
+            } else {
+                copy_box(destination, map, at, self.barrier);
+            }
         }
     }
 
@@ -320,18 +325,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> BoxCopies<DIM_BLOCKS, FRAG
             let to_eight = 8 - row % 8;
             let whole_rows = to_eight == 8 && end - row >= 8;
             let log2 = 31 - (if whole_rows { end - row } else { core::cmp::min(end - row, to_eight) }).leading_zeros();
-            let map = self.maps + u64::from(log2 * TENSOR_MAP_BYTES);
-            let whole_boxes = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::WHOLE_BOXES;
-            let boxes = if whole_rows { whole_boxes } else { ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANELS };
-            for panel in 0..boxes {
-                let [element, of_panel] = origin_of_panel::<DIM_BLOCKS>(panel);
-                let (destination, at) = (self.tile.row(row, panel), [element, slot, of_panel, 0, self.kv_head]);
-                if self.read_once {
-                    copy_box_once(destination, map, at, self.barrier);
-                } else {
-                    copy_box(destination, map, at, self.barrier);
-                }
-            }
+            self.copy_rows(slot, row, log2);
             slot += 1 << log2;
             row += 1 << log2;
         }
