@@ -131,6 +131,8 @@ pub(crate) struct Layout {
     pub front_tasks: u32,
     /// Head groups of which these come together.
     pub groups_at_once: u32,
+    /// By kind of tile, the bytes of K that a block brings before the L2 cache is to give up first what it brings.
+    pub settled_bytes: [u32; 2],
     /// Lanes that begin with the tasks behind these.
     back_lanes: u32,
     /// Whether tasks behind the front may be done beside those of the front.
@@ -168,6 +170,7 @@ impl Layout {
             attention_tasks: num_blocks("the attention kernel", plan.items().len(), heads.num_groups)?,
             front_tasks: num_blocks("the attention kernel", plan.num_front_items() as usize, heads.num_groups)?,
             groups_at_once: plan.groups_at_once(),
+            settled_bytes: plan.settled_bytes(),
             back_lanes: plan.back_lanes(),
             beside: plan.is_beside(),
             merged_rows: num_blocks("the merge kernel", plan.merge_tokens().len(), heads.num_qo_heads)?,

@@ -104,6 +104,7 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         front_tasks: layout.front_tasks,
         groups_at_once: layout.groups_at_once,
         back_blocks: if kernels.beside { 0 } else { layout.back_blocks(attention_blocks) },
+        settled_bytes: layout.settled_bytes,
         scale_log2,
         soft_cap_log2,
         sinks,

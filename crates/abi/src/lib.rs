@@ -371,6 +371,9 @@ pub struct AttentionParams {
     /// Blocks whose queue is the one behind it: the last of the launch. They are no more than that has tasks, and the others no
     /// more than the front has; `sm_90a` only. None where every block takes from both.
     pub back_blocks: u32,
+    /// By [kind of tile](TileKind), the bytes of K, and as many of V, that a block brings before the L2 cache is to give up first
+    /// what it brings for such tiles; `u32::MAX` where it is to keep all. `sm_90a` only.
+    pub settled_bytes: [u32; 2],
     /// What the exponent to base 2 of a score is: softmax scale times log2(e); with a soft-cap, the cap times log2(e).
     pub scale_log2: f32,
     /// With a soft-cap, the scores become hyperbolic tangents: of half this times ln 2, so it is 2 log2(e) times the softmax

@@ -140,13 +140,11 @@ impl Plan {
         let (mut tiles, mut items) = ([0; 2], [0; 2]);
         let (mut packed_tiles, mut shared_tiles, mut split_tiles) = (0, 0, 0);
         let (mut columns, mut q_rows, mut needed, mut issued) = (0, 0, 0, 0);
-        let mut fresh_columns = 0.0;
-        for ((item, &fresh), &shared) in self.items.iter().zip(&self.fresh).zip(&self.shared) {
+        for (item, &shared) in self.items.iter().zip(&self.shared) {
             let segments = self.segments_of(item);
             let range = item.column_begin..item.column_end;
             items[item.tile as usize] += 1;
             columns += u64::from(item.column_end - item.column_begin);
-            fresh_columns += f64::from(fresh) * f64::from(item.column_end - item.column_begin);
             q_rows += u64::from(num_rows(heads, segments));
             issued += issued_pairs(model.kernel_family, shape.head_dim(), heads, item.tile, segments, range);
             // Each tile has one item with its first column.
@@ -176,7 +174,7 @@ impl Plan {
             predicted_us: predicted_ns * 1e-3,
             balance: if lanes.max() == 0 { 1.0 } else { lanes.mean() / lanes.max() as f64 },
             kv_bytes: columns * groups * 2 * u64::from(shape.head_dim()) * shape.kv_element_bytes(),
-            kv_memory_bytes: (fresh_columns * shape.kv_bytes_per_slot() as f64) as u64,
+            kv_memory_bytes: self.kv_memory_bytes(),
             distinct_kv_bytes: distinct_slots(&self.runs) * shape.kv_bytes_per_slot(),
             qo_bytes: q_rows * groups * row_bytes + u64::from(self.num_query_tokens) * shape.qo_bytes_per_token() / 2,
             partial_bytes,

@@ -56,6 +56,7 @@ mod plan;
 mod planner;
 mod prefix;
 mod queues;
+mod reuse;
 mod schedule;
 mod share;
 mod split;

@@ -26,6 +26,7 @@ pub struct Plan {
     pub(crate) shared: Vec<bool>,
     pub(crate) num_front_items: u32,
     pub(crate) groups_at_once: u32,
+    pub(crate) settled_bytes: [u32; 2],
     pub(crate) back_lanes: u32,
     pub(crate) beside: bool,
     pub(crate) merge_tokens: Vec<MergeToken>,
@@ -51,6 +52,7 @@ impl Plan {
             shared: Vec::new(),
             num_front_items: 0,
             groups_at_once: 1,
+            settled_bytes: [u32::MAX; 2],
             back_lanes: 0,
             beside: false,
             merge_tokens: Vec::new(),
@@ -76,6 +78,7 @@ impl Plan {
         self.merge_sources.clear();
         (self.num_front_items, self.back_lanes, self.beside) = (0, 0, false);
         self.groups_at_once = heads.num_groups.max(1);
+        self.settled_bytes = [u32::MAX; 2];
         self.num_partial_rows = 0;
         self.num_query_tokens = batch.num_query_tokens();
         self.num_slots = batch.num_slots();
@@ -135,6 +138,20 @@ impl Plan {
     /// persistent blocks take their tasks like that.
     pub fn groups_at_once(&self) -> u32 {
         self.groups_at_once
+    }
+
+    /// By [kind of tile](packinfer_abi::TileKind), the bytes of K, and as many of V, that a block brings before it has the L2 cache
+    /// give up first what it brings for such tiles: none where the call reads so little that most of what the cache holds can stay
+    /// there; `u32::MAX`, so that it never does, where others read the same, or where it does not pay.
+    pub fn settled_bytes(&self) -> [u32; 2] {
+        self.settled_bytes
+    }
+
+    /// Bytes of K and V that are read from memory, not found in the cache.
+    pub(crate) fn kv_memory_bytes(&self) -> u64 {
+        let columns = self.items.iter().map(|item| f64::from(item.column_end - item.column_begin));
+        let fresh_columns: f64 = columns.zip(&self.fresh).map(|(columns, &fresh)| f64::from(fresh) * columns).sum();
+        (fresh_columns * self.shape.kv_bytes_per_slot() as f64) as u64
     }
 
     /// Lanes that begin with the items behind the [front](Self::num_front_items), and go on with those when there are no more;

@@ -15,7 +15,7 @@ use crate::queues::{Arrangement, Queues};
 use crate::share::Sharing;
 use crate::split::Splitter;
 use crate::tile::{self, Tile};
-use crate::{DeviceModel, Headroom, KernelFamily, Plan, PlanError};
+use crate::{DeviceModel, Headroom, KernelFamily, Plan, PlanError, reuse};
 
 /// How requests are put into tiles.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -257,6 +257,7 @@ impl Planner {
         plan.items.extend(in_order().map(|item| item.item));
         plan.fresh.extend(in_order().map(|item| tiles[item.tile as usize].fresh));
         plan.shared.extend(in_order().map(|item| tiles[item.tile as usize].shared));
+        plan.settled_bytes = reuse::settled_bytes(plan);
     }
 
     /// Finds what the parts of each item take.

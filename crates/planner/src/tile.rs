@@ -21,7 +21,7 @@ pub(crate) struct Tile {
     pub columns: u32,
     /// Tiles of the same pack read the same KV.
     pub pack: u32,
-    /// See [`CostModel::columns_ns`](crate::cost::CostModel::columns_ns).
+    /// The part of its columns that it reads from memory, on average of the tiles that read the same; the rest is in the cache.
     pub fresh: f32,
     /// Whether its rows see columns of other tiles, so that it writes partials even if it is not split.
     pub partial: bool,

@@ -79,11 +79,10 @@ macro_rules! brought_as_consumed {
                 Tensor::K => shared.k(0),
                 Tensor::V => shared.v(0),
             };
-            // Of what is no multiple of a cache line, lines are shared with other heads.
-            let whole_lines = DIM_BLOCKS % PANEL_BLOCKS == 0;
-            let takes_narrow = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::HAS_EXCHANGE;
-            let read_once = whole_lines && takes_narrow && task.item.tile == TileKind::Narrow;
-            load_columns::<DIM_BLOCKS, FRAGMENTS, 1>(task, tensor, ring, tiles, lane, read_once, at_step);
+            // It does not pay beside readers, and three consumers have tiles that read the same.
+            let has_exchange = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::HAS_EXCHANGE;
+            let settled_bytes = settled_bytes::<DIM_BLOCKS>(task).filter(|_| has_exchange);
+            load_columns::<DIM_BLOCKS, FRAGMENTS, 1>(task, tensor, ring, tiles, lane, settled_bytes, at_step);
         }
     };
 }
@@ -104,6 +103,15 @@ impl Helpers for Readers {
     const READ: bool = true;
 
     brought_as_consumed!();
+}
+
+/// The [`settled_bytes`](packinfer_abi::AttentionParams::settled_bytes) of a task whose rows of K and V are `CHUNKS` chunks of 16
+/// bytes; none where these are not whole cache lines: heads that lie side by side share lines then.
+#[inline(always)]
+fn settled_bytes<const CHUNKS: usize>(task: &Task) -> Option<u32> {
+    let [of_wide, of_narrow] = task.params.settled_bytes;
+    let settled_bytes = if task.item.tile == TileKind::Narrow { of_narrow } else { of_wide };
+    (CHUNKS % PANEL_BLOCKS == 0).then_some(settled_bytes)
 }
 
 /// Parts of a step of a wide tile that are brought one after the other: first those of K, then those of V.
@@ -225,6 +233,8 @@ impl<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize> Helpers f
     ) {
         let kind = task.item.tile;
         rings.make_room_for(kind);
+        // Of rows of several cache lines, there are not registers enough.
+        let settled_bytes = settled_bytes::<CHUNKS>(task).filter(|_| CHUNKS == PANEL_BLOCKS);
         let step = match kind {
             TileKind::Wide => {
                 let mut ring = rings.to_convert;
@@ -232,7 +242,7 @@ impl<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize> Helpers f
                     ring.advance_by(STORED_PARTS);
                 }
                 let parts = shared.stored(0);
-                load_columns::<CHUNKS, PART_BLOCKS, STORED_PARTS>(task, tensor, &mut ring, parts, lane, false, at_step);
+                load_columns::<CHUNKS, PART_BLOCKS, STORED_PARTS>(task, tensor, &mut ring, parts, lane, settled_bytes, at_step);
                 Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::STEP
             }
             TileKind::Narrow => {
@@ -240,7 +250,7 @@ impl<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize> Helpers f
                     Tensor::K => (rings.narrow[0], shared.narrow_k(0)),
                     Tensor::V => (rings.narrow[1], shared.narrow_v(0)),
                 };
-                load_columns::<CHUNKS, STORED_STEP_BLOCKS, 1>(task, tensor, &mut ring, steps, lane, false, at_step);
+                load_columns::<CHUNKS, STORED_STEP_BLOCKS, 1>(task, tensor, &mut ring, steps, lane, settled_bytes, at_step);
                 Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::NARROW_STEP
             }
         };

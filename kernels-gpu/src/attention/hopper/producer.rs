@@ -28,11 +28,6 @@ pub const LOADER_WARPS: u32 = 3;
 /// Warps that work out rows of tasks.
 pub const POSTING_WARPS: u32 = 2;
 
-/// Bytes of K, and as many of V, that a block brings before the L2 cache is to give up what it brings first: until then, these
-/// take the place of what others have written there and that must be stored in memory, all at once. Later they take the place of
-/// each other.
-const SETTLED_BYTES: u32 = 512 << 10;
-
 /// A slot past the end of any pool: the copy engine brings zeros from there.
 pub const NO_SLOT: u32 = i32::MAX as u32 - (1 << NUM_KV_BOXES);
 
@@ -206,7 +201,8 @@ unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
 
 /// Brings all columns of a task's K or V, step by step, each in `PARTS` tiles one after the other, and calls `at_step`, with one
 /// thread, with the steps that are left. `tiles` is the ring's first tile. Where a step has several parts, those of the other
-/// tensor lie between them and those of the next. If all is `read_once`, the L2 cache need not keep it.
+/// tensor lie between them and those of the next. Once the ring has had `settled_bytes`, if there are any, the L2 cache is to give
+/// up first what comes.
 ///
 /// # Safety
 ///
@@ -218,7 +214,7 @@ pub unsafe fn load_columns<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize, con
     ring: &mut Ring,
     tiles: BoxTile<DIM_BLOCKS, ROW_BLOCKS>,
     lane: u32,
-    read_once: bool,
+    settled_bytes: Option<u32>,
     at_step: impl Fn(u32),
 ) {
     let columns = BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::ROWS;
@@ -239,7 +235,7 @@ pub unsafe fn load_columns<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize, con
                 maps,
                 kv_head: task.kv_head,
                 barrier: ring.full(),
-                read_once: read_once && ring.passed() * BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES >= SETTLED_BYTES,
+                read_once: settled_bytes.is_some_and(|bytes| ring.passed() * BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES >= bytes),
             };
             if lane == 0 {
                 ring.expect(BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES);
