@@ -10,8 +10,10 @@ use packinfer_batch::KvDType;
 
 use crate::Plan;
 
-/// A call that reads so much reads little: about five times what an H100's L2 cache holds.
+/// A call that reads so much reads little: about five times what an H100's L2 cache holds …
 const LITTLE: u64 = 250 << 20;
+/// … or some less, if there are prefixes that it keeps meanwhile.
+const LITTLE_BESIDE_PREFIXES: u64 = 170 << 20;
 /// Bytes of K, and as many of V, that a block brings until the cache is full of what the call has brought.
 const SETTLED: u32 = 512 << 10;
 /// So many bytes that no block brings them.
@@ -45,9 +47,11 @@ impl KvUse {
 
 /// By kind of tile, the bytes of K, and as many of V, that a block brings before the cache is to give up first what it brings.
 pub(crate) fn settled_bytes(plan: &Plan) -> [u32; 2] {
-    let reads_little = plan.kv_memory_bytes() <= LITTLE;
+    let uses = [TileKind::Wide, TileKind::Narrow].map(|kind| KvUse::of(plan, kind));
+    let little = if uses.contains(&KvUse::AtOnce) { LITTLE_BESIDE_PREFIXES } else { LITTLE };
+    let reads_little = plan.kv_memory_bytes() <= little;
     let of_much = if plan.shape.kv_dtype() == KvDType::Same { SETTLED } else { NEVER };
-    [TileKind::Wide, TileKind::Narrow].map(|kind| match KvUse::of(plan, kind) {
+    uses.map(|kv_use| match kv_use {
         KvUse::Once if reads_little => 0,
         KvUse::AtOnce if reads_little => NEVER,
         KvUse::Once | KvUse::AtOnce => of_much,
@@ -105,9 +109,12 @@ mod tests {
     #[test]
     fn a_shared_prefix_is_kept_while_there_is_room() {
         // 64 requests are two tiles of 128 rows.
-        let [wide, narrow] = settled(shape(), 64, 1, 9 << 10, 8 << 10);
-        assert_eq!((wide, narrow), (SETTLED, SETTLED));
-        let [wide, narrow] = settled(shape(), 64, 1, (8 << 10) + 128, 8 << 10);
-        assert_eq!((wide, narrow), (NEVER, 0));
+        let settled = |own: u32| {
+            let of_kind = settled(shape(), 64, 1, (8 << 10) + own, 8 << 10);
+            (of_kind[WIDE], of_kind[NARROW])
+        };
+        // 64 MiB; 192 MiB, which would be little without the prefix.
+        assert_eq!(settled(128), (NEVER, 0));
+        assert_eq!(settled(640), (SETTLED, SETTLED));
     }
 }
