@@ -10,14 +10,14 @@ use packinfer_batch::KvDType;
 
 use crate::Plan;
 
-/// A call that reads so much reads little: about five times what an H100's L2 cache holds …
-const LITTLE: u64 = 250 << 20;
+/// A call that reads so much of K and V reads little: about five times what an H100's L2 cache holds, by measurement …
+const LITTLE_BYTES: u64 = 250 << 20;
 /// … or some less, if there are prefixes that it keeps meanwhile.
-const LITTLE_BESIDE_PREFIXES: u64 = 170 << 20;
+const LITTLE_BYTES_BESIDE_PREFIXES: u64 = 170 << 20;
 /// Bytes of K, and as many of V, that a block brings until the cache is full of what the call has brought.
-const SETTLED: u32 = 512 << 10;
+const SETTLED_BYTES: u32 = 512 << 10;
 /// So many bytes that no block brings them.
-const NEVER: u32 = u32::MAX;
+const NEVER_SETTLED: u32 = u32::MAX;
 
 /// How the work items of a kind use the K and V that they read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,14 +48,14 @@ impl KvUse {
 /// By kind of tile, the bytes of K, and as many of V, that a block brings before the cache is to give up first what it brings.
 pub(crate) fn settled_bytes(plan: &Plan) -> [u32; 2] {
     let uses = [TileKind::Wide, TileKind::Narrow].map(|kind| KvUse::of(plan, kind));
-    let little = if uses.contains(&KvUse::AtOnce) { LITTLE_BESIDE_PREFIXES } else { LITTLE };
+    let little = if uses.contains(&KvUse::AtOnce) { LITTLE_BYTES_BESIDE_PREFIXES } else { LITTLE_BYTES };
     let reads_little = plan.kv_memory_bytes() <= little;
-    let of_much = if plan.shape.kv_dtype() == KvDType::Same { SETTLED } else { NEVER };
+    let of_much = if plan.shape.kv_dtype() == KvDType::Same { SETTLED_BYTES } else { NEVER_SETTLED };
     uses.map(|kv_use| match kv_use {
         KvUse::Once if reads_little => 0,
-        KvUse::AtOnce if reads_little => NEVER,
+        KvUse::AtOnce if reads_little => NEVER_SETTLED,
         KvUse::Once | KvUse::AtOnce => of_much,
-        KvUse::Often => NEVER,
+        KvUse::Often => NEVER_SETTLED,
     })
 }
 
@@ -91,19 +91,19 @@ mod tests {
     fn a_call_that_reads_little_leaves_the_cache_alone_and_another_fills_it_first() {
         // 128 MiB, 512 MiB.
         assert_eq!(settled(shape(), 32, 1, 1 << 10, 0)[NARROW], 0);
-        assert_eq!(settled(shape(), 32, 1, 4 << 10, 0)[NARROW], SETTLED);
+        assert_eq!(settled(shape(), 32, 1, 4 << 10, 0)[NARROW], SETTLED_BYTES);
         // As many tokens are half the bytes.
         let stored_in_fp8 = shape().with_kv_dtype(KvDType::E4m3);
         assert_eq!(settled(stored_in_fp8, 32, 1, 3 << 10, 0)[NARROW], 0);
-        assert_eq!(settled(stored_in_fp8, 32, 1, 5 << 10, 0)[NARROW], NEVER);
+        assert_eq!(settled(stored_in_fp8, 32, 1, 5 << 10, 0)[NARROW], NEVER_SETTLED);
     }
 
     #[test]
     fn what_others_read_too_is_kept() {
         // Eight queries are 32 rows, a single tile that nobody else reads for; 512 are 16 tiles that read the same.
         assert_eq!(settled(shape(), 32, 8, 1 << 10, 0)[WIDE], 0);
-        assert_eq!(settled(shape(), 32, 8, 4 << 10, 0)[WIDE], SETTLED);
-        assert_eq!(settled(shape(), 4, 512, 16 << 10, 0)[WIDE], NEVER);
+        assert_eq!(settled(shape(), 32, 8, 4 << 10, 0)[WIDE], SETTLED_BYTES);
+        assert_eq!(settled(shape(), 4, 512, 16 << 10, 0)[WIDE], NEVER_SETTLED);
     }
 
     #[test]
@@ -114,7 +114,7 @@ mod tests {
             (of_kind[WIDE], of_kind[NARROW])
         };
         // 64 MiB; 192 MiB, which would be little without the prefix.
-        assert_eq!(settled(128), (NEVER, 0));
-        assert_eq!(settled(640), (SETTLED, SETTLED));
+        assert_eq!(settled(128), (NEVER_SETTLED, 0));
+        assert_eq!(settled(640), (SETTLED_BYTES, SETTLED_BYTES));
     }
 }
