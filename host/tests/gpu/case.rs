@@ -125,6 +125,14 @@ impl<E: Element, K: KvElement<E>> Case<E, K> {
         }
     }
 
+    /// Changes K: each number of it, given its slot.
+    pub fn change_k(&mut self, change: impl Fn(usize, K) -> K) {
+        let slot_elements = self.batch.shape().num_kv_heads() as usize * self.batch.shape().head_dim() as usize;
+        for (slot, numbers) in self.k.chunks_mut(slot_elements).enumerate() {
+            numbers.iter_mut().for_each(|number| *number = change(slot, *number));
+        }
+    }
+
     /// Replaces K and V.
     pub fn set_kv(&mut self, k: &[K], v: &[K]) {
         (self.k, self.v) = (k.to_vec(), v.to_vec());

@@ -53,6 +53,32 @@ fn masks_sinks_and_soft_caps() {
     }
 }
 
+/// Scores of some steps are far above all before them: by what a sum of exponentials in float16 cannot hold, and by what one in
+/// float32 cannot.
+fn check_jumps<E: Element + PartialEq>() {
+    let Some(engine) = engine() else { return };
+    let factors = [1.0, 0.5, 8.0, 1.0, 64.0, 2.0, 100.0, 64.0, 0.1];
+    for head_dim in HEAD_DIMS {
+        for logit_soft_cap in [None, Some(90.0)] {
+            let mut case = Case::<E>::new(contiguous(shape::<E>(4, head_dim), Mask::Causal, &[(700, 2100)]));
+            case.logit_soft_cap = logit_soft_cap;
+            case.change_k(|slot, number| E::from_f32(Into::<f32>::into(number) * factors[slot / 128 % factors.len()]));
+            let Some(plan) = plan_tall(engine, &case, |model| model) else { return };
+            case.check_plan(engine, &plan);
+        }
+    }
+}
+
+#[test]
+fn scores_that_jump_in_bf16() {
+    check_jumps::<bf16>();
+}
+
+#[test]
+fn scores_that_jump_in_f16() {
+    check_jumps::<f16>();
+}
+
 /// Prompts of all lengths up to a tile's, several to a tile, and some of so few rows that others would be narrow.
 #[test]
 fn short_prompts_share_tiles() {
