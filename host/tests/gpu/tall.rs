@@ -53,16 +53,19 @@ fn masks_sinks_and_soft_caps() {
     }
 }
 
-/// Scores of some steps are far above all before them: by what a sum of exponentials in float16 cannot hold, and by what one in
-/// float32 cannot.
+/// What K of a step's columns is multiplied with, step after step: scores are then far above all before them, by what a sum of
+/// exponentials in float16 cannot hold (8) and one in float32 neither (64).
+const JUMPS: [f32; 9] = [1.0, 0.5, 8.0, 1.0, 64.0, 2.0, 100.0, 64.0, 0.1];
+/// Columns of a step of the kernels for tall tiles.
+const STEP_COLUMNS: usize = 128;
+
 fn check_jumps<E: Element + PartialEq>() {
     let Some(engine) = engine() else { return };
-    let factors = [1.0, 0.5, 8.0, 1.0, 64.0, 2.0, 100.0, 64.0, 0.1];
     for head_dim in HEAD_DIMS {
         for logit_soft_cap in [None, Some(90.0)] {
             let mut case = Case::<E>::new(contiguous(shape::<E>(4, head_dim), Mask::Causal, &[(700, 2100)]));
             case.logit_soft_cap = logit_soft_cap;
-            case.change_k(|slot, number| E::from_f32(Into::<f32>::into(number) * factors[slot / 128 % factors.len()]));
+            case.change_k(|slot, number| E::from_f32(Into::<f32>::into(number) * JUMPS[slot / STEP_COLUMNS % JUMPS.len()]));
             let Some(plan) = plan_tall(engine, &case, |model| model) else { return };
             case.check_plan(engine, &plan);
         }
