@@ -97,7 +97,8 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
             prefetch_global(params.runs + u64::from(task.item.run_begin) * size_of::<KvRun>() as u64);
         }
         items.fill_by(leads);
-        let scales = if H::CONVERT && leads { task.kv_scales() } else { [1.0; 2] };
+        let posts_scales = leads && Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::IS_SCALED;
+        let scales = if posts_scales { task.kv_scales() } else { [1.0; 2] };
         // The ticket of a task after a short one is on its way through memory meanwhile, but for the first task, which nothing is
         // to delay.
         let mut ticket = 0;
@@ -108,7 +109,7 @@ unsafe fn post_tasks<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
         if ROW_BLOCKS == TRIO {
             write_rows(params, shared, &task, stage, 2, lane);
         }
-        if H::CONVERT && leads {
+        if posts_scales {
             shared.post_scales(stage, scales);
         }
         tasks.fill();

@@ -350,6 +350,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     pub const CONSUMER_WARPS: u32 = Self::CONSUMER_THREADS / WARP_LANES;
     /// Whether consumers do narrow tiles too, and exchange what they found.
     pub const HAS_EXCHANGE: bool = !H::READ && Self::CONSUMERS == 2;
+    /// Whether K and V have scales: where they are in FP8, or were (`kv_widen`), which is so in launches of tall tiles alone.
+    pub const IS_SCALED: bool = H::CONVERT || Self::CONSUMERS > 2;
     /// Columns of a step of a wide tile.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
     /// Those of a narrow tile.
@@ -390,7 +392,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const SLOT_STEPS: u32 = Self::SLOT_VIEWS + Self::CONSUMERS * 16;
     const SLOT_SCALES: u32 = Self::SLOT_STEPS + Self::CONSUMERS * 16;
     /// Bytes of a task slot.
-    const SLOT_BYTES: u32 = Self::SLOT_SCALES + if H::CONVERT { 16 } else { 0 };
+    const SLOT_BYTES: u32 = Self::SLOT_SCALES + if Self::IS_SCALED { 16 } else { 0 };
     const BARRIERS: u32 = Self::SLOTS + Self::TASKS * Self::SLOT_BYTES;
     const K_BARRIERS: u32 = Self::BARRIERS + Ring::bytes(1);
     const V_BARRIERS: u32 = Self::K_BARRIERS + Ring::bytes(Self::K_STAGES);
@@ -720,7 +722,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     /// As [`Self::task`].
     #[inline(always)]
     pub unsafe fn scales(&self, stage: u32) -> [f32; 2] {
-        if H::CONVERT { load_shared_f32x2(self.slot(stage) + Self::SLOT_SCALES) } else { [1.0; 2] }
+        if Self::IS_SCALED { load_shared_f32x2(self.slot(stage) + Self::SLOT_SCALES) } else { [1.0; 2] }
     }
 
     /// What [`Self::post_view`] told.

@@ -50,8 +50,11 @@ impl LazySoftmax {
         scale_log2: OfRows,
         scores: &[Fragment; FRAGMENTS],
     ) -> Option<OfRows> {
-        let greatest = greatest_of_lane(scores);
-        let is_out_of_range = |half: usize, score: f32| score * scale_log2[half] > RANGE_LOG2 - self.offset[half];
+        // Scaled scores above it are out of range.
+        let range_end = self.offset.map(|offset| RANGE_LOG2 - offset);
+        let are_negative_ones_out = warp::any(range_end[0] < 0.0 || range_end[1] < 0.0);
+        let greatest = if are_negative_ones_out { greatest_of_lane(scores) } else { greatest_of_lane_if_positive(scores) };
+        let is_out_of_range = |half: usize, score: f32| score * scale_log2[half] > range_end[half];
         if !warp::any(is_out_of_range(0, greatest[0]) || is_out_of_range(1, greatest[1])) {
             return None;
         }
@@ -119,6 +122,23 @@ impl LazySoftmax {
         let sums = [warp::quad_sum(self.sum[0]), warp::quad_sum(self.sum[1])];
         [RowSum::new(sums[0], -self.offset[0]), RowSum::new(sums[1], -self.offset[1])]
     }
+}
+
+/// As [`greatest_of_lane`], where that is positive; else a negative number or zero.
+///
+/// As integers, positive numbers have the same order, and negative ones are less. Three of them are compared at once, which
+/// floating-point numbers are not.
+#[inline(always)]
+fn greatest_of_lane_if_positive<const FRAGMENTS: usize>(scores: &[Fragment; FRAGMENTS]) -> OfRows {
+    let bits = |score: f32| score.to_bits() as i32;
+    let mut greatest = [bits(scores[0][0]), bits(scores[0][1]), bits(scores[0][2]), bits(scores[0][3])];
+    for fragment in &scores[1..] {
+        for (greatest, &score) in greatest.iter_mut().zip(fragment) {
+            *greatest = (*greatest).max(bits(score));
+        }
+    }
+    let [a, b, c, d] = greatest;
+    [f32::from_bits(a.max(b) as u32), f32::from_bits(c.max(d) as u32)]
 }
 
 /// The greatest score that the lane has of each row.

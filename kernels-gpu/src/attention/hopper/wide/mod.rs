@@ -9,7 +9,7 @@ pub mod trio;
 use super::consumer::{Consumer, Queries};
 use super::helpers::Helpers;
 use super::shared::{ColumnTile, STAGED_BLOCKS, SeenSteps, Shared};
-use super::softmax::LazySoftmax;
+use super::softmax::{LazySoftmax, LogitsOfRows};
 use super::{barrier, epilogue};
 use crate::attention::store;
 use crate::element::Element;
@@ -35,6 +35,14 @@ struct Step {
     last: u32,
     /// Steps of the tile that come behind it.
     behind: u32,
+}
+
+/// What is known of the scores of a step before they are there.
+struct AboutScores {
+    /// Whether every row sees all columns.
+    sees_all: bool,
+    /// What becomes of them.
+    logits: LogitsOfRows,
 }
 
 impl Step {
@@ -112,9 +120,15 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         self.shared.view(step.slot, self.index()).sees_all(step.column, Self::STEP)
     }
 
+    /// Looks up what there is to know of the scores of a step, while they are made.
+    #[inline(always)]
+    unsafe fn about_scores<const CAPPED: bool>(&self, step: &Step) -> AboutScores {
+        AboutScores { sees_all: self.sees_all(step), logits: self.logits_of_rows::<CAPPED>(step.slot) }
+    }
+
     /// What comes first when the scores of a step are there: their K is let go, and with the last of a tile its Q.
     #[inline(always)]
-    unsafe fn take_scores<E, const CAPPED: bool>(&mut self, step: &Step, sees_all: bool, scores: &mut [Fragment; FRAGMENTS])
+    unsafe fn take_scores<E, const CAPPED: bool>(&mut self, step: &Step, about: &AboutScores, scores: &mut [Fragment; FRAGMENTS])
     where
         [Fragment; FRAGMENTS]: Accumulator<E>,
     {
@@ -123,8 +137,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         if step.is_last() {
             self.release_queries();
         }
-        self.cap::<CAPPED, FRAGMENTS>(self.logits_of_rows::<CAPPED>(step.slot).soft_cap_log2, scores);
-        self.mask(sees_all, step, scores);
+        self.cap::<CAPPED, FRAGMENTS>(about.logits.soft_cap_log2, scores);
+        self.mask(about.sees_all, step, scores);
     }
 
     /// What the rows of a tile's output are to be multiplied with at the end; stores their log-sum-exp.

@@ -129,10 +129,10 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
         scores.hold();
         self.start_scores::<W>(&queries, &mut scores);
         self.pass_turn();
-        let sees_all = self.sees_all(step);
+        let about = self.about_scores::<CAPPED>(step);
         wgmma::wait_group::<0>();
-        self.take_scores::<W, CAPPED>(step, sees_all, &mut scores);
-        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
+        self.take_scores::<W, CAPPED>(step, &about, &mut scores);
+        let scale_log2 = about.logits.scale_log2;
         softmax.find_origins(scale_log2, &scores);
         softmax.take_in(scale_log2, &mut scores);
         let weights = weights_of::<W, FRAGMENTS>(&scores);
@@ -149,10 +149,10 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
     {
         let mut scores = [[0f32; 4]; FRAGMENTS];
         self.start_step::<W>(state, &mut scores);
-        let sees_all = self.sees_all(step);
+        let about = self.about_scores::<CAPPED>(step);
         wgmma::wait_group::<1>();
-        self.take_scores::<W, CAPPED>(step, sees_all, &mut scores);
-        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
+        self.take_scores::<W, CAPPED>(step, &about, &mut scores);
+        let scale_log2 = about.logits.scale_log2;
         let factors = state.softmax.make_room(scale_log2, &scores);
         let values = state.values;
         self.take_in_around_output::<W>(scale_log2, state, &mut scores);
@@ -180,12 +180,12 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
     {
         let mut scores = [[0f32; 4]; FRAGMENTS];
         self.start_step::<W>(state, &mut scores);
-        let sees_all = self.sees_all(step);
+        let about = self.about_scores::<CAPPED>(step);
         let factors = self.finish(done_slot, &state.softmax);
         state.softmax = LazySoftmax::NOTHING;
         wgmma::wait_group::<1>();
-        self.take_scores::<W, CAPPED>(step, sees_all, &mut scores);
-        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
+        self.take_scores::<W, CAPPED>(step, &about, &mut scores);
+        let scale_log2 = about.logits.scale_log2;
         state.softmax.find_origins(scale_log2, &scores);
         self.take_in_around_output::<W>(scale_log2, state, &mut scores);
         factors

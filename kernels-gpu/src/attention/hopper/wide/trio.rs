@@ -11,7 +11,7 @@
 use super::super::TRIO;
 use super::super::consumer::{Consumer, Queries};
 use super::super::helpers::NoHelpers;
-use super::super::softmax::LazySoftmax;
+use super::super::softmax::{LazySoftmax, OfRows};
 use super::{Step, Weights, weights_of};
 use crate::element::Element;
 use crate::ptx::mma::Fragment;
@@ -71,8 +71,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         let mut softmax = LazySoftmax::NOTHING;
         self.k.wait_full();
         self.take_turn();
-        let mut scores = self.scores_in_turn::<E, CAPPED>(step);
-        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
+        let (mut scores, scale_log2) = self.scores_in_turn::<E, CAPPED>(step);
         softmax.find_origins(scale_log2, &scores);
         softmax.take_in(scale_log2, &mut scores);
         State { softmax, weights: weights_of::<E, FRAGMENTS>(&scores), output: [[[0f32; 4]; DIM_BLOCKS]], is_first: true }
@@ -89,8 +88,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         self.k.wait_full();
         self.take_turn();
         self.add_to_output::<E>(state);
-        let mut scores = self.scores_in_turn::<E, CAPPED>(step);
-        let scale_log2 = self.logits_of_rows::<CAPPED>(step.slot).scale_log2;
+        let (mut scores, scale_log2) = self.scores_in_turn::<E, CAPPED>(step);
         if let Some(factors) = state.softmax.make_room(scale_log2, &scores) {
             scale_rows(&mut state.output, &[factors]);
         }
@@ -98,9 +96,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         state.weights = weights_of::<E, FRAGMENTS>(&scores);
     }
 
-    /// Starts the scores of a step whose K is there, passes the turn on, and waits for them.
+    /// Starts the scores of a step whose K is there, passes the turn on, and waits for them. Returns their scale, too.
     #[inline(always)]
-    unsafe fn scores_in_turn<E, const CAPPED: bool>(&mut self, step: &Step) -> [Fragment; FRAGMENTS]
+    unsafe fn scores_in_turn<E, const CAPPED: bool>(&mut self, step: &Step) -> ([Fragment; FRAGMENTS], OfRows)
     where
         [Fragment; FRAGMENTS]: Accumulator<E>,
     {
@@ -108,10 +106,10 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize> Consumer<'_, DIM_BLOCKS, F
         scores.hold();
         self.start_scores::<E>(&Self::NO_QUERIES, &mut scores);
         self.pass_turn();
-        let sees_all = self.sees_all(step);
+        let about = self.about_scores::<CAPPED>(step);
         wgmma::wait_group::<0>();
-        self.take_scores::<E, CAPPED>(step, sees_all, &mut scores);
-        scores
+        self.take_scores::<E, CAPPED>(step, &about, &mut scores);
+        (scores, about.logits.scale_log2)
     }
 
     /// Adds what the weights give to the output, for a V that is there, which is let go.
