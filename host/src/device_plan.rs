@@ -3,9 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use packinfer_abi::{Attendance, HeadGroups, KvRun, MergeToken, RowSegment, TALL_TILE_ROWS, WorkItem};
+use packinfer_abi::{Attendance, HeadGroups, KvRun, KvWidenPiece, MergeToken, RowSegment, TALL_TILE_ROWS, WorkItem};
 use packinfer_batch::{AttentionShape, KvLayout};
-use packinfer_planner::{KernelFamily, Plan};
+use packinfer_planner::{KernelFamily, KvTensors, Plan, Widening};
 
 use crate::EngineError;
 use crate::context::Shared;
@@ -68,7 +68,9 @@ impl DevicePlan {
     /// A plan too large for a launch.
     pub fn keeps_graphs(&self, plan: &Plan) -> Result<bool, EngineError> {
         let new = Layout::new(plan)?;
-        Ok(Layout { num_slots: self.layout.num_slots, ..new } == self.layout)
+        let stored = KvTensors { num_slots: self.layout.stored.num_slots, ..new.stored };
+        let attended = if new.widening_pieces == 0 { stored } else { new.attended };
+        Ok(Layout { stored, attended, ..new } == self.layout)
     }
 
     /// The kernels that it runs with.
@@ -88,7 +90,7 @@ impl DevicePlan {
 
     /// Heads, head dimension, element type.
     pub fn shape(&self) -> AttentionShape {
-        self.layout.shape
+        self.layout.stored.shape
     }
 
     /// Query tokens: rows of Q and O.
@@ -98,12 +100,12 @@ impl DevicePlan {
 
     /// The least number of slots of K and V.
     pub fn num_slots(&self) -> u32 {
-        self.layout.num_slots
+        self.layout.stored.num_slots
     }
 
     /// How K and V lie in their pool.
     pub fn kv_layout(&self) -> KvLayout {
-        self.layout.kv_layout
+        self.layout.stored.layout
     }
 }
 
@@ -117,11 +119,15 @@ impl fmt::Debug for DevicePlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     pub family: KernelFamily,
+    /// Heads, head dimension and element types as attention reads Q, K and V.
     pub shape: AttentionShape,
     pub heads: HeadGroups,
     pub num_query_tokens: u32,
-    pub num_slots: u32,
-    pub kv_layout: KvLayout,
+    /// K and V of the batch.
+    pub stored: KvTensors,
+    /// K and V as attention reads them: the same, or what `widening_pieces` make of them.
+    pub attended: KvTensors,
+    pub widening_pieces: u32,
     pub num_partial_rows: u32,
     pub num_items: u32,
     pub num_runs: u32,
@@ -144,6 +150,7 @@ pub(crate) struct Layout {
     pub runs: usize,
     pub merge_tokens: usize,
     pub merge_sources: usize,
+    pub pieces: usize,
     /// Bytes of all arrays.
     num_bytes: usize,
 }
@@ -159,11 +166,12 @@ impl Layout {
         };
         Ok(Self {
             family: plan.model().kernel_family,
-            shape: plan.shape(),
+            shape: plan.attended().shape,
             heads,
             num_query_tokens: plan.num_query_tokens(),
-            num_slots: plan.num_slots(),
-            kv_layout: plan.kv_layout(),
+            stored: plan.stored(),
+            attended: plan.attended(),
+            widening_pieces: num_blocks("the kernel that makes K and V in FP8 what Q is", pieces_of(plan).len(), 2)? / 2,
             num_partial_rows: plan.num_partial_rows(),
             num_items: plan.items().len() as u32,
             num_runs: plan.runs().len() as u32,
@@ -179,6 +187,7 @@ impl Layout {
             runs: place(bytes_of(plan.runs())),
             merge_tokens: place(bytes_of(plan.merge_tokens())),
             merge_sources: place(bytes_of(plan.merge_sources())),
+            pieces: place(bytes_of(pieces_of(plan))),
             num_bytes,
         })
     }
@@ -204,15 +213,21 @@ impl Layout {
     }
 
     /// The plan's arrays, where they lie.
-    fn arrays<'a>(&self, plan: &'a Plan) -> [(usize, &'a [u8]); 5] {
+    fn arrays<'a>(&self, plan: &'a Plan) -> [(usize, &'a [u8]); 6] {
         [
             (self.items, bytes_of(plan.items())),
             (self.segments, bytes_of(plan.segments())),
             (self.runs, bytes_of(plan.runs())),
             (self.merge_tokens, bytes_of(plan.merge_tokens())),
             (self.merge_sources, bytes_of(plan.merge_sources())),
+            (self.pieces, bytes_of(pieces_of(plan))),
         ]
     }
+}
+
+/// What is to be made of K and V before attention, if anything is.
+fn pieces_of(plan: &Plan) -> &[KvWidenPiece] {
+    plan.widening().map_or(&[], Widening::pieces)
 }
 
 /// Blocks of a launch with one for each of `tasks` and `heads`.
@@ -228,6 +243,8 @@ pub(crate) struct PlanKernels {
     pub attention: Kernel,
     /// Whether it does tasks behind the front beside those of the front.
     pub beside: bool,
+    /// What makes K and V what attention reads, if that is to be done.
+    pub widen: Option<Kernel>,
     /// What merges partials, if the attention kernel does not.
     pub merge: Option<Kernel>,
 }
@@ -252,7 +269,8 @@ impl PlanKernels {
             KernelFamily::Sm90a => None,
             _ => Some(shared.kernels.get(KernelSource::merge(layout.shape, shared.can_overlap))?),
         };
-        Ok(Self { attention, beside: beside.is_some(), merge })
+        let widen = (layout.widening_pieces > 0).then(|| shared.kernels.get(KernelSource::kv_widen(layout.shape.dtype())));
+        Ok(Self { attention, beside: beside.is_some(), widen: widen.transpose()?, merge })
     }
 }
 
@@ -273,6 +291,8 @@ unsafe impl Words for RowSegment {}
 unsafe impl Words for WorkItem {}
 // SAFETY: its fields are `u32`s.
 unsafe impl Words for MergeToken {}
+// SAFETY: its fields are `u32`s.
+unsafe impl Words for KvWidenPiece {}
 
 fn bytes_of<T: Words>(array: &[T]) -> &[u8] {
     // SAFETY: there is no padding, so every byte has a value.

@@ -9,8 +9,8 @@ use cust::module::Module;
 use cust::sys::{self, CUfunction, CUfunction_attribute};
 use packinfer_abi::{
     ATTENTION_SHARED_BYTES, ATTENTION_THREADS, BESIDE_SHARED_BYTES, BESIDE_THREADS, CONVERTING_SHARED_BYTES, CONVERTING_THREADS,
-    HOPPER_SHARED_BYTES, HOPPER_THREADS, KV_APPEND_THREADS, KV_MOVE_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS, MMA_RATE_THREADS,
-    TALL_SHARED_BYTES, TALL_THREADS, WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
+    HOPPER_SHARED_BYTES, HOPPER_THREADS, KV_APPEND_THREADS, KV_MOVE_THREADS, KV_WIDEN_THREADS, MERGE_SHARED_BYTES, MERGE_THREADS,
+    MMA_RATE_THREADS, TALL_SHARED_BYTES, TALL_THREADS, WGMMA_RATE_SHARED_BYTES, WGMMA_RATE_THREADS,
 };
 use packinfer_batch::{AttentionShape, DType, KvDType};
 
@@ -194,6 +194,14 @@ impl KernelSource {
         }
     }
 
+    /// The kernel that makes K and V in FP8 what Q is.
+    pub fn kv_widen(dtype: DType) -> Self {
+        match dtype {
+            DType::Bf16 => kernel!("sm_90a", "kv_widen_bf16", KV_WIDEN_THREADS, 0),
+            DType::F16 => kernel!("sm_90a", "kv_widen_f16", KV_WIDEN_THREADS, 0),
+        }
+    }
+
     /// The kernel that measures the tensor cores through the instruction that a family's attention kernels use.
     pub fn mma_rate(family: KernelFamily) -> Self {
         match family {
@@ -303,7 +311,7 @@ impl Kernels {
 
 #[cfg(test)]
 mod tests {
-    use packinfer_abi::{AttentionParams, KvAppendParams, KvMoveParams, MergeParams};
+    use packinfer_abi::{AttentionParams, KvAppendParams, KvMoveParams, KvWidenParams, MergeParams};
 
     use super::*;
     use crate::device::oldest_driver;
@@ -313,6 +321,7 @@ mod tests {
         let mut sources: Vec<_> = KernelFamily::ALL.into_iter().map(KernelSource::mma_rate).collect();
         sources.push(KernelSource::kv_move());
         for dtype in [DType::Bf16, DType::F16] {
+            sources.push(KernelSource::kv_widen(dtype));
             for head_dim in AttentionShape::HEAD_DIMS {
                 let shape = AttentionShape::new(8, 8, head_dim, dtype).expect("a good shape");
                 for shape in [KvDType::Same, KvDType::E4m3].map(|kv_dtype| shape.with_kv_dtype(kv_dtype)) {
@@ -347,6 +356,7 @@ mod tests {
                 name if name.starts_with("attention_") => size_of::<AttentionParams>(),
                 name if name.starts_with("merge_") => size_of::<MergeParams>(),
                 name if name.starts_with("kv_append_") => size_of::<KvAppendParams>(),
+                name if name.starts_with("kv_widen_") => size_of::<KvWidenParams>(),
                 "kv_move" => size_of::<KvMoveParams>(),
                 _ => continue,
             };

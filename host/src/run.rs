@@ -2,15 +2,16 @@
 
 use std::f32::consts::LOG2_E;
 
-use packinfer_abi::{AttentionParams, DeviceAddress, MergeParams};
+use packinfer_abi::{AttentionParams, DeviceAddress, KvWidenParams, MergeParams};
 use packinfer_batch::KvDType;
+use packinfer_planner::KvTensors;
 
 use crate::device_plan::{DevicePlan, Layout};
 use crate::kernels::parameter;
 use crate::memory::{DeviceSlice, DeviceSliceMut};
 use crate::stamps::Stamps;
 use crate::stream::Stream;
-use crate::tensor_maps::{KvTensors, QueryTensor};
+use crate::tensor_maps::{MappedKv, QueryTensor};
 use crate::workspace::Workspace;
 use crate::{Element, EngineError, KernelFamily, KvElement};
 
@@ -67,22 +68,34 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
     let parts = workspace.parts(plan, stream)?;
     let kernels = plan.kernels(options.logit_soft_cap.is_some())?;
     let attention_blocks = plan.attention_blocks(kernels.beside);
+    let kv = parts.widened.unwrap_or_else(|| tensors.kv(layout));
     let (q_maps, kv_maps) = match layout.family {
-        KernelFamily::Sm90a => {
-            (workspace.q_maps(stream, tensors.queries(layout))?, workspace.kv_maps(stream, tensors.kv(layout))?)
-        }
+        KernelFamily::Sm90a => (workspace.q_maps(stream, tensors.queries(layout))?, workspace.kv_maps(stream, kv)?),
         // Other kernels copy without tensor maps.
         _ => (0, 0),
     };
     plan.run_on(stream)?;
-    let strides = layout.kv_layout.strides(layout.shape);
-    let bytes = |elements: u64| (elements * layout.shape.kv_element_bytes()) as u32;
+    if let Some(widen) = kernels.widen {
+        let stored = SlotBytes::of(layout.stored);
+        let params = KvWidenParams {
+            from: [tensors.k.address, tensors.v.address],
+            to: kv.addresses,
+            pieces: plan.address(layout.pieces),
+            num_kv_heads: layout.shape.num_kv_heads(),
+            head_dim: layout.shape.head_dim(),
+            from_slot_bytes: stored.slot,
+            from_head_bytes: stored.head,
+        };
+        // SAFETY: as for the attention kernel below. The workspace has room for what the pieces write.
+        unsafe { widen.launch(2 * layout.widening_pieces, &mut [parameter(&params)], stream) }?;
+    }
+    let attended = SlotBytes::of(layout.attended);
     let stamps = stamps.map_or(Ok(0), |stamps| stamps.address_for(layout.attention_tasks))?;
     let lse = tensors.lse.as_ref().map_or(0, |lse| lse.address);
     let attention = AttentionParams {
         q: tensors.q.address,
-        k: tensors.k.address,
-        v: tensors.v.address,
+        k: kv.addresses[0],
+        v: kv.addresses[1],
         o: tensors.o.address,
         lse,
         partial_o: parts.partial_o,
@@ -111,8 +124,8 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         k_scales,
         v_scales,
         stamps,
-        kv_slot_bytes: bytes(strides.slot),
-        kv_head_bytes: bytes(strides.head),
+        kv_slot_bytes: attended.slot,
+        kv_head_bytes: attended.head,
     };
     // SAFETY: the kernel has this one parameter. The plan is on the device when the stream gets there, its indices are within
     // tensors of the checked lengths, and within the workspace, which no other run uses at that time. Freeing any of this
@@ -140,6 +153,23 @@ struct Logits {
     soft_cap_log2: f32,
 }
 
+/// Bytes from one place in K, or V, to another.
+struct SlotBytes {
+    /// From a slot to the one with the next number.
+    slot: u32,
+    /// From a head of a slot to its next head.
+    head: u32,
+}
+
+impl SlotBytes {
+    fn of(tensors: KvTensors) -> Self {
+        let strides = tensors.layout.strides(tensors.shape);
+        // They are few enough: the batch was checked for that.
+        let bytes = |elements: u64| (elements * tensors.shape.kv_element_bytes()) as u32;
+        Self { slot: bytes(strides.slot), head: bytes(strides.head) }
+    }
+}
+
 /// Addresses of a number for each head, or zero.
 struct PerHead {
     sinks: DeviceAddress,
@@ -163,7 +193,7 @@ impl RunOptions<'_> {
     }
 
     fn per_head(&self, layout: &Layout) -> Result<PerHead, EngineError> {
-        let shape = layout.shape;
+        let shape = layout.stored.shape;
         for (option, given) in [("k_scales", self.k_scales), ("v_scales", self.v_scales)] {
             if given.is_some() && shape.kv_dtype() == KvDType::Same {
                 return Err(EngineError::NoScales { option });
@@ -188,18 +218,14 @@ impl<E: Element, K: KvElement<E>> Tensors<'_, E, K> {
         QueryTensor { shape: layout.shape, heads_per_group: layout.heads.heads_per_group, address: self.q.address }
     }
 
-    fn kv(&self, layout: &Layout) -> KvTensors {
-        let slots = |len: usize| len as u64 / layout.kv_layout.strides(layout.shape).slot;
-        KvTensors {
-            shape: layout.shape,
-            layout: layout.kv_layout,
-            addresses: [self.k.address, self.v.address],
-            num_slots: [slots(self.k.len), slots(self.v.len)],
-        }
+    fn kv(&self, layout: &Layout) -> MappedKv {
+        let KvTensors { shape, layout, .. } = layout.stored;
+        let slots = |len: usize| len as u64 / layout.strides(shape).slot;
+        MappedKv { shape, layout, addresses: [self.k.address, self.v.address], num_slots: [slots(self.k.len), slots(self.v.len)] }
     }
 
     fn check(&self, layout: &Layout) -> Result<(), EngineError> {
-        let shape = layout.shape;
+        let KvTensors { shape, layout: kv_layout, num_slots } = layout.stored;
         if E::DTYPE != shape.dtype() {
             return Err(EngineError::DType { found: E::DTYPE, needed: shape.dtype() });
         }
@@ -213,10 +239,10 @@ impl<E: Element, K: KvElement<E>> Tensors<'_, E, K> {
         if let Some(lse) = &self.lse {
             check_length("LSE", "[tokens, num_qo_heads]", lse.len, tokens * u64::from(shape.num_qo_heads()))?;
         }
-        let needed = layout.kv_layout.num_elements(shape, layout.num_slots);
+        let needed = kv_layout.num_elements(shape, num_slots);
         for (tensor, len) in [("K", self.k.len), ("V", self.v.len)] {
             if (len as u64) < needed {
-                return Err(EngineError::PoolTooSmall { tensor, found: len as u64, num_slots: layout.num_slots, needed });
+                return Err(EngineError::PoolTooSmall { tensor, found: len as u64, num_slots, needed });
             }
         }
         let lse = self.lse.as_ref().map_or(0, |lse| lse.address);

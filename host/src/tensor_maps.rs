@@ -38,7 +38,7 @@ const MOST_TENSORS: usize = 64 * TENSORS_PER_ALLOCATION;
 
 /// K and V that maps are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct KvTensors {
+pub(crate) struct MappedKv {
     pub shape: AttentionShape,
     pub layout: KvLayout,
     /// Addresses of K and V.
@@ -58,14 +58,14 @@ pub(crate) struct QueryTensor {
 /// Maps on the device, made when tensors are first seen.
 #[derive(Default)]
 pub(crate) struct TensorMaps {
-    kv: MapsOf<KvTensors>,
+    kv: MapsOf<MappedKv>,
     queries: MapsOf<QueryTensor>,
 }
 
 impl TensorMaps {
     /// Where the maps of K and V are when the stream gets there: [`NUM_KV_BOXES`] of K, then of V. All calls are for streams that
     /// wait for each other.
-    pub fn kv(&mut self, shared: &Arc<Shared>, stream: &Stream, tensors: KvTensors) -> Result<u64, EngineError> {
+    pub fn kv(&mut self, shared: &Arc<Shared>, stream: &Stream, tensors: MappedKv) -> Result<u64, EngineError> {
         self.kv.get(shared, stream, "making the tensor maps of K and V", tensors, encode_kv)
     }
 
@@ -142,7 +142,7 @@ fn encode_tiled() -> Result<EncodeTiled, EngineError> {
 }
 
 /// Makes the maps of K, then of V: boxes of 1, 2, 4 … slots of one head, as [`packinfer_abi::AttentionParams::kv_maps`] says.
-fn encode_kv(tensors: &KvTensors) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usize], EngineError> {
+fn encode_kv(tensors: &MappedKv) -> Result<[TensorMap; 2 * NUM_KV_BOXES as usize], EngineError> {
     /// Of the largest box.
     const MOST_GROUPS: u32 = (1 << (NUM_KV_BOXES - 1)) / KV_BOX_GROUP;
     let shape = tensors.shape;

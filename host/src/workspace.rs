@@ -4,19 +4,20 @@ use std::fmt;
 use std::sync::Arc;
 
 use packinfer_abi::{NOT_STORED, Scheduler};
+use packinfer_planner::KvTensors;
 
 use crate::context::Shared;
 use crate::device_plan::{DevicePlan, Layout};
 use crate::memory::DeviceBuffer;
 use crate::stream::Stream;
-use crate::tensor_maps::{KvTensors, QueryTensor, TensorMaps};
+use crate::tensor_maps::{MappedKv, QueryTensor, TensorMaps};
 use crate::{EngineError, KernelFamily};
 
 /// What the parts of a workspace are aligned to, in bytes.
 const ALIGNMENT: u64 = 256;
 
-/// Device memory for what a run needs besides its plan and tensors: partial results, counters, and for `sm_90a` kernels the
-/// tensor maps of each Q, K and V that it has met. It grows when a plan needs more, or with the first run of a layer, which waits
+/// Device memory for what a run needs besides its plan and tensors: partial results, counters, K and V that a plan has [made of
+/// FP8](packinfer_planner::Plan::widening), and for `sm_90a` kernels the tensor maps of each Q, K and V that it has met. It grows when a plan needs more, or with the first run of a layer, which waits
 /// for the device. Maps of a tensor at a new address are a small copy: it pays to have Q at the same addresses in every step.
 ///
 /// Runs that use the same workspace come one after the other, so streams that are to run concurrently need one each.
@@ -26,6 +27,8 @@ pub struct Workspace {
     partials: [DeviceBuffer<u8>; 2],
     /// Zero between runs.
     counters: DeviceBuffer<u8>,
+    /// K that a plan has made of FP8, and V in the other half.
+    widened: DeviceBuffer<u8>,
     maps: TensorMaps,
     /// The stream of the last run.
     used_on: Option<Stream>,
@@ -34,10 +37,11 @@ pub struct Workspace {
 
 impl Workspace {
     pub(crate) fn new(shared: &Arc<Shared>) -> Result<Self, EngineError> {
-        let [ampere, hopper, counters] = [(); 3].map(|()| DeviceBuffer::zeroed(shared, 0, "a workspace"));
+        let [ampere, hopper, counters, widened] = [(); 4].map(|()| DeviceBuffer::zeroed(shared, 0, "a workspace"));
         Ok(Self {
             partials: [ampere?, hopper?],
             counters: counters?,
+            widened: widened?,
             maps: TensorMaps::default(),
             used_on: None,
             shared: shared.clone(),
@@ -50,8 +54,11 @@ impl Workspace {
     ///
     /// Not enough device memory.
     pub fn reserve(&mut self, plan: &DevicePlan) -> Result<(), EngineError> {
-        let Needed { partial_bytes, counter_bytes, .. } = Needed::by(&plan.layout);
+        let Needed { partial_bytes, counter_bytes, widened_bytes, .. } = Needed::by(&plan.layout);
         let family = plan.layout.family;
+        if widened_bytes > self.widened.len() as u64 {
+            self.widened = DeviceBuffer::zeroed(&self.shared, widened_bytes as usize, "K and V made of FP8")?;
+        }
         if partial_bytes > self.partials_of(family).len() as u64 {
             // Each byte of the word is the same.
             let [byte, ..] = NOT_STORED.to_ne_bytes();
@@ -66,9 +73,12 @@ impl Workspace {
 
     /// The parts for a run of the plan, after earlier runs.
     pub(crate) fn parts(&mut self, plan: &DevicePlan, stream: &Stream) -> Result<Parts, EngineError> {
-        let Needed { lse_offset, partial_bytes, counter_bytes } = Needed::by(&plan.layout);
+        let Needed { lse_offset, partial_bytes, counter_bytes, widened_bytes } = Needed::by(&plan.layout);
         let family = plan.layout.family;
-        if partial_bytes > self.partials_of(family).len() as u64 || counter_bytes > self.counters.len() as u64 {
+        if partial_bytes > self.partials_of(family).len() as u64
+            || counter_bytes > self.counters.len() as u64
+            || widened_bytes > self.widened.len() as u64
+        {
             stream.check_not_captured("growing a workspace")?;
             self.reserve(plan)?;
         }
@@ -83,7 +93,16 @@ impl Workspace {
             partial_lse: partials + lse_offset,
             scheduler: counters,
             lse_readers: counters + LSE_READERS_OFFSET,
+            widened: (plan.layout.widening_pieces > 0).then(|| self.widened(plan.layout.attended)),
         })
+    }
+
+    /// K and V that a plan makes of FP8: tensors of as many slots as there is room for, so that all plans have the same ones.
+    fn widened(&self, KvTensors { shape, layout, .. }: KvTensors) -> MappedKv {
+        let bytes = self.widened.len() as u64 / 2;
+        let num_slots = bytes / (shape.kv_bytes_per_slot() / 2);
+        let address = self.widened.address();
+        MappedKv { shape, layout, addresses: [address, address + bytes], num_slots: [num_slots; 2] }
     }
 
     /// Where kernels of a family put partial results.
@@ -92,7 +111,7 @@ impl Workspace {
     }
 
     /// Address of the tensor maps of K and V, for a run on the stream that [`Self::parts`] was called with.
-    pub(crate) fn kv_maps(&mut self, stream: &Stream, tensors: KvTensors) -> Result<u64, EngineError> {
+    pub(crate) fn kv_maps(&mut self, stream: &Stream, tensors: MappedKv) -> Result<u64, EngineError> {
         self.maps.kv(&self.shared, stream, tensors)
     }
 
@@ -108,8 +127,10 @@ impl Workspace {
 
 impl fmt::Debug for Workspace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { partials, counters, used_on, .. } = self;
-        f.debug_struct("Workspace").field("partials", partials).field("counters", counters).field("used_on", used_on).finish()
+        let Self { partials, counters, widened, used_on, .. } = self;
+        let mut workspace = f.debug_struct("Workspace");
+        workspace.field("partials", partials).field("counters", counters).field("widened", widened);
+        workspace.field("used_on", used_on).finish()
     }
 }
 
@@ -121,6 +142,8 @@ pub(crate) struct Parts {
     pub scheduler: u64,
     /// A counter for each row that is merged; zero between runs.
     pub lse_readers: u64,
+    /// K and V that the plan makes of FP8, if it does.
+    pub widened: Option<MappedKv>,
 }
 
 /// Where the counters of rows lie among the counters, in bytes: behind the scheduler.
@@ -132,6 +155,7 @@ struct Needed {
     lse_offset: u64,
     partial_bytes: u64,
     counter_bytes: u64,
+    widened_bytes: u64,
 }
 
 impl Needed {
@@ -140,6 +164,13 @@ impl Needed {
         let lse_bytes = partials * size_of::<f32>() as u64;
         let lse_offset = (lse_bytes * u64::from(layout.shape.head_dim())).next_multiple_of(ALIGNMENT);
         let reader_bytes = u64::from(layout.merged_rows) * size_of::<u32>() as u64;
-        Self { lse_offset, partial_bytes: lse_offset + lse_bytes, counter_bytes: LSE_READERS_OFFSET + reader_bytes }
+        let KvTensors { shape, num_slots, .. } = layout.attended;
+        let widened_bytes = if layout.widening_pieces > 0 { u64::from(num_slots) * shape.kv_bytes_per_slot() } else { 0 };
+        Self {
+            lse_offset,
+            partial_bytes: lse_offset + lse_bytes,
+            counter_bytes: LSE_READERS_OFFSET + reader_bytes,
+            widened_bytes: widened_bytes.next_multiple_of(2 * ALIGNMENT),
+        }
     }
 }

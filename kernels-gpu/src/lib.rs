@@ -5,6 +5,7 @@
 //! | [`attention`] | the packed-region attention kernel, for `sm_80` and for `sm_90a`, each with a way for many rows (`wide`) and one for few (`narrow`) |
 //! | [`merge`] | merges the partial results of split tiles by log-sum-exp |
 //! | [`kv_append`], [`kv_move`] | write new tokens to KV pools, and copy slots within them |
+//! | [`kv_widen`] | makes K and V in FP8 what Q is, for calls that use them many times |
 //! | [`rows`], [`columns`] | which query row and which KV slot a tile's rows and columns are |
 //! | [`softmax`] | online softmax over score fragments |
 //! | [`shared_tile`] | a swizzled tile in shared memory |
@@ -33,6 +34,8 @@ pub mod element;
 pub mod kv_append;
 #[cfg(feature = "sm_80")]
 pub mod kv_move;
+#[cfg(feature = "sm_90a")]
+pub mod kv_widen;
 pub mod merge;
 pub mod mma_rate;
 pub mod ptx;

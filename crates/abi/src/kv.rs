@@ -42,6 +42,46 @@ pub struct KvMoveParams {
     pub slot_vectors: u32,
 }
 
+/// Threads of a block of the kernel that makes K and V in FP8 what Q is.
+pub const KV_WIDEN_THREADS: u32 = 128;
+/// The most slots of a [`KvWidenPiece`].
+pub const WIDEN_PIECE_SLOTS: u32 = 16;
+/// Elements that a thread of that kernel makes at a time.
+pub const WIDEN_ELEMENTS: u32 = 8;
+
+/// Consecutive slots in FP8 that a block makes numbers of another type of, of K or of V.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvWidenPiece {
+    /// The first one that is read, numbered as those of a [`KvRun`](crate::KvRun).
+    pub from_slot: u32,
+    /// The first one that is written.
+    pub to_slot: u32,
+    /// How many, 1 to [`WIDEN_PIECE_SLOTS`].
+    pub num_slots: u32,
+}
+
+/// Parameters of the kernel that makes K and V in FP8 what Q is. Thread block `b` does piece `b / 2`, of K if `b` is even, else of
+/// V.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct KvWidenParams {
+    /// K and V in FP8, as in [`AttentionParams`](crate::AttentionParams).
+    pub from: [DeviceAddress; 2],
+    /// K and V in the type of Q, `[slots, num_kv_heads, head_dim]`.
+    pub to: [DeviceAddress; 2],
+    /// [`KvWidenPiece`]s.
+    pub pieces: DeviceAddress,
+    /// KV heads.
+    pub num_kv_heads: u32,
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Bytes from a slot in FP8 to the next.
+    pub from_slot_bytes: u32,
+    /// Bytes from a head of such a slot to the next.
+    pub from_head_bytes: u32,
+}
+
 /// Which elements of a head RoPE turns together, where it turns `rotary_dim` of them.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

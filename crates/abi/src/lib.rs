@@ -35,7 +35,8 @@ use core::ops::Range;
 
 pub use attendance::{Attendance, Share};
 pub use kv::{
-    KV_APPEND_THREADS, KV_MOVE_THREADS, KvAppendParams, KvCopyPiece, KvMoveParams, PIECE_VECTORS, RopeLayout, VECTOR_BYTES,
+    KV_APPEND_THREADS, KV_MOVE_THREADS, KV_WIDEN_THREADS, KvAppendParams, KvCopyPiece, KvMoveParams, KvWidenParams, KvWidenPiece,
+    PIECE_VECTORS, RopeLayout, VECTOR_BYTES, WIDEN_ELEMENTS, WIDEN_PIECE_SLOTS,
 };
 pub use numbers::{ScaleToF16, e4m3, sin_cos, turn};
 

@@ -108,6 +108,7 @@ fn table_of(explained: &[Explained]) -> comfy_table::Table {
     row("balance", &|e| significant(e.plan.balance));
     row("KV read, MB", &|e| megabytes(e.plan.kv_bytes));
     row("KV read from memory, MB", &|e| megabytes(e.plan.kv_memory_bytes));
+    row("KV made of FP8 before, MB", &|e| megabytes(e.plan.widening_bytes));
     row("KV distinct, MB", &|e| megabytes(e.plan.distinct_kv_bytes));
     row("Q and O, MB", &|e| megabytes(e.plan.qo_bytes));
     row("partials, MB", &|e| megabytes(e.plan.partial_bytes));

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use packinfer_abi::{DIRECT, HeadGroups, MergeToken, WorkItem};
-use packinfer_planner::Plan;
+use packinfer_planner::{KvTensors, Plan, Widening};
 
 use crate::options::Logits;
 use crate::tile::Tile;
@@ -25,6 +25,38 @@ pub fn execute<E: Element, K: KvElement<E>>(
 ) -> Result<(), CpuError> {
     let logits = inputs.check(plan.shape(), plan.num_query_tokens(), plan.kv_layout(), plan.num_slots())?;
     outputs.check(plan.shape(), plan.num_query_tokens())?;
+    match plan.widening() {
+        None => run_for_head_dim(plan, inputs, outputs, logits),
+        Some(widening) => {
+            let widen = |stored| widen::<E, K>(stored, plan.stored(), widening);
+            let (k, v) = (widen(inputs.k), widen(inputs.v));
+            let Inputs { q, options, .. } = inputs;
+            run_for_head_dim(plan, Inputs { q, k: &k, v: &v, options }, outputs, logits)
+        }
+    }
+}
+
+/// K or V in the type of Q: those slots that attention reads.
+fn widen<E: Element, K: KvElement<E>>(stored: &[K], KvTensors { shape, layout, .. }: KvTensors, widening: &Widening) -> Vec<E> {
+    let (strides, head_dim) = (layout.strides(shape), shape.head_dim() as usize);
+    let mut numbers = vec![0.0; head_dim];
+    let mut widened = Vec::with_capacity(widening.num_slots() as usize * shape.kv_elements_per_slot() as usize);
+    for slot in widening.pieces().iter().flat_map(|piece| piece.from_slot..piece.from_slot + piece.num_slots) {
+        for head in 0..u64::from(shape.num_kv_heads()) {
+            let at = (u64::from(slot) * strides.slot + head * strides.head) as usize;
+            K::widen(&stored[at..][..head_dim], &mut numbers);
+            widened.extend(numbers.iter().map(|&number| E::from_f32(number)));
+        }
+    }
+    widened
+}
+
+fn run_for_head_dim<E: Element, K: KvElement<E>>(
+    plan: &Plan,
+    inputs: Inputs<'_, E, K>,
+    outputs: Outputs<'_, E>,
+    logits: Logits,
+) -> Result<(), CpuError> {
     match plan.shape().head_dim() {
         64 => run::<E, K, 64>(plan, inputs, outputs, logits),
         96 => run::<E, K, 96>(plan, inputs, outputs, logits),

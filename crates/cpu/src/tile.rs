@@ -73,7 +73,8 @@ impl<const D: usize> Tile<D> {
     ) {
         let heads = plan.heads();
         let kv_head = group / heads.groups_per_kv_head();
-        let strides = plan.kv_layout().strides(plan.shape());
+        let attended = plan.attended();
+        let strides = attended.layout.strides(attended.shape);
         let k_scale = inputs.options.k_scale(kv_head as usize);
         self.load_rows(plan, item, group, inputs.q, logits.scale * k_scale);
         let mut slots = plan.runs()[item.run_begin as usize..].iter().flat_map(slots_of).skip(item.run_skip as usize);

@@ -4,12 +4,12 @@ use std::num::NonZeroU32;
 
 use float8::F8E4M3;
 use half::{bf16, f16};
-use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType, Mask, PageOrder, RequestLengths};
+use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType, KvLayout, Mask, PageOrder, PagedLayout, RequestLengths};
 use packinfer_cpu::{
     CpuError, Element, Inputs, KvElement, Options, Outputs, execute, largest_difference, random_elements, reference,
     relative_error,
 };
-use packinfer_planner::{DeviceModel, Packing, Plan, Planner};
+use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, Planner};
 use proptest::prelude::*;
 
 /// A plan for a device of so many multiprocessors: many of them split requests, few of them pack.
@@ -69,6 +69,12 @@ fn assert_exact<E: Element, K: KvElement<E>>(batch: &Batch, plan: &Plan, options
     assert!(error <= 1e-4, "LSE is off by {error}");
 }
 
+/// A plan for a device with kernels for Hopper where bytes cost nothing: K and V in FP8 are made what Q is wherever they can be.
+fn widened(batch: &Batch) -> Plan {
+    let model = DeviceModel { kernel_family: KernelFamily::Sm90a, bytes_per_s: 1e18, launch_ns: 0.0, ..DeviceModel::H100 };
+    Planner::new(model).plan(batch).expect("a plan")
+}
+
 /// A plan for a device of one multiprocessor, so slow to read that requests share nearly whatever they can.
 fn shared(batch: &Batch) -> Plan {
     let slow = DeviceModel { num_sms: 1, bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..DeviceModel::H100 };
@@ -81,7 +87,7 @@ fn assert_plans_exact(batch: &Batch) {
 }
 
 fn assert_plans_exact_with(batch: &Batch, options: Options<'_>) {
-    for plan in [packed_for(batch, 1), packed(batch), shared(batch), per_request(batch)] {
+    for plan in [packed_for(batch, 1), packed(batch), widened(batch), shared(batch), per_request(batch)] {
         match (batch.shape().dtype(), batch.shape().kv_dtype()) {
             (DType::Bf16, KvDType::Same) => assert_exact::<bf16, bf16>(batch, &plan, options),
             (DType::Bf16, KvDType::E4m3) => assert_exact::<bf16, F8E4M3>(batch, &plan, options),
@@ -210,6 +216,22 @@ fn shared_prefixes_are_read_once_and_merged() {
         let explanation = shared(&batch).explain(&DeviceModel::H100);
         assert!(explanation.shared_tiles > 4, "{} shared tiles", explanation.shared_tiles);
         assert_plans_exact(&batch);
+    }
+}
+
+#[test]
+fn kv_in_fp8_is_made_what_q_is_for_prompts() {
+    let shape = shape(8, 2, 64, DType::F16).with_kv_dtype(KvDType::E4m3);
+    let pages = |order| PagedLayout::new(8, order).expect("a good size").with_stride(NonZeroU32::new(3).expect("not zero"));
+    for layout in [KvLayout::Slots, pages(PageOrder::Nhd).into(), pages(PageOrder::Hnd).into()] {
+        let mut batch = Batch::in_layout(shape, Mask::Causal, layout).expect("a good layout");
+        for (request, (query_len, kv_len)) in [(300, 300u32), (200, 903), (40, 64)].into_iter().enumerate() {
+            let pages: Vec<u32> = (0..kv_len.div_ceil(8)).rev().map(|page| 3 * page + request as u32).collect();
+            batch.push_paged(query_len, kv_len, &pages, 8).expect("a good request");
+        }
+        assert!(widened(&batch).widening().is_some(), "{layout}");
+        let options = Options { k_scales: Some(&[0.3, 1.7]), v_scales: Some(&[5.0, 0.02]), ..Options::default() };
+        assert_plans_exact_with(&batch, options);
     }
 }
 

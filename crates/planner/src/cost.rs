@@ -219,7 +219,7 @@ impl Line {
 
 /// What a step of a wide tile takes longer because its K and V are made of what is stored in FP8: by hand, from the items of
 /// batches of chunks and prompts on an H100.
-fn converting_ns(family: KernelFamily, shape: AttentionShape) -> f64 {
+pub(crate) fn converting_ns(family: KernelFamily, shape: AttentionShape) -> f64 {
     /// Of a head dimension of 128.
     const NS: f64 = 450.0;
     let converts = family == KernelFamily::Sm90a && shape.kv_dtype() == KvDType::E4m3;

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::cost::{CostModel, ItemWork, WorkTimes, issued_pairs, merge_ns, merged_bytes, num_rows, partial_row_bytes};
 use crate::lanes::Lanes;
 use crate::tile::last_column_end;
+use crate::widen::{moved_bytes, widening_ns};
 use crate::{DeviceModel, Plan};
 
 /// What a plan will do, in numbers: work, traffic, and the time that the cost model of a device expects.
@@ -49,7 +50,9 @@ pub struct Explanation {
     pub kv_bytes: u64,
     /// Those of them that come from memory, because no other tile of the same requests has read them before.
     pub kv_memory_bytes: u64,
-    /// Bytes of K and V that the batch has, those that several requests share counted once.
+    /// Bytes that are read and written before attention, to make K and V in FP8 what Q is: see [`Plan::widening`].
+    pub widening_bytes: u64,
+    /// Bytes of K and V that attention reads, those that several requests share counted once.
     pub distinct_kv_bytes: u64,
     /// Bytes of Q read and of O written.
     pub qo_bytes: u64,
@@ -115,11 +118,12 @@ impl Plan {
         factor * (average_ns + full_ns().fold(0.0, f64::max)) + self.besides_items_ns(model)
     }
 
-    /// What `model` expects of the launch and of merging.
+    /// What `model` expects of the launch, of what comes before it, and of merging.
     fn besides_items_ns(&self, model: &DeviceModel) -> f64 {
         let launch_ns = if self.items.is_empty() { 0.0 } else { model.launch_ns };
         let (num_tokens, num_rows) = (self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
-        launch_ns + merge_ns(model, self.shape, self.heads, num_tokens, num_rows)
+        let widening = self.widening().map_or(0.0, |widening| widening_ns(model, self.shape, widening.num_slots()));
+        widening + launch_ns + merge_ns(model, self.shape, self.heads, num_tokens, num_rows)
     }
 
     /// Work, traffic, and the time that `model` expects.
@@ -133,7 +137,8 @@ impl Plan {
             + size_of_val(self.segments())
             + size_of_val(self.runs())
             + size_of_val(self.merge_tokens())
-            + size_of_val(self.merge_sources());
+            + size_of_val(self.merge_sources())
+            + self.widening().map_or(0, |widening| size_of_val(widening.pieces()));
 
         let mut lanes = Lanes::default();
         let predicted_ns = self.predicted_ns(model, &mut lanes);
@@ -175,6 +180,7 @@ impl Plan {
             balance: if lanes.max() == 0 { 1.0 } else { lanes.mean() / lanes.max() as f64 },
             kv_bytes: columns * groups * 2 * u64::from(shape.head_dim()) * shape.kv_element_bytes(),
             kv_memory_bytes: self.kv_memory_bytes(),
+            widening_bytes: self.widening().map_or(0, |widening| moved_bytes(shape, widening.num_slots())),
             distinct_kv_bytes: distinct_slots(&self.runs) * shape.kv_bytes_per_slot(),
             qo_bytes: q_rows * groups * row_bytes + u64::from(self.num_query_tokens) * shape.qo_bytes_per_token() / 2,
             partial_bytes,

@@ -61,6 +61,7 @@ mod schedule;
 mod share;
 mod split;
 mod tile;
+mod widen;
 
 pub use append::{AppendError, Headroom};
 pub use calibration::{Calibration, CalibrationError};
@@ -74,3 +75,4 @@ pub use fit::{BatchError, Fit, ItemTime, Measurement, fit};
 pub use plan::Plan;
 pub use planner::{Packing, Planner};
 pub use schedule::{Schedule, ScheduleSummary, SmLoad, StampError, TaskTime};
+pub use widen::{KvTensors, Widening};

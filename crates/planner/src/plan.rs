@@ -4,6 +4,7 @@ use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, RowSegment, WorkItem}
 use packinfer_batch::{AttentionShape, Batch, KvLayout};
 
 use crate::append::Growth;
+use crate::widen::{KvTensors, Widening};
 use crate::{DeviceModel, PlanError};
 
 /// The work of one attention call: flat arrays that go to the device as they are.
@@ -14,6 +15,7 @@ use crate::{DeviceModel, PlanError};
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub(crate) model: DeviceModel,
+    /// As attention reads K and V, as are `num_slots` and `kv_layout`.
     pub(crate) shape: AttentionShape,
     pub(crate) heads: HeadGroups,
     pub(crate) items: Vec<WorkItem>,
@@ -35,6 +37,9 @@ pub struct Plan {
     pub(crate) num_query_tokens: u32,
     pub(crate) num_slots: u32,
     pub(crate) kv_layout: KvLayout,
+    /// K and V of the batch, where they are made what attention reads by `widening`.
+    pub(crate) stored: Option<KvTensors>,
+    pub(crate) widening: Widening,
     pub(crate) growth: Growth,
 }
 
@@ -61,6 +66,8 @@ impl Plan {
             num_query_tokens: 0,
             num_slots: 0,
             kv_layout: KvLayout::default(),
+            stored: None,
+            widening: Widening::default(),
             growth: Growth::default(),
         }
     }
@@ -111,9 +118,26 @@ impl Plan {
         &self.model
     }
 
-    /// Heads, head dimension, element type.
+    /// Heads, head dimension, and element types of the batch.
     pub fn shape(&self) -> AttentionShape {
-        self.shape
+        self.stored().shape
+    }
+
+    /// K and V of the batch.
+    pub fn stored(&self) -> KvTensors {
+        self.stored.unwrap_or_else(|| self.attended())
+    }
+
+    /// K and V as attention reads them, to which [`Self::runs`] refer: those of the batch, or what they are made before by
+    /// [`Self::widening`].
+    pub fn attended(&self) -> KvTensors {
+        KvTensors { shape: self.shape, layout: self.kv_layout, num_slots: self.num_slots }
+    }
+
+    /// What is to be done before attention where K and V are in FP8, and so many rows read them that it is faster to make them what
+    /// Q is first. Their scales are left to attention.
+    pub fn widening(&self) -> Option<&Widening> {
+        self.stored.map(|_| &self.widening)
     }
 
     /// How query heads are divided into head groups.
@@ -178,7 +202,7 @@ impl Plan {
         &self.segments[item.segment_begin as usize..][..item.num_segments as usize]
     }
 
-    /// KV runs of all tiles.
+    /// KV runs of all tiles, of what is [attended](Self::attended).
     pub fn runs(&self) -> &[KvRun] {
         &self.runs
     }
@@ -205,12 +229,12 @@ impl Plan {
 
     /// The least number of slots of a KV pool that the plan can run on.
     pub fn num_slots(&self) -> u32 {
-        self.num_slots
+        self.stored().num_slots
     }
 
     /// How K and V lie in that pool.
     pub fn kv_layout(&self) -> KvLayout {
-        self.kv_layout
+        self.stored().layout
     }
 }
 

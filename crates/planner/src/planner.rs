@@ -1,6 +1,7 @@
 //! From a batch to a plan.
 
 use std::cmp::Ordering;
+use std::mem;
 
 use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::{AttentionShape, Batch};
@@ -15,6 +16,7 @@ use crate::queues::{Arrangement, Queues};
 use crate::share::Sharing;
 use crate::split::Splitter;
 use crate::tile::{self, Tile};
+use crate::widen::{KvTensors, Widener};
 use crate::{DeviceModel, Headroom, KernelFamily, Plan, PlanError, reuse};
 
 /// How requests are put into tiles.
@@ -41,6 +43,7 @@ pub struct Planner {
     models: Vec<DeviceModel>,
     packing: Packing,
     headroom: Headroom,
+    widener: Widener,
     sharing: Sharing,
     packer: Packer,
     tiles: Vec<Tile>,
@@ -79,6 +82,7 @@ impl Planner {
             models,
             packing: Packing::default(),
             headroom: Headroom::default(),
+            widener: Widener::default(),
             sharing: Sharing::default(),
             packer: Packer::default(),
             tiles: Vec::new(),
@@ -102,6 +106,12 @@ impl Planner {
         Self { headroom, ..self }
     }
 
+    /// The same planner, whose plans have K and V in FP8 made what Q is before attention only where that takes so many bytes at
+    /// most, which the device must have beside the pool: 512 MiB if nothing is said. With 0, it never is.
+    pub fn with_widening(self, most_bytes: u64) -> Self {
+        Self { widener: Widener::of_at_most(most_bytes), ..self }
+    }
+
     /// Plans a batch.
     ///
     /// # Errors
@@ -119,25 +129,50 @@ impl Planner {
     ///
     /// A batch whose plan has more of something than can be numbered. The plan is empty then.
     pub fn plan_into(&mut self, batch: &Batch, plan: &mut Plan) -> Result<(), PlanError> {
-        let shape = batch.shape();
-        let repeated_tokens = match self.packing {
+        let repeated_tokens = self.find_shared(batch);
+        plan.model = self.choose(batch, repeated_tokens);
+        plan.stored = None;
+        plan.widening.clear();
+        let mut widener = mem::take(&mut self.widener);
+        let widened = match self.packing {
+            Packing::Packed | Packing::Unshared => widener.widen(batch, &plan.model, &mut plan.widening),
+            Packing::PerRequest => None,
+        };
+        let planned = match widened {
+            Some(widened) => {
+                self.find_shared(widened);
+                self.plan_as_it_is(widened, plan).map(|()| plan.stored = Some(KvTensors::of(batch)))
+            }
+            None => self.plan_as_it_is(batch, plan),
+        };
+        self.widener = widener;
+        planned.inspect_err(|_| *plan = Plan::empty(batch.shape()))
+    }
+
+    /// Finds what requests have in common, and how many KV tokens need not be read for that.
+    fn find_shared(&mut self, batch: &Batch) -> u64 {
+        match self.packing {
             Packing::Packed => self.sharing.find(batch),
             Packing::Unshared | Packing::PerRequest => self.sharing.find_nothing(),
-        };
-        plan.model = self.choose(batch, repeated_tokens);
+        }
+    }
+
+    /// Plans a batch for the plan's model, of which it is known what requests have in common.
+    fn plan_as_it_is(&mut self, batch: &Batch, plan: &mut Plan) -> Result<(), PlanError> {
+        let shape = batch.shape();
         let heads = match self.packing {
             Packing::Packed | Packing::Unshared => shape.packed_head_groups(),
             Packing::PerRequest => shape.single_head_groups(),
         };
-        let heads = HeadGroups { wide_tile_rows: wide_tile_rows(batch, &plan.model, heads.heads_per_group), ..heads };
+        let wide_tile_rows = wide_tile_rows(batch, shape, &plan.model, heads.heads_per_group);
+        let heads = HeadGroups { wide_tile_rows, ..heads };
         plan.growth.reset(batch, self.headroom);
         let cost = CostModel::new(&plan.model, shape, heads);
-        let planned = if self.sharing.choose(batch, heads, &cost) {
+        if self.sharing.choose(batch, heads, &cost) {
             self.lay_out_sharing(batch, plan, heads, &cost)
         } else {
             self.lay_out(batch, plan, heads, &cost)
-        };
-        planned.inspect_err(|_| *plan = Plan::empty(shape))
+        }
     }
 
     /// The model that a batch is planned for, of whose KV tokens so many need not be read: of those that suit its head dimension
@@ -297,13 +332,13 @@ fn groups_at_once(model: &DeviceModel, shared_columns: u32, shape: AttentionShap
     (model.lanes() / TILES_AT_ONCE).max(1)
 }
 
-/// Rows of the wide tiles of a batch, of whose query heads so many are in a group. They are tall where there are kernels for that
+/// Rows of the wide tiles of a batch in a shape, with so many query heads in a group. They are tall where there are kernels for that
 /// and most rows are of requests that fill more than one tile, unless requests of few rows have much to read: the kernels for
 /// tall tiles have no narrow ones.
-fn wide_tile_rows(batch: &Batch, model: &DeviceModel, heads_per_group: u32) -> u32 {
+pub(crate) fn wide_tile_rows(batch: &Batch, shape: AttentionShape, model: &DeviceModel, heads_per_group: u32) -> u32 {
     /// The part of a batch's time that requests of few rows may take at most.
     const MOST_NARROW: f64 = 0.05;
-    let (shape, family) = (batch.shape(), model.kernel_family);
+    let family = model.kernel_family;
     let rows = family.wide_tile_rows(shape.head_dim());
     let all_rows = u64::from(batch.num_query_tokens()) * u64::from(heads_per_group);
     let Some(tall_rows) = family.tall_tile_rows(shape) else { return rows };

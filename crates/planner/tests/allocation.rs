@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use packinfer_abi::KvRun;
-use packinfer_batch::{AttentionShape, Batch, DType, Mask};
+use packinfer_batch::{AttentionShape, Batch, DType, KvDType, Mask};
 use packinfer_planner::{DeviceModel, Headroom, KernelFamily, Packing, Planner};
 
 /// The system's allocator, which counts what is asked of it.
@@ -80,6 +80,30 @@ fn check(model: DeviceModel, packing: Packing) {
     assert!(plan.back_lanes() > 0 || !chooses_queues, "the batch needs no queues");
     assert_eq!(plan.merge_tokens().is_empty(), packing == Packing::PerRequest);
     assert_eq!(plan.explain(plan.model()).shared_tiles > 0, packing == Packing::Packed);
+}
+
+/// Prompts behind a shared prefix whose K and V, in FP8, are made what Q is.
+#[test]
+fn nor_where_kv_is_widened() {
+    let batch = |requests: u32| {
+        let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape").with_kv_dtype(KvDType::E4m3);
+        let mut batch = Batch::new(shape, Mask::Causal);
+        for request in 0..requests {
+            let pages: Vec<u32> = (0..20).chain(20 + 100 * request..120 + 100 * request).rev().collect();
+            batch.push_paged(600 + request, 1600 + request, &pages, 16).expect("a good request");
+        }
+        batch
+    };
+    let (large, small) = (batch(12), batch(6));
+    let mut planner = Planner::choosing(DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132));
+    let mut plan = planner.plan(&large).expect("a batch that can be planned");
+    planner.plan_into(&small, &mut plan).expect("a batch that can be planned");
+    let warm = ALLOCATIONS.get();
+    for batch in [&large, &small] {
+        planner.plan_into(batch, &mut plan).expect("a batch that can be planned");
+        assert!(plan.widening().is_some());
+    }
+    assert_eq!(ALLOCATIONS.get() - warm, 0);
 }
 
 #[test]

@@ -66,8 +66,9 @@ fn any_window() -> impl Strategy<Value = Mask> {
 
 /// Batches of every kind in scattered pages of a few sizes, 0 for contiguous KV; pages may be shared.
 fn any_batch() -> impl Strategy<Value = Batch> {
-    let shape = (1..=3u32, prop::sample::select(vec![1, 2, 4, 7, 8, 16, 32]), prop::sample::select(vec![128, 256]));
-    let shape = shape.prop_map(|(kv, ratio, head_dim)| shape_of(kv, ratio, head_dim));
+    let kv_dtype = prop::sample::select(vec![KvDType::Same, KvDType::E4m3]);
+    let shape = (1..=3u32, prop::sample::select(vec![1, 2, 4, 7, 8, 16, 32]), prop::sample::select(vec![128, 256]), kv_dtype);
+    let shape = shape.prop_map(|(kv, ratio, head_dim, kv_dtype)| shape_of(kv, ratio, head_dim).with_kv_dtype(kv_dtype));
     let mask = prop_oneof![2 => Just(Mask::Causal), 1 => Just(Mask::None), 2 => any_window()];
     let page_size = prop::sample::select(vec![0, 1, 16, 50]);
     (shape, mask, page_size, prop::collection::vec(any_lengths(), 0..60), any::<u32>()).prop_map(
@@ -96,6 +97,8 @@ fn any_model() -> impl Strategy<Value = DeviceModel> {
         Just(DeviceModel::H100),
         Just(DeviceModel::A100),
         Just(DeviceModel { kernel_family: KernelFamily::Sm90a, ..DeviceModel::H100 }),
+        // Bytes cost nothing: K and V in FP8 are made what Q is wherever they can be.
+        Just(DeviceModel { kernel_family: KernelFamily::Sm90a, bytes_per_s: 1e18, launch_ns: 0.0, ..DeviceModel::H100 }),
         (1..200u32).prop_map(|num_sms| DeviceModel::generic(num_sms, (8, 9))),
     ]
 }
@@ -111,7 +114,7 @@ proptest! {
         let pairs = batch.visible_pairs() as f64;
         prop_assert_eq!(explanation.flops_needed, pairs * 4.0 * batch.shape().qo_elements_per_token() as f64);
         prop_assert!(explanation.flops_issued >= explanation.flops_needed);
-        prop_assert_eq!(explanation.distinct_kv_bytes, batch.distinct_slots() * batch.shape().kv_bytes_per_slot());
+        prop_assert_eq!(explanation.distinct_kv_bytes, batch.distinct_slots() * plan.attended().shape.kv_bytes_per_slot());
         prop_assert!(explanation.kv_bytes >= explanation.distinct_kv_bytes);
         prop_assert!(explanation.balance > 0.0 && explanation.balance <= 1.0 + 1e-9);
     }
@@ -218,7 +221,10 @@ fn tiles_of_prompts_are_tall_where_there_are_kernels_for_that() {
         }
     }
     assert_eq!(rows(hopper, shape_of(2, 4, 256), &mut prompts()), WIDE_TILE_ROWS);
-    assert_eq!(rows(hopper, shape(2, 4).with_kv_dtype(KvDType::E4m3), &mut prompts()), WIDE_TILE_ROWS);
+    // In FP8 if K and V are made what Q is before.
+    let fp8 = shape(2, 4).with_kv_dtype(KvDType::E4m3);
+    assert_eq!(rows(hopper, fp8, &mut prompts()), TALL_TILE_ROWS);
+    assert_eq!(rows(hopper, fp8, &mut prompts().chain(decodes(500))), WIDE_TILE_ROWS);
     // Requests that fill less than a tile each.
     assert_eq!(rows(hopper, shape(2, 4), &mut (0..40).map(|i| (8, 500 + i))), WIDE_TILE_ROWS);
 }

@@ -9,6 +9,7 @@ mod merge;
 mod mover;
 mod options;
 mod tall;
+mod widening;
 
 use std::num::NonZero;
 

@@ -55,6 +55,19 @@ pub unsafe fn load_global_once_x4(address: u64) -> [u32; 4] {
     [a, b, c, d]
 }
 
+/// As [`load_global_once_x4`], of two words.
+///
+/// # Safety
+///
+/// `address` is aligned to 8 bytes and readable.
+#[cfg(feature = "sm_90a")]
+#[inline(always)]
+pub unsafe fn load_global_once_x2(address: u64) -> [u32; 2] {
+    let (a, b): (u32, u32);
+    asm!("ld.global.cs.nc.v2.u32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg64) address, options(readonly, nostack));
+    [a, b]
+}
+
 /// Loads half a word that no thread writes during the kernel.
 ///
 /// # Safety

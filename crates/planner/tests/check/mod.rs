@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use packinfer_abi::{DIRECT, KvRun, TileKind, WorkItem};
-use packinfer_batch::{Batch, Mask, Request};
+use packinfer_abi::{DIRECT, KvRun, KvWidenPiece, TileKind, WIDEN_PIECE_SLOTS, WorkItem};
+use packinfer_batch::{Batch, KvDType, Mask, Request};
 use packinfer_planner::{DeviceModel, KernelFamily, Plan};
 
 /// What a plan does for one query token.
@@ -27,6 +27,7 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
     assert_eq!(heads.num_groups * heads.heads_per_group, batch.shape().num_qo_heads());
     assert_eq!(plan.num_query_tokens(), batch.num_query_tokens());
     assert_eq!(plan.num_slots(), batch.num_slots());
+    assert_widened(batch, plan);
 
     let mut tokens = vec![Token::default(); batch.num_query_tokens() as usize];
     // What the tokens between the first and the last of a segment see lies between what these see.
@@ -91,9 +92,41 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
         let visible = visible(batch, request, number);
         assert_eq!(token.seen, visible.len() as u32, "what token {number} sees");
         if let Some(slots) = token.slots {
-            assert_eq!(counted(slots), counted(slots_of(batch, request, visible)), "where the KV of token {number} lies");
+            let stored = slots.into_iter().flat_map(|slots| stored_slots(plan, slots)).collect();
+            assert_eq!(counted(stored), counted(slots_of(batch, request, visible)), "where the KV of token {number} lies");
         }
     }
+}
+
+/// The slots of the batch that some slots are which attention reads.
+fn stored_slots(plan: &Plan, attended: Range<u32>) -> Vec<Range<u32>> {
+    let Some(widening) = plan.widening() else { return vec![attended] };
+    let pieces = widening.pieces();
+    let first = pieces.partition_point(|piece| piece.to_slot + piece.num_slots <= attended.start);
+    let stored_of = |piece: &KvWidenPiece| {
+        let slot = |attended: u32| piece.from_slot + (attended - piece.to_slot);
+        slot(attended.start.max(piece.to_slot))..slot(attended.end.min(piece.to_slot + piece.num_slots))
+    };
+    pieces[first..].iter().take_while(|piece| piece.to_slot < attended.end).map(stored_of).collect()
+}
+
+/// Panics unless each slot that attention reads is made once, of one that the batch has.
+fn assert_widened(batch: &Batch, plan: &Plan) {
+    let Some(widening) = plan.widening() else {
+        assert_eq!((plan.stored(), plan.shape()), (plan.attended(), batch.shape()));
+        return;
+    };
+    assert_eq!((plan.stored().shape, plan.shape()), (batch.shape(), batch.shape()));
+    assert_eq!((plan.stored().layout, plan.stored().num_slots), (batch.kv_layout(), batch.num_slots()));
+    assert_eq!(plan.attended().shape, batch.shape().with_kv_dtype(KvDType::Same));
+    assert_eq!(plan.attended().num_slots, widening.num_slots());
+    let end = widening.pieces().iter().fold(0, |end, piece| {
+        assert!((1..=WIDEN_PIECE_SLOTS).contains(&piece.num_slots), "{piece:?}");
+        assert_eq!(piece.to_slot, end);
+        end + piece.num_slots
+    });
+    assert_eq!(u64::from(end), batch.distinct_slots());
+    assert_eq!(end, widening.num_slots());
 }
 
 /// The slots of some of a request's KV tokens.
