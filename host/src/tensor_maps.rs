@@ -230,17 +230,38 @@ struct Boxes {
     strides: [u64; RANK - 1],
     /// Elements of a box in each dimension.
     box_dims: [u32; RANK],
-    /// Bytes of a box that lie one after the other. The L2 cache brings two of its lines at a time from memory, unless a box
-    /// needs but one of them.
+    /// Bytes of a box that lie one after the other.
     contiguous_bytes: u64,
+}
+
+/// What the L2 cache brings from memory besides the sectors of 32 bytes that a box needs: `CUtensorMapL2promotion`.
+#[derive(Clone, Copy)]
+enum L2Promotion {
+    /// Nothing.
+    None = 0,
+    /// Lines of 128 bytes.
+    Bytes128 = 2,
+    /// Two lines.
+    Bytes256 = 3,
+}
+
+impl L2Promotion {
+    /// For boxes with so many bytes one after the other.
+    fn of(contiguous_bytes: u64) -> Self {
+        match contiguous_bytes {
+            // The other line of two is of another head.
+            CACHE_LINE_BYTES => Self::Bytes128,
+            // So is the rest of a line, of which there are two for many rows.
+            bytes if bytes < CACHE_LINE_BYTES && !CACHE_LINE_BYTES.is_multiple_of(bytes) => Self::None,
+            _ => Self::Bytes256,
+        }
+    }
 }
 
 impl Boxes {
     fn encode(&self) -> Result<TensorMap, EngineError> {
         const INTERLEAVE_NONE: u32 = 0;
         const SWIZZLE_128B: u32 = 3;
-        const L2_PROMOTION_128B: u32 = 2;
-        const L2_PROMOTION_256B: u32 = 3;
         const FILL_ZEROS: u32 = 0;
         let encode_tiled = encode_tiled()?;
         let data_type = match self.dtype {
@@ -261,7 +282,7 @@ impl Boxes {
                 [1; RANK].as_ptr(),
                 INTERLEAVE_NONE,
                 SWIZZLE_128B,
-                if self.contiguous_bytes == CACHE_LINE_BYTES { L2_PROMOTION_128B } else { L2_PROMOTION_256B },
+                L2Promotion::of(self.contiguous_bytes) as u32,
                 FILL_ZEROS,
             )
         }
