@@ -18,6 +18,9 @@
 //! 4. Items that read the same KV stand together, the longest first, so that the device balances itself. For persistent blocks,
 //!    items that memory limits stand behind those that products limit, and some blocks begin with them.
 //!
+//! Where K and V are in FP8, and so many rows read them that it is faster to make them what Q is once, before attention, the plan
+//! says so ([`Plan::widening`]), and all of this is done for what they are made.
+//!
 //! A planner may know a device by several models, one for each family of kernels that it can run: it then plans each batch for
 //! the family that suits it.
 //!
