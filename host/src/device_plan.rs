@@ -67,10 +67,7 @@ impl DevicePlan {
     ///
     /// A plan too large for a launch.
     pub fn keeps_graphs(&self, plan: &Plan) -> Result<bool, EngineError> {
-        let new = Layout::new(plan)?;
-        let stored = KvTensors { num_slots: self.layout.stored.num_slots, ..new.stored };
-        let attended = if new.widening_pieces == 0 { stored } else { new.attended };
-        Ok(Layout { stored, attended, ..new } == self.layout)
+        Ok(self.layout.launches_as(&Layout::new(plan)?))
     }
 
     /// The kernels that it runs with.
@@ -192,6 +189,13 @@ impl Layout {
         })
     }
 
+    /// Whether launches of both differ in nothing but what lies in the plan's arrays. The pool may have any number of slots.
+    fn launches_as(&self, other: &Self) -> bool {
+        let stored = KvTensors { num_slots: self.stored.num_slots, ..other.stored };
+        let attended = if other.widening_pieces == 0 { stored } else { other.attended };
+        Self { stored, attended, ..*other } == *self
+    }
+
     /// Thread blocks of an attention kernel: one for each task; or persistent ones, as many as have a task to begin with, but no
     /// more than one for each multiprocessor. Those that do tasks `beside` others begin with one of each queue, if there are so
     /// many.
@@ -301,9 +305,36 @@ fn bytes_of<T: Words>(array: &[T]) -> &[u8] {
 
 #[cfg(test)]
 mod tests {
-    use packinfer_batch::DType;
+    use packinfer_batch::{Batch, DType, KvDType, Mask};
+    use packinfer_planner::{DeviceModel, Planner};
 
     use super::*;
+
+    /// Where a plan of prompts lies whose KV, of `kv_dtype`, begins with slot `first_slot`.
+    fn layout_of_prompts(kv_dtype: KvDType, first_slot: u32, kv_len: u32) -> Layout {
+        let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape").with_kv_dtype(kv_dtype);
+        let mut batch = Batch::new(shape, Mask::Causal);
+        for request in 0..3 {
+            batch.push_contiguous(1500, kv_len, first_slot + request * kv_len).expect("a good request");
+        }
+        let mut planner = Planner::choosing(DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132));
+        Layout::new(&planner.plan(&batch).expect("a batch that can be planned")).expect("the plan fits")
+    }
+
+    #[test]
+    fn launches_depend_on_what_is_made_but_not_on_the_pool() {
+        for kv_dtype in [KvDType::Same, KvDType::E4m3] {
+            let layout = layout_of_prompts(kv_dtype, 0, 1500);
+            assert_eq!(layout.widening_pieces, if kv_dtype == KvDType::Same { 0 } else { 3 * 1500u32.div_ceil(16) });
+            let elsewhere = layout_of_prompts(kv_dtype, 10_000, 1500);
+            assert!(elsewhere.stored.num_slots > layout.stored.num_slots && layout.launches_as(&elsewhere), "{elsewhere:?}");
+        }
+        let fp8 = layout_of_prompts(KvDType::E4m3, 0, 1500);
+        assert!(fp8.stored.shape != fp8.shape && fp8.attended.shape == fp8.shape, "{fp8:?}");
+        // As many work items, which read one piece more each.
+        let longer = layout_of_prompts(KvDType::E4m3, 0, 1505);
+        assert!(longer.widening_pieces > fp8.widening_pieces && !fp8.launches_as(&longer), "{longer:?}");
+    }
 
     #[test]
     fn every_block_has_a_first_task_of_its_queue() {
