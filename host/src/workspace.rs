@@ -13,6 +13,8 @@ use crate::stream::Stream;
 use crate::tensor_maps::{MappedKv, QueryTensor, TensorMaps};
 use crate::{EngineError, KernelFamily};
 
+/// What memory is for that a planner can do without, for errors.
+const WIDENED: &str = "K and V of prompts made of FP8 (Planner::with_widening says how much that may take)";
 /// What the parts of a workspace are aligned to, in bytes.
 const ALIGNMENT: u64 = 256;
 
@@ -57,7 +59,7 @@ impl Workspace {
         let Needed { partial_bytes, counter_bytes, widened_bytes, .. } = Needed::by(&plan.layout);
         let family = plan.layout.family;
         if widened_bytes > self.widened.len() as u64 {
-            self.widened = DeviceBuffer::zeroed(&self.shared, widened_bytes as usize, "K and V made of FP8")?;
+            self.widened = DeviceBuffer::zeroed(&self.shared, widened_bytes as usize, WIDENED)?;
         }
         if partial_bytes > self.partials_of(family).len() as u64 {
             // Each byte of the word is the same.
