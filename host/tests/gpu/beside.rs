@@ -28,7 +28,7 @@ fn plan_beside<E: Element>(engine: &Engine, case: &Case<E>, change: impl Fn(Devi
 
 fn check_shapes<E: Element + PartialEq>() {
     let plan = |engine: &Engine, case: &Case<E>| plan_beside(engine, case, |model| model);
-    case::check_shapes::<E>(&HEAD_DIMS, &GQA_RATIOS, &[1, 3, 16, 100], &lengths(), plan);
+    case::check_shapes(&HEAD_DIMS, &GQA_RATIOS, &[1, 3, 16, 100], &lengths(), Case::new, plan);
 }
 
 #[test]

@@ -246,20 +246,21 @@ impl<E: Element, K: KvElement<E>> DeviceCase<E, K> {
 
 /// Checks plans for causal batches of some lengths in all of these shapes, in pages of these numbers of slots and contiguous.
 /// Ends where there is no engine, or `plan` has none for it.
-pub fn check_shapes<E: Element + PartialEq>(
+pub fn check_shapes<E: Element + PartialEq, K: KvElement<E>>(
     head_dims: &[u32],
     gqa_ratios: &[u32],
     page_sizes: &[u32],
     lengths: &[(u32, u32)],
-    plan: impl Fn(&Engine, &Case<E>) -> Option<Plan>,
+    case_of: impl Fn(Batch) -> Case<E, K>,
+    plan: impl Fn(&Engine, &Case<E, K>) -> Option<Plan>,
 ) {
     let Some(engine) = engine() else { return };
     for &head_dim in head_dims {
         for &gqa_ratio in gqa_ratios {
-            let shape = shape::<E>(gqa_ratio, head_dim);
+            let shape = shape::<E>(gqa_ratio, head_dim).with_kv_dtype(<K as packinfer::KvElement<E>>::KV_DTYPE);
             let paged = page_sizes.iter().map(|&page_size| paged(shape, Mask::Causal, lengths, page_size));
             for batch in paged.chain([contiguous(shape, Mask::Causal, lengths)]) {
-                let case = Case::<E>::new(batch);
+                let case = case_of(batch);
                 let Some(plan) = plan(engine, &case) else { return };
                 case.check_plan(engine, &plan);
             }

@@ -23,7 +23,7 @@ fn plan_tall<E: Element>(engine: &Engine, case: &Case<E>, change: impl Fn(Device
 
 fn check_shapes<E: Element + PartialEq>() {
     let plan = |engine: &Engine, case: &Case<E>| plan_tall(engine, case, |model| model);
-    case::check_shapes::<E>(&HEAD_DIMS, &GQA_RATIOS, &[1, 16, 100], &LENGTHS, plan);
+    case::check_shapes(&HEAD_DIMS, &GQA_RATIOS, &[1, 16, 100], &LENGTHS, Case::new, plan);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use packinfer::{Batch, DeviceModel, Engine, KvDType, Mask, Packing, PageOrder, PagedLayout, Plan};
 use packinfer_abi::TALL_TILE_ROWS;
 
-use crate::case::{Case, Element, contiguous, engine, in_pages, paged, shape};
+use crate::case::{self, Case, Element, engine, in_pages, paged, shape};
 
 /// Head dimensions that there are kernels for tall tiles for.
 const HEAD_DIMS: [u32; 3] = [64, 96, 128];
@@ -31,18 +31,7 @@ fn case_of<E: Element>(batch: Batch) -> Case<E, F8E4M3> {
 }
 
 fn check_shapes<E: Element + PartialEq>() {
-    let Some(engine) = engine() else { return };
-    for head_dim in HEAD_DIMS {
-        for gqa_ratio in [1, 4, 6, 7, 16] {
-            let shape = shape::<E>(gqa_ratio, head_dim).with_kv_dtype(KvDType::E4m3);
-            let in_pages = [1, 16, 100].map(|page_size| paged(shape, Mask::Causal, &LENGTHS, page_size));
-            for batch in in_pages.into_iter().chain([contiguous(shape, Mask::Causal, &LENGTHS)]) {
-                let case = case_of::<E>(batch);
-                let Some(plan) = plan_widened(engine, &case) else { return };
-                case.check_plan(engine, &plan);
-            }
-        }
-    }
+    case::check_shapes(&HEAD_DIMS, &[1, 4, 6, 7, 16], &[1, 16, 100], &LENGTHS, case_of::<E>, plan_widened);
 }
 
 #[test]
