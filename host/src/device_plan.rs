@@ -15,6 +15,8 @@ use crate::upload::Upload;
 
 /// What the arrays of a plan are aligned to on the device, in bytes: more than any of the kernels' loads need.
 const ALIGNMENT: usize = 128;
+/// K and V.
+const KV_TENSORS: u32 = 2;
 
 /// A plan on the device: runs once for each layer of a step, on any streams, several of them at a time.
 ///
@@ -116,15 +118,13 @@ impl fmt::Debug for DevicePlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     pub family: KernelFamily,
-    /// Heads, head dimension and element types as attention reads Q, K and V.
-    pub shape: AttentionShape,
     pub heads: HeadGroups,
     pub num_query_tokens: u32,
     /// K and V of the batch.
     pub stored: KvTensors,
-    /// K and V as attention reads them: the same, or what `widening_pieces` make of them.
+    /// K and V as attention reads them: the same, or what is made of them before.
     pub attended: KvTensors,
-    pub widening_pieces: u32,
+    pub widening_blocks: u32,
     pub num_partial_rows: u32,
     pub num_items: u32,
     pub num_runs: u32,
@@ -163,12 +163,11 @@ impl Layout {
         };
         Ok(Self {
             family: plan.model().kernel_family,
-            shape: plan.attended().shape,
             heads,
             num_query_tokens: plan.num_query_tokens(),
             stored: plan.stored(),
             attended: plan.attended(),
-            widening_pieces: num_blocks("the kernel that makes K and V in FP8 what Q is", pieces_of(plan).len(), 2)? / 2,
+            widening_blocks: num_blocks("the kernel that makes K and V in FP8 what Q is", pieces_of(plan).len(), KV_TENSORS)?,
             num_partial_rows: plan.num_partial_rows(),
             num_items: plan.items().len() as u32,
             num_runs: plan.runs().len() as u32,
@@ -192,7 +191,7 @@ impl Layout {
     /// Whether launches of both differ in nothing but what lies in the plan's arrays. The pool may have any number of slots.
     fn launches_as(&self, other: &Self) -> bool {
         let stored = KvTensors { num_slots: self.stored.num_slots, ..other.stored };
-        let attended = if other.widening_pieces == 0 { stored } else { other.attended };
+        let attended = if other.widening_blocks == 0 { stored } else { other.attended };
         Self { stored, attended, ..*other } == *self
     }
 
@@ -234,9 +233,9 @@ fn pieces_of(plan: &Plan) -> &[KvWidenPiece] {
     plan.widening().map_or(&[], Widening::pieces)
 }
 
-/// Blocks of a launch with one for each of `tasks` and `heads`.
-fn num_blocks(kernel: &'static str, tasks: usize, heads: u32) -> Result<u32, EngineError> {
-    let blocks = tasks as u64 * u64::from(heads);
+/// Blocks of a launch with so many for each of `tasks`: one for each head, head group or tensor.
+fn num_blocks(kernel: &'static str, tasks: usize, blocks_per_task: u32) -> Result<u32, EngineError> {
+    let blocks = tasks as u64 * u64::from(blocks_per_task);
     let fits = u32::try_from(blocks).ok().filter(|&blocks| blocks <= MAX_BLOCKS);
     fits.ok_or(EngineError::TooManyBlocks { kernel, blocks, most: MAX_BLOCKS })
 }
@@ -265,15 +264,16 @@ impl PlanKernels {
 
     fn new(shared: &Shared, layout: &Layout, soft_cap: bool) -> Result<Self, EngineError> {
         let is_tall = layout.heads.wide_tile_rows == TALL_TILE_ROWS;
-        let tall = if is_tall { KernelSource::attention_tall(layout.shape, soft_cap) } else { None };
-        let beside = if layout.beside && !soft_cap { KernelSource::attention_beside(layout.shape) } else { None };
-        let source = tall.or(beside).unwrap_or_else(|| KernelSource::attention(layout.family, layout.shape, soft_cap));
+        let tall = if is_tall { KernelSource::attention_tall(layout.attended.shape, soft_cap) } else { None };
+        let beside = if layout.beside && !soft_cap { KernelSource::attention_beside(layout.attended.shape) } else { None };
+        let source = tall.or(beside).unwrap_or_else(|| KernelSource::attention(layout.family, layout.attended.shape, soft_cap));
         let attention = shared.kernels.get(source)?;
         let merge = match layout.family {
             KernelFamily::Sm90a => None,
-            _ => Some(shared.kernels.get(KernelSource::merge(layout.shape, shared.can_overlap))?),
+            _ => Some(shared.kernels.get(KernelSource::merge(layout.attended.shape, shared.can_overlap))?),
         };
-        let widen = (layout.widening_pieces > 0).then(|| shared.kernels.get(KernelSource::kv_widen(layout.shape.dtype())));
+        let widen =
+            (layout.widening_blocks > 0).then(|| shared.kernels.get(KernelSource::kv_widen(layout.attended.shape.dtype())));
         Ok(Self { attention, beside: beside.is_some(), widen: widen.transpose()?, merge })
     }
 }
@@ -325,15 +325,15 @@ mod tests {
     fn launches_depend_on_what_is_made_but_not_on_the_pool() {
         for kv_dtype in [KvDType::Same, KvDType::E4m3] {
             let layout = layout_of_prompts(kv_dtype, 0, 1500);
-            assert_eq!(layout.widening_pieces, if kv_dtype == KvDType::Same { 0 } else { 3 * 1500u32.div_ceil(16) });
+            assert_eq!(layout.widening_blocks, if kv_dtype == KvDType::Same { 0 } else { 2 * 3 * 1500u32.div_ceil(16) });
             let elsewhere = layout_of_prompts(kv_dtype, 10_000, 1500);
             assert!(elsewhere.stored.num_slots > layout.stored.num_slots && layout.launches_as(&elsewhere), "{elsewhere:?}");
         }
         let fp8 = layout_of_prompts(KvDType::E4m3, 0, 1500);
-        assert!(fp8.stored.shape != fp8.shape && fp8.attended.shape == fp8.shape, "{fp8:?}");
+        assert_eq!([fp8.stored, fp8.attended].map(|tensors| tensors.shape.kv_dtype()), [KvDType::E4m3, KvDType::Same]);
         // As many work items, which read one piece more each.
         let longer = layout_of_prompts(KvDType::E4m3, 0, 1505);
-        assert!(longer.widening_pieces > fp8.widening_pieces && !fp8.launches_as(&longer), "{longer:?}");
+        assert!(longer.widening_blocks > fp8.widening_blocks && !fp8.launches_as(&longer), "{longer:?}");
     }
 
     #[test]

@@ -81,13 +81,13 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
             from: [tensors.k.address, tensors.v.address],
             to: kv.addresses,
             pieces: plan.address(layout.pieces),
-            num_kv_heads: layout.shape.num_kv_heads(),
-            head_dim: layout.shape.head_dim(),
+            num_kv_heads: layout.attended.shape.num_kv_heads(),
+            head_dim: layout.attended.shape.head_dim(),
             from_slot_bytes: stored.slot,
             from_head_bytes: stored.head,
         };
         // SAFETY: as for the attention kernel below. The workspace has room for what the pieces write.
-        unsafe { widen.launch(2 * layout.widening_pieces, &mut [parameter(&params)], stream) }?;
+        unsafe { widen.launch(layout.widening_blocks, &mut [parameter(&params)], stream) }?;
     }
     let attended = SlotBytes::of(layout.attended);
     let stamps = stamps.map_or(Ok(0), |stamps| stamps.address_for(layout.attention_tasks))?;
@@ -179,7 +179,7 @@ struct PerHead {
 
 impl RunOptions<'_> {
     fn logits(&self, layout: &Layout) -> Result<Logits, EngineError> {
-        let scale = self.softmax_scale.unwrap_or((layout.shape.head_dim() as f32).sqrt().recip());
+        let scale = self.softmax_scale.unwrap_or((layout.attended.shape.head_dim() as f32).sqrt().recip());
         for (what, value) in [("softmax scale", scale), ("logit soft-cap", self.logit_soft_cap.unwrap_or(1.0))] {
             if !value.is_finite() || value <= 0.0 {
                 return Err(EngineError::NotPositive { what, value });
@@ -215,7 +215,7 @@ impl RunOptions<'_> {
 
 impl<E: Element, K: KvElement<E>> Tensors<'_, E, K> {
     fn queries(&self, layout: &Layout) -> QueryTensor {
-        QueryTensor { shape: layout.shape, heads_per_group: layout.heads.heads_per_group, address: self.q.address }
+        QueryTensor { shape: layout.attended.shape, heads_per_group: layout.heads.heads_per_group, address: self.q.address }
     }
 
     fn kv(&self, layout: &Layout) -> MappedKv {

@@ -251,7 +251,7 @@ impl L2Promotion {
         match contiguous_bytes {
             // The other line of two is of another head.
             CACHE_LINE_BYTES => Self::Bytes128,
-            // So is the rest of a line, of which there are two for many rows.
+            // Rows that do not divide a line: the rest of their lines is of other heads.
             bytes if bytes < CACHE_LINE_BYTES && !CACHE_LINE_BYTES.is_multiple_of(bytes) => Self::None,
             _ => Self::Bytes256,
         }

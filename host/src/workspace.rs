@@ -95,7 +95,7 @@ impl Workspace {
             partial_lse: partials + lse_offset,
             scheduler: counters,
             lse_readers: counters + LSE_READERS_OFFSET,
-            widened: (plan.layout.widening_pieces > 0).then(|| self.widened(plan.layout.attended)),
+            widened: (plan.layout.widening_blocks > 0).then(|| self.widened(plan.layout.attended)),
         })
     }
 
@@ -164,10 +164,10 @@ impl Needed {
     fn by(layout: &Layout) -> Self {
         let partials = u64::from(layout.heads.num_groups) * u64::from(layout.num_partial_rows);
         let lse_bytes = partials * size_of::<f32>() as u64;
-        let lse_offset = (lse_bytes * u64::from(layout.shape.head_dim())).next_multiple_of(ALIGNMENT);
+        let lse_offset = (lse_bytes * u64::from(layout.attended.shape.head_dim())).next_multiple_of(ALIGNMENT);
         let reader_bytes = u64::from(layout.merged_rows) * size_of::<u32>() as u64;
         let KvTensors { shape, num_slots, .. } = layout.attended;
-        let widened_bytes = if layout.widening_pieces > 0 { u64::from(num_slots) * shape.kv_bytes_per_slot() } else { 0 };
+        let widened_bytes = if layout.widening_blocks > 0 { u64::from(num_slots) * shape.kv_bytes_per_slot() } else { 0 };
         Self {
             lse_offset,
             partial_bytes: lse_offset + lse_bytes,

@@ -4,6 +4,7 @@ use packinfer_abi::{KvRun, WorkItem};
 use packinfer_batch::{Batch, Mask, Request};
 
 use crate::Plan;
+use crate::plan::KvTensors;
 
 /// Room in a plan for the decode steps that follow the one that it is made for: see [`Plan::append`].
 ///
@@ -145,7 +146,7 @@ impl Plan {
     /// No room for a step or for a KV run, slots of another number of requests, or one past the last that can be numbered. The
     /// plan is as it was.
     pub fn append(&mut self, slots: &[u32]) -> Result<(), AppendError> {
-        let (shape, kv_layout) = (self.shape, self.kv_layout);
+        let KvTensors { shape, layout: kv_layout, .. } = self.attended;
         let most = kv_layout.most_slots(shape);
         let number = |slot: u32| kv_layout.number(shape, slot, slot + 1);
         let Growth { steps, tails, .. } = &mut self.growth;
@@ -175,7 +176,7 @@ impl Plan {
             self.segments[tail.segment as usize].column_end += 1;
             let WorkItem { column_end, .. } = &mut self.items[tail.item as usize];
             *column_end += 1;
-            self.num_slots = self.num_slots.max(kv_layout.pool_slots(slot + 1));
+            self.attended.num_slots = self.attended.num_slots.max(kv_layout.pool_slots(slot + 1));
         }
         *steps -= 1;
         Ok(())

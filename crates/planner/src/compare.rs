@@ -107,7 +107,7 @@ impl KindError {
 /// The items that took any time, in the order of the plan.
 fn item_errors(plan: &Plan, model: &DeviceModel, achieved: &Schedule) -> Vec<ItemError> {
     let groups = plan.heads().num_groups as usize;
-    let cost = CostModel::new(model, plan.shape, plan.heads());
+    let cost = CostModel::new(model, plan.attended.shape, plan.heads());
     let mut errors = Vec::new();
     let tasks = achieved.tasks.chunks(groups.max(1));
     for (index, ((item, work), tasks)) in (0..).zip(plan.items().iter().zip(plan.work(model)).zip(tasks)) {

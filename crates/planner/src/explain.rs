@@ -85,13 +85,13 @@ impl Plan {
 
     /// What each work item has to do for one head group with the kernels of `model`, in the order of the items.
     pub fn work(&self, model: &DeviceModel) -> impl Iterator<Item = ItemWork> {
-        let cost = CostModel::new(model, self.shape, self.heads);
+        let cost = CostModel::new(model, self.attended.shape, self.heads);
         self.items.iter().zip(&self.fresh).map(move |(item, &fresh)| cost.work_of(item, self.segments_of(item), fresh))
     }
 
     /// What the parts of some work items take for one head group with the kernels of `model`, in the order of the items.
     pub(crate) fn times_of(&self, items: Range<usize>, model: &DeviceModel) -> impl Iterator<Item = WorkTimes> {
-        let cost = CostModel::new(model, self.shape, self.heads);
+        let cost = CostModel::new(model, self.attended.shape, self.heads);
         let how = self.items[items.clone()].iter().zip(&self.fresh[items]);
         how.map(move |(item, &fresh)| cost.times_of(item, self.segments_of(item), fresh))
     }
@@ -99,7 +99,7 @@ impl Plan {
     /// Bytes that merging reads and writes, if there is anything to merge.
     pub fn merged_bytes(&self) -> Option<f64> {
         let (num_tokens, num_rows) = (self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
-        (num_tokens > 0).then(|| merged_bytes(self.shape, self.heads, num_tokens, num_rows))
+        (num_tokens > 0).then(|| merged_bytes(self.attended.shape, self.heads, num_tokens, num_rows))
     }
 
     /// Nanoseconds that `model` expects of the attention call, merging included. Leaves the loads of the device's blocks in
@@ -122,13 +122,13 @@ impl Plan {
     fn besides_items_ns(&self, model: &DeviceModel) -> f64 {
         let launch_ns = if self.items.is_empty() { 0.0 } else { model.launch_ns };
         let (num_tokens, num_rows) = (self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
-        let widening = self.widening().map_or(0.0, |widening| widening_ns(model, self.shape, widening.num_slots()));
-        widening + launch_ns + merge_ns(model, self.shape, self.heads, num_tokens, num_rows)
+        let before_ns = self.widening().map_or(0.0, |widening| widening_ns(model, self.attended.shape, widening.num_slots()));
+        before_ns + launch_ns + merge_ns(model, self.attended.shape, self.heads, num_tokens, num_rows)
     }
 
     /// Work, traffic, and the time that `model` expects.
     pub fn explain(&self, model: &DeviceModel) -> Explanation {
-        let (shape, heads) = (self.shape, self.heads);
+        let (shape, heads) = (self.attended.shape, self.heads);
         let groups = u64::from(heads.num_groups);
         let row_bytes = u64::from(shape.head_dim()) * shape.dtype().size_in_bytes();
         let flops_per_pair = 4.0 * f64::from(shape.head_dim()) * f64::from(heads.num_groups);

@@ -4,8 +4,26 @@ use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, RowSegment, WorkItem}
 use packinfer_batch::{AttentionShape, Batch, KvLayout};
 
 use crate::append::Growth;
-use crate::widen::{KvTensors, Widening};
+use crate::widen::Widening;
 use crate::{DeviceModel, PlanError};
+
+/// K and V as kernels read them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvTensors {
+    /// Heads, head dimension, and element types.
+    pub shape: AttentionShape,
+    /// How they lie in their pool.
+    pub layout: KvLayout,
+    /// The least number of slots of the pool.
+    pub num_slots: u32,
+}
+
+impl KvTensors {
+    /// Those of a batch.
+    pub(crate) fn of(batch: &Batch) -> Self {
+        Self { shape: batch.shape(), layout: batch.kv_layout(), num_slots: batch.num_slots() }
+    }
+}
 
 /// The work of one attention call: flat arrays that go to the device as they are.
 ///
@@ -15,8 +33,10 @@ use crate::{DeviceModel, PlanError};
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub(crate) model: DeviceModel,
-    /// As attention reads K and V, as are `num_slots` and `kv_layout`.
-    pub(crate) shape: AttentionShape,
+    pub(crate) attended: KvTensors,
+    /// K and V of the batch, where they are made what is attended by `widening`.
+    pub(crate) stored: Option<KvTensors>,
+    pub(crate) widening: Widening,
     pub(crate) heads: HeadGroups,
     pub(crate) items: Vec<WorkItem>,
     pub(crate) segments: Vec<RowSegment>,
@@ -35,11 +55,6 @@ pub struct Plan {
     pub(crate) merge_sources: Vec<u32>,
     pub(crate) num_partial_rows: u32,
     pub(crate) num_query_tokens: u32,
-    pub(crate) num_slots: u32,
-    pub(crate) kv_layout: KvLayout,
-    /// K and V of the batch, where they are made what attention reads by `widening`.
-    pub(crate) stored: Option<KvTensors>,
-    pub(crate) widening: Widening,
     pub(crate) growth: Growth,
 }
 
@@ -48,7 +63,9 @@ impl Plan {
     pub fn empty(shape: AttentionShape) -> Self {
         Self {
             model: DeviceModel::default(),
-            shape,
+            attended: KvTensors { shape, layout: KvLayout::default(), num_slots: 0 },
+            stored: None,
+            widening: Widening::default(),
             heads: shape.packed_head_groups(),
             items: Vec::new(),
             segments: Vec::new(),
@@ -64,18 +81,14 @@ impl Plan {
             merge_sources: Vec::new(),
             num_partial_rows: 0,
             num_query_tokens: 0,
-            num_slots: 0,
-            kv_layout: KvLayout::default(),
-            stored: None,
-            widening: Widening::default(),
             growth: Growth::default(),
         }
     }
 
     /// Empties the plan, for a batch.
     pub(crate) fn reset(&mut self, batch: &Batch, heads: HeadGroups) {
-        let Self { shape, heads: of_heads, items, segments, runs, fresh, shared, .. } = self;
-        (*shape, *of_heads) = (batch.shape(), heads);
+        let Self { attended, heads: of_heads, items, segments, runs, fresh, shared, .. } = self;
+        (*attended, *of_heads) = (KvTensors::of(batch), heads);
         items.clear();
         segments.clear();
         runs.clear();
@@ -88,8 +101,6 @@ impl Plan {
         self.settled_bytes = [u32::MAX; 2];
         self.num_partial_rows = 0;
         self.num_query_tokens = batch.num_query_tokens();
-        self.num_slots = batch.num_slots();
-        self.kv_layout = batch.kv_layout();
     }
 
     /// Whether everything can be numbered, `partial_rows` rows of partials too. Indices may have been cut short before.
@@ -125,13 +136,13 @@ impl Plan {
 
     /// K and V of the batch.
     pub fn stored(&self) -> KvTensors {
-        self.stored.unwrap_or_else(|| self.attended())
+        self.stored.unwrap_or(self.attended)
     }
 
     /// K and V as attention reads them, to which [`Self::runs`] refer: those of the batch, or what they are made before by
     /// [`Self::widening`].
     pub fn attended(&self) -> KvTensors {
-        KvTensors { shape: self.shape, layout: self.kv_layout, num_slots: self.num_slots }
+        self.attended
     }
 
     /// What is to be done before attention where K and V are in FP8, and so many rows read them that it is faster to make them what
@@ -175,7 +186,7 @@ impl Plan {
     pub(crate) fn kv_memory_bytes(&self) -> u64 {
         let columns = self.items.iter().map(|item| f64::from(item.column_end - item.column_begin));
         let fresh_columns: f64 = columns.zip(&self.fresh).map(|(columns, &fresh)| f64::from(fresh) * columns).sum();
-        (fresh_columns * self.shape.kv_bytes_per_slot() as f64) as u64
+        (fresh_columns * self.attended.shape.kv_bytes_per_slot() as f64) as u64
     }
 
     /// Lanes that begin with the items behind the [front](Self::num_front_items), and go on with those when there are no more;

@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::mem;
 
-use packinfer_abi::{HeadGroups, NARROW_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
+use packinfer_abi::{HeadGroups, TileKind};
 use packinfer_batch::{AttentionShape, Batch};
 
 use crate::cost::{CostModel, WorkTimes};
@@ -12,11 +12,12 @@ use crate::items::{Item, Merger, make_items};
 use crate::lanes::Lanes;
 use crate::order::Order;
 use crate::pack::Packer;
+use crate::plan::KvTensors;
 use crate::queues::{Arrangement, Queues};
 use crate::share::Sharing;
 use crate::split::Splitter;
 use crate::tile::{self, Tile};
-use crate::widen::{KvTensors, Widener};
+use crate::widen::Widener;
 use crate::{DeviceModel, Headroom, KernelFamily, Plan, PlanError, reuse};
 
 /// How requests are put into tiles.
@@ -164,7 +165,7 @@ impl Planner {
             Packing::Packed | Packing::Unshared => shape.packed_head_groups(),
             Packing::PerRequest => shape.single_head_groups(),
         };
-        let wide_tile_rows = wide_tile_rows(batch, shape, &plan.model, heads.heads_per_group);
+        let wide_tile_rows = tile::wide_tile_rows(batch, shape, &plan.model, heads.heads_per_group);
         let heads = HeadGroups { wide_tile_rows, ..heads };
         plan.growth.reset(batch, self.headroom);
         let cost = CostModel::new(&plan.model, shape, heads);
@@ -274,7 +275,7 @@ impl Planner {
             let Self { items, tiles, splitter, times, order, .. } = self;
             order.sort(items, tiles, times, splitter.longest_first(), device);
             if plan.model.kernel_family == KernelFamily::Sm90a {
-                let can_be_beside = plan.model.kernel_family.does_narrow_beside_wide(plan.shape);
+                let can_be_beside = plan.model.kernel_family.does_narrow_beside_wide(plan.attended.shape);
                 let beside = plan.model.beside.filter(|_| can_be_beside);
                 let queues = self.make_queues(device, beside);
                 has_queues = queues.is_some();
@@ -284,7 +285,8 @@ impl Planner {
         }
         let Self { order, items, tiles, .. } = self;
         if has_queues || items.iter().all(|item| item.item.tile == TileKind::Wide) {
-            plan.groups_at_once = groups_at_once(&plan.model, order.shared_columns(), plan.shape).min(plan.groups_at_once);
+            plan.groups_at_once =
+                groups_at_once(&plan.model, order.shared_columns(), plan.attended.shape).min(plan.groups_at_once);
         }
         let in_order = || order.iter().map(|item| &items[item]);
         let is_front = |item: &&Item| !has_queues || item.item.tile == TileKind::Wide;
@@ -330,31 +332,4 @@ fn groups_at_once(model: &DeviceModel, shared_columns: u32, shape: AttentionShap
         return u32::MAX;
     }
     (model.lanes() / TILES_AT_ONCE).max(1)
-}
-
-/// Rows of the wide tiles of a batch in a shape, with so many query heads in a group. They are tall where there are kernels for that
-/// and most rows are of requests that fill more than one tile, unless requests of few rows have much to read: the kernels for
-/// tall tiles have no narrow ones.
-pub(crate) fn wide_tile_rows(batch: &Batch, shape: AttentionShape, model: &DeviceModel, heads_per_group: u32) -> u32 {
-    /// The part of a batch's time that requests of few rows may take at most.
-    const MOST_NARROW: f64 = 0.05;
-    let family = model.kernel_family;
-    let rows = family.wide_tile_rows(shape.head_dim());
-    let all_rows = u64::from(batch.num_query_tokens()) * u64::from(heads_per_group);
-    let Some(tall_rows) = family.tall_tile_rows(shape) else { return rows };
-    if all_rows <= batch.requests().len() as u64 * u64::from(NARROW_TILE_ROWS) {
-        return rows; // that is soon seen, and most decodes are left out
-    }
-    let (mut rows_of_long, mut narrow_kv_tokens) = (0, 0);
-    for request in batch.requests() {
-        let rows = u64::from(request.query_len) * u64::from(heads_per_group);
-        if rows > u64::from(WIDE_TILE_ROWS) {
-            rows_of_long += rows;
-        } else if rows <= u64::from(NARROW_TILE_ROWS) {
-            narrow_kv_tokens += request.seen(batch.mask()).len() as u64;
-        }
-    }
-    let narrow_ns = 1e9 * (narrow_kv_tokens * shape.kv_bytes_per_slot()) as f64 / model.bytes_per_s;
-    let is_tall = 2 * rows_of_long >= all_rows && narrow_ns <= MOST_NARROW * model.least_ns(LeastWork::of(batch, 0));
-    if is_tall { tall_rows } else { rows }
 }

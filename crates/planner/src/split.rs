@@ -185,7 +185,7 @@ impl Splitter {
                 }
             }
         }
-        cost::merge_ns(model, plan.shape, plan.heads, tokens, rows)
+        cost::merge_ns(model, plan.attended.shape, plan.heads, tokens, rows)
     }
 }
 

@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 
-use packinfer_abi::{HeadGroups, KvRun, NO_WINDOW, RowSegment, TALL_TILE_ROWS, TileKind};
-use packinfer_batch::{Batch, Mask, Request};
+use packinfer_abi::{HeadGroups, KvRun, NARROW_TILE_ROWS, NO_WINDOW, RowSegment, TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
+use packinfer_batch::{AttentionShape, Batch, Mask, Request};
 
-use crate::Plan;
+use crate::device::LeastWork;
 use crate::prefix::Place;
 use crate::share::Group;
+use crate::{DeviceModel, Plan};
 
 /// Rows of one or more requests over columns that they see. Column 0 is the first that any of them sees of what the tile reads.
 #[derive(Clone, Copy, Debug)]
@@ -318,4 +319,31 @@ fn push_tokens(tile: &mut Tile, segments: &mut Vec<RowSegment>, first_token: u32
             tile.num_segments += 1;
         }
     }
+}
+
+/// Rows of the wide tiles of a batch in a shape, with so many query heads in a group. They are tall where there are kernels for that
+/// and most rows are of requests that fill more than one tile, unless requests of few rows have much to read: the kernels for
+/// tall tiles have no narrow ones.
+pub(crate) fn wide_tile_rows(batch: &Batch, shape: AttentionShape, model: &DeviceModel, heads_per_group: u32) -> u32 {
+    /// The part of a batch's time that requests of few rows may take at most.
+    const MOST_NARROW: f64 = 0.05;
+    let family = model.kernel_family;
+    let rows = family.wide_tile_rows(shape.head_dim());
+    let all_rows = u64::from(batch.num_query_tokens()) * u64::from(heads_per_group);
+    let Some(tall_rows) = family.tall_tile_rows(shape) else { return rows };
+    if all_rows <= batch.requests().len() as u64 * u64::from(NARROW_TILE_ROWS) {
+        return rows; // that is soon seen, and most decodes are left out
+    }
+    let (mut rows_of_long, mut narrow_kv_tokens) = (0, 0);
+    for request in batch.requests() {
+        let rows = u64::from(request.query_len) * u64::from(heads_per_group);
+        if rows > u64::from(WIDE_TILE_ROWS) {
+            rows_of_long += rows;
+        } else if rows <= u64::from(NARROW_TILE_ROWS) {
+            narrow_kv_tokens += request.seen(batch.mask()).len() as u64;
+        }
+    }
+    let narrow_ns = 1e9 * (narrow_kv_tokens * shape.kv_bytes_per_slot()) as f64 / model.bytes_per_s;
+    let is_tall = 2 * rows_of_long >= all_rows && narrow_ns <= MOST_NARROW * model.least_ns(LeastWork::of(batch, 0));
+    if is_tall { tall_rows } else { rows }
 }

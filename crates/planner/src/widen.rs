@@ -1,30 +1,12 @@
 //! K and V in FP8 that many rows read, as those of prompts: before attention they are made what Q is, once, instead of in every
 //! tile. They lie one after the other then, request after request.
 
-use packinfer_abi::{KvRun, KvWidenPiece, WIDE_TILE_ROWS, WIDEN_PIECE_SLOTS};
-use packinfer_batch::{AttentionShape, Batch, KvDType, KvLayout};
+use packinfer_abi::{KvRun, KvWidenPiece, TALL_TILE_ROWS, WIDE_TILE_ROWS, WIDEN_PIECE_SLOTS};
+use packinfer_batch::{AttentionShape, Batch, KvDType};
 
 use crate::DeviceModel;
 use crate::cost::converting_ns;
-use crate::planner::wide_tile_rows;
-
-/// K and V as kernels read them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvTensors {
-    /// Heads, head dimension, and element types.
-    pub shape: AttentionShape,
-    /// How they lie in their pool.
-    pub layout: KvLayout,
-    /// The least number of slots of the pool.
-    pub num_slots: u32,
-}
-
-impl KvTensors {
-    /// Those of a batch.
-    pub(crate) fn of(batch: &Batch) -> Self {
-        Self { shape: batch.shape(), layout: batch.kv_layout(), num_slots: batch.num_slots() }
-    }
-}
+use crate::tile::wide_tile_rows;
 
 /// What has to be done before attention where K and V in FP8 are made what Q is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -111,8 +93,14 @@ impl Default for Widener {
     fn default() -> Self {
         /// K and V of 131,072 tokens, with eight heads of 128.
         const MOST_BYTES: u64 = 512 << 20;
-        let (runs, spans, in_order, span_of_run) = Default::default();
-        Self { most_bytes: MOST_BYTES, runs, spans, in_order, span_of_run, batch: None }
+        Self {
+            most_bytes: MOST_BYTES,
+            runs: Vec::new(),
+            spans: Vec::new(),
+            in_order: Vec::new(),
+            span_of_run: Vec::new(),
+            batch: None,
+        }
     }
 }
 
@@ -203,8 +191,7 @@ fn sees_all(batch: &Batch) -> bool {
 /// Whether a batch has tall tiles in a shape: their kernels alone know scales of K and V that are not in FP8.
 fn has_tall_tiles(batch: &Batch, shape: AttentionShape, model: &DeviceModel) -> bool {
     let heads_per_group = shape.packed_head_groups().heads_per_group;
-    let tall_rows = model.kernel_family.tall_tile_rows(shape);
-    tall_rows.is_some_and(|tall_rows| wide_tile_rows(batch, shape, model, heads_per_group) == tall_rows)
+    wide_tile_rows(batch, shape, model, heads_per_group) == TALL_TILE_ROWS
 }
 
 /// What a batch takes longer if K and V are converted in every tile, about.
