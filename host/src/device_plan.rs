@@ -136,6 +136,8 @@ pub(crate) struct Layout {
     pub groups_at_once: u32,
     /// By kind of tile, the bytes of K that a block brings before the L2 cache is to give up first what it brings.
     pub settled_bytes: [u32; 2],
+    /// Warps of a block that bring K of narrow tiles in FP8, and as many that bring V.
+    pub narrow_loaders: u32,
     /// Lanes that begin with the tasks behind these.
     back_lanes: u32,
     /// Whether tasks behind the front may be done beside those of the front.
@@ -175,6 +177,7 @@ impl Layout {
             front_tasks: num_blocks("the attention kernel", plan.num_front_items() as usize, heads.num_groups)?,
             groups_at_once: plan.groups_at_once(),
             settled_bytes: plan.settled_bytes(),
+            narrow_loaders: plan.narrow_loaders(),
             back_lanes: plan.back_lanes(),
             beside: plan.is_beside(),
             merged_rows: num_blocks("the merge kernel", plan.merge_tokens().len(), heads.num_qo_heads)?,

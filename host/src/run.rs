@@ -118,6 +118,7 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
         groups_at_once: layout.groups_at_once,
         back_blocks: if kernels.beside { 0 } else { layout.back_blocks(attention_blocks) },
         settled_bytes: layout.settled_bytes,
+        narrow_loaders: layout.narrow_loaders,
         scale_log2,
         soft_cap_log2,
         sinks,

@@ -286,6 +286,9 @@ pub struct Scheduler {
     pub taken: [u32; 2],
 }
 
+/// The most that [`AttentionParams::narrow_loaders`] is.
+pub const MOST_NARROW_LOADERS: u32 = 3;
+
 /// The most warps of a block that merge rows.
 pub const MOST_MERGING_WARPS: u32 = 12;
 
@@ -375,6 +378,9 @@ pub struct AttentionParams {
     /// By [kind of tile](TileKind), the bytes of K, and as many of V, that a block brings before the L2 cache is to give up first
     /// what it brings for such tiles; `u32::MAX` where it is to keep all. `sm_90a` only.
     pub settled_bytes: [u32; 2],
+    /// Warps that bring K of narrow tiles in FP8, and as many that bring V, step by step in turn: one of the producer, the others
+    /// converters. From 1 to [`MOST_NARROW_LOADERS`]; `sm_90a` only, and only where rows have less than 128 bytes.
+    pub narrow_loaders: u32,
     /// What the exponent to base 2 of a score is: softmax scale times log2(e); with a soft-cap, the cap times log2(e).
     pub scale_log2: f32,
     /// With a soft-cap, the scores become hyperbolic tangents: of half this times ln 2, so it is 2 log2(e) times the softmax

@@ -49,6 +49,7 @@ pub struct Plan {
     pub(crate) num_front_items: u32,
     pub(crate) groups_at_once: u32,
     pub(crate) settled_bytes: [u32; 2],
+    pub(crate) narrow_loaders: u32,
     pub(crate) back_lanes: u32,
     pub(crate) beside: bool,
     pub(crate) merge_tokens: Vec<MergeToken>,
@@ -75,6 +76,7 @@ impl Plan {
             num_front_items: 0,
             groups_at_once: 1,
             settled_bytes: [u32::MAX; 2],
+            narrow_loaders: 1,
             back_lanes: 0,
             beside: false,
             merge_tokens: Vec::new(),
@@ -98,7 +100,7 @@ impl Plan {
         self.merge_sources.clear();
         (self.num_front_items, self.back_lanes, self.beside) = (0, 0, false);
         self.groups_at_once = heads.num_groups.max(1);
-        self.settled_bytes = [u32::MAX; 2];
+        (self.settled_bytes, self.narrow_loaders) = ([u32::MAX; 2], 1);
         self.num_partial_rows = 0;
         self.num_query_tokens = batch.num_query_tokens();
     }
@@ -180,6 +182,11 @@ impl Plan {
     /// there; `u32::MAX`, so that it never does, where others read the same, or where it does not pay.
     pub fn settled_bytes(&self) -> [u32; 2] {
         self.settled_bytes
+    }
+
+    /// Warps of a block that bring K of narrow tiles in FP8, and as many that bring V.
+    pub fn narrow_loaders(&self) -> u32 {
+        self.narrow_loaders
     }
 
     /// Bytes of K and V that are read from memory, not found in the cache.

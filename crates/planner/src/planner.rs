@@ -3,8 +3,8 @@
 use std::cmp::Ordering;
 use std::mem;
 
-use packinfer_abi::{HeadGroups, TileKind};
-use packinfer_batch::{AttentionShape, Batch};
+use packinfer_abi::{HeadGroups, MOST_NARROW_LOADERS, TileKind};
+use packinfer_batch::{AttentionShape, Batch, KvDType};
 
 use crate::cost::{CostModel, WorkTimes};
 use crate::device::{BesideTimes, LanesOfGroups, LeastWork};
@@ -295,6 +295,7 @@ impl Planner {
         plan.fresh.extend(in_order().map(|item| tiles[item.tile as usize].fresh));
         plan.shared.extend(in_order().map(|item| tiles[item.tile as usize].shared));
         plan.settled_bytes = reuse::settled_bytes(plan);
+        plan.narrow_loaders = narrow_loaders(plan);
     }
 
     /// Finds what the parts of each item take.
@@ -332,4 +333,15 @@ fn groups_at_once(model: &DeviceModel, shared_columns: u32, shape: AttentionShap
         return u32::MAX;
     }
     (model.lanes() / TILES_AT_ONCE).max(1)
+}
+
+/// Warps that bring K, and V, of narrow tiles in FP8: the most where rows are so short that a block waits for its boxes to be
+/// brought, not for the memory, which few blocks with narrow tiles do sooner than many.
+fn narrow_loaders(plan: &Plan) -> u32 {
+    let has_most = match (plan.attended.shape.kv_dtype(), plan.attended.shape.head_dim()) {
+        (KvDType::E4m3, 64) => true,
+        (KvDType::E4m3, 96) => plan.back_lanes > 0,
+        _ => false,
+    };
+    if has_most { MOST_NARROW_LOADERS } else { 1 }
 }

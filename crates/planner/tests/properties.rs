@@ -1,6 +1,6 @@
 //! Every plan does all of the work, and none of it twice.
 
-use packinfer_abi::{TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
+use packinfer_abi::{MOST_NARROW_LOADERS, TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::{AttentionShape, Batch, DType, KvDType, Mask};
 use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, Planner, TileTimes};
 use proptest::prelude::*;
@@ -227,6 +227,24 @@ fn tiles_of_prompts_are_tall_where_there_are_kernels_for_that() {
     assert_eq!(rows(hopper, fp8, &mut prompts().chain(decodes(500))), WIDE_TILE_ROWS);
     // Requests that fill less than a tile each.
     assert_eq!(rows(hopper, shape(2, 4), &mut (0..40).map(|i| (8, 500 + i))), WIDE_TILE_ROWS);
+}
+
+/// More warps bring narrow tiles in FP8 where rows are short, or where few multiprocessors have such tiles.
+#[test]
+fn narrow_tiles_in_fp8_may_have_more_loaders() {
+    let mut planner = Planner::choosing(DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132));
+    let mut loaders = |head_dim, kv_dtype, chunk: u32| {
+        let decodes = (0..200).map(|request| (1, 1500 + request));
+        let chunks = (0..4).map(|_| (chunk, chunk + 2000)).filter(|_| chunk > 0);
+        let batch = contiguous(shape_of(8, 4, head_dim).with_kv_dtype(kv_dtype), Mask::Causal, decodes.chain(chunks));
+        planner.plan(&batch).expect("a batch that can be planned").narrow_loaders()
+    };
+    assert_eq!([64, 96, 128, 256].map(|head_dim| loaders(head_dim, KvDType::E4m3, 0)), [MOST_NARROW_LOADERS, 1, 1, 1]);
+    assert_eq!(
+        [64, 96, 128].map(|head_dim| loaders(head_dim, KvDType::E4m3, 600)),
+        [MOST_NARROW_LOADERS, MOST_NARROW_LOADERS, 1]
+    );
+    assert_eq!([64, 128].map(|head_dim| loaders(head_dim, KvDType::Same, 0)), [1; 2]);
 }
 
 #[test]

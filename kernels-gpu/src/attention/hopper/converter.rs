@@ -10,10 +10,10 @@
 //! K and V become float16, which weights are in too, and Q (see [`scaled`](super::scaled)). Numbers are as they are stored: the
 //! scales of K and V go into the [scale](Shared::scales) of the softmax, and into O.
 
-use packinfer_abi::TileKind;
+use packinfer_abi::{AttentionParams, TileKind};
 
 use super::PAIR;
-use super::helpers::{Converters, STORED_PARTS, StoredPart};
+use super::helpers::{Converters, STORED_PARTS, StoredPart, Tensor};
 use super::shared::{ColumnTile, Ring, Shared};
 use crate::e4m3::four_to_f16;
 use crate::ptx::cp_async::CHUNK_BYTES;
@@ -48,6 +48,7 @@ pub unsafe fn run<
     const CHUNKS: usize,
     const PART_BLOCKS: usize,
 >(
+    params: &AttentionParams,
     shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, Converters<STAGES, CHUNKS, PART_BLOCKS>>,
     thread: u32,
 ) {
@@ -55,6 +56,11 @@ pub unsafe fn run<
     let (mut items, mut k, mut v) = (shared.item_ring(), shared.k_ring(), shared.v_ring());
     let (warp, lane) = (warp::uniform(thread / LANES), thread % LANES);
     let mut stored = Stored::<CHUNKS, PART_BLOCKS> { parts: shared.stored(0), ring: shared.stored_ring(), warp, lane };
+    // Of those that bring a narrow tile, the first for each tensor is one of the producer.
+    let (tensor, loader) = (if warp % 2 == 0 { Tensor::K } else { Tensor::V }, 1 + warp / 2);
+    let mut narrow = shared.narrow_ring(tensor);
+    let can_bring = const { Converters::<STAGES, CHUNKS, PART_BLOCKS>::can_bring::<DIM_BLOCKS>() };
+    let brings_narrow = can_bring && warp::any(loader < params.narrow_loaders);
     while let Some(slot) = shared.next_posted(&items) {
         let columns = shared.columns(slot);
         if shared.tile_kind(slot) == Some(TileKind::Wide) {
@@ -62,6 +68,13 @@ pub unsafe fn run<
                 stored.convert(&mut k, shared.k(0));
                 stored.convert(&mut v, shared.v(0));
             }
+        } else if brings_narrow {
+            // What narrow tiles are brought to lies where wide ones have all of this, and what it is made of, which nobody needs
+            // any more when it is made.
+            k.wait_all_empty();
+            v.wait_all_empty();
+            let task = shared.task(params, slot);
+            Converters::load_narrow(shared, tensor, &task, &mut narrow, loader, lane, |_| ());
         }
         items.release_by_lanes();
     }

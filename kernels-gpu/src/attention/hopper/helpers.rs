@@ -3,7 +3,7 @@
 
 use packinfer_abi::{HOPPER_STORED_STEP, TileKind};
 
-use super::producer::load_columns;
+use super::producer::{Turn, load_columns};
 use super::shared::{Ring, Shared};
 use crate::attention::task::Task;
 use crate::shared_tile::{BoxTile, PANEL_BLOCKS};
@@ -11,8 +11,8 @@ use crate::shared_tile::{BoxTile, PANEL_BLOCKS};
 /// K, or V.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Tensor {
-    K,
-    V,
+    K = 0,
+    V = 1,
 }
 
 /// What the helpers do, and what of that others must know.
@@ -81,8 +81,8 @@ macro_rules! brought_as_consumed {
             };
             // It does not pay beside readers, and three consumers have tiles that read the same.
             let has_exchange = Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::HAS_EXCHANGE;
-            let settled_bytes = settled_bytes::<DIM_BLOCKS>(task).filter(|_| has_exchange);
-            load_columns::<DIM_BLOCKS, FRAGMENTS, 1>(task, tensor, ring, tiles, lane, settled_bytes, at_step);
+            let settled_bytes = settled_bytes(task, DIM_BLOCKS).filter(|_| has_exchange);
+            load_columns::<DIM_BLOCKS, FRAGMENTS, 1>(task, tensor, ring, tiles, lane, None, settled_bytes, at_step);
         }
     };
 }
@@ -105,13 +105,13 @@ impl Helpers for Readers {
     brought_as_consumed!();
 }
 
-/// The [`settled_bytes`](packinfer_abi::AttentionParams::settled_bytes) of a task whose rows of K and V are `CHUNKS` chunks of 16
+/// The [`settled_bytes`](packinfer_abi::AttentionParams::settled_bytes) of a task whose rows of K and V are so many chunks of 16
 /// bytes; none where these are not whole cache lines: heads that lie side by side share lines then.
 #[inline(always)]
-fn settled_bytes<const CHUNKS: usize>(task: &Task) -> Option<u32> {
+fn settled_bytes(task: &Task, chunks: usize) -> Option<u32> {
     let [of_wide, of_narrow] = task.params.settled_bytes;
     let settled_bytes = if task.item.tile == TileKind::Narrow { of_narrow } else { of_wide };
-    (CHUNKS % PANEL_BLOCKS == 0).then_some(settled_bytes)
+    chunks.is_multiple_of(PANEL_BLOCKS).then_some(settled_bytes)
 }
 
 /// Parts of a step of a wide tile that are brought one after the other: first those of K, then those of V.
@@ -206,6 +206,47 @@ impl StoredRings {
     }
 }
 
+impl<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize> Converters<STAGES, CHUNKS, PART_BLOCKS> {
+    /// Whether converters can bring narrow tiles of a head dimension of `8 * DIM_BLOCKS`, too: where rows are less than a cache line.
+    /// Converting takes a few per cent longer then, as the assembler no longer sees that a warp's lanes stay together.
+    pub const fn can_bring<const DIM_BLOCKS: usize>() -> bool {
+        DIM_BLOCKS < 2 * PANEL_BLOCKS
+    }
+
+    /// As [`settled_bytes`], of rows of `8 * DIM_BLOCKS` bytes.
+    #[inline(always)]
+    fn settled_bytes<const DIM_BLOCKS: usize>(task: &Task) -> Option<u32> {
+        // Of rows of several cache lines, there are not registers enough.
+        settled_bytes(task, DIM_BLOCKS / 2).filter(|_| CHUNKS == PANEL_BLOCKS)
+    }
+
+    /// Brings K or V of a narrow tile, as it is stored: every step, or those that are the turn of warp `index` of as many as the
+    /// launch says.
+    ///
+    /// # Safety
+    ///
+    /// As [`load_columns`].
+    #[inline(always)]
+    pub unsafe fn load_narrow<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize>(
+        shared: Shared<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>,
+        tensor: Tensor,
+        task: &Task,
+        ring: &mut Ring,
+        index: u32,
+        lane: u32,
+        at_step: impl Fn(u32),
+    ) {
+        let steps = match tensor {
+            Tensor::K => shared.narrow_k(0),
+            Tensor::V => shared.narrow_v(0),
+        };
+        let turn =
+            if const { Self::can_bring::<DIM_BLOCKS>() } { Some(Turn::new(index, task.params.narrow_loaders)) } else { None };
+        let settled_bytes = Self::settled_bytes::<DIM_BLOCKS>(task);
+        load_columns::<CHUNKS, STORED_STEP_BLOCKS, 1>(task, tensor, ring, steps, lane, turn, settled_bytes, at_step);
+    }
+}
+
 impl<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize> Helpers for Converters<STAGES, CHUNKS, PART_BLOCKS> {
     const CONVERT: bool = true;
     const STORED_STAGES: u32 = STAGES;
@@ -233,24 +274,29 @@ impl<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize> Helpers f
     ) {
         let kind = task.item.tile;
         rings.make_room_for(kind);
-        // Of rows of several cache lines, there are not registers enough.
-        let settled_bytes = settled_bytes::<CHUNKS>(task).filter(|_| CHUNKS == PANEL_BLOCKS);
         let step = match kind {
             TileKind::Wide => {
+                let settled_bytes = Self::settled_bytes::<DIM_BLOCKS>(task);
                 let mut ring = rings.to_convert;
                 if tensor == Tensor::V {
                     ring.advance_by(STORED_PARTS);
                 }
                 let parts = shared.stored(0);
-                load_columns::<CHUNKS, PART_BLOCKS, STORED_PARTS>(task, tensor, &mut ring, parts, lane, settled_bytes, at_step);
+                load_columns::<CHUNKS, PART_BLOCKS, STORED_PARTS>(
+                    task,
+                    tensor,
+                    &mut ring,
+                    parts,
+                    lane,
+                    None,
+                    settled_bytes,
+                    at_step,
+                );
                 Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::STEP
             }
             TileKind::Narrow => {
-                let (mut ring, steps) = match tensor {
-                    Tensor::K => (rings.narrow[0], shared.narrow_k(0)),
-                    Tensor::V => (rings.narrow[1], shared.narrow_v(0)),
-                };
-                load_columns::<CHUNKS, STORED_STEP_BLOCKS, 1>(task, tensor, &mut ring, steps, lane, settled_bytes, at_step);
+                let mut ring = rings.narrow[tensor as usize];
+                Self::load_narrow(shared, tensor, task, &mut ring, 0, lane, at_step);
                 Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, Self>::NARROW_STEP
             }
         };

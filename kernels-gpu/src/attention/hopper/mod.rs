@@ -227,7 +227,7 @@ unsafe fn attention_converting<
         _ => {
             give_registers::<OTHER>();
             let thread = thread - THREADS - CONSUMER_THREADS;
-            converter::run::<DIM_BLOCKS, FRAGMENTS, STORED_STAGES, CHUNKS, PART_BLOCKS>(shared, thread);
+            converter::run::<DIM_BLOCKS, FRAGMENTS, STORED_STAGES, CHUNKS, PART_BLOCKS>(&params, shared, thread);
         }
     }
 }

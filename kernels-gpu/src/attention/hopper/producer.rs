@@ -200,10 +200,38 @@ unsafe fn write_rows<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_
     }
 }
 
-/// Brings all columns of a task's K or V, step by step, each in `PARTS` tiles one after the other, and calls `at_step`, with one
-/// thread, with the steps that are left. `tiles` is the ring's first tile. Where a step has several parts, those of the other
-/// tensor lie between them and those of the next. Once the ring has had `settled_bytes`, if there are any, the L2 cache is to give
-/// up first what comes.
+/// Which steps a warp brings of those of a task, where several warps bring them in turn.
+#[derive(Clone, Copy)]
+pub struct Turn {
+    /// Steps of others that come before its next one.
+    before: u32,
+    /// Warps.
+    warps: u32,
+}
+
+impl Turn {
+    /// That of warp `index` of so many.
+    #[inline(always)]
+    pub fn new(index: u32, warps: u32) -> Self {
+        Self { before: index, warps }
+    }
+
+    #[inline(always)]
+    fn is_own(&self) -> bool {
+        self.before == 0
+    }
+
+    /// On to the next step.
+    #[inline(always)]
+    fn advance(&mut self) {
+        self.before = if self.before == 0 { self.warps - 1 } else { self.before - 1 };
+    }
+}
+
+/// Brings all columns of a task's K or V, step by step, each in `PARTS` tiles one after the other, or those steps whose turn it is;
+/// and calls `at_step`, with one thread, with the steps that are left. `tiles` is the ring's first tile. Where a step has several
+/// parts, those of the other tensor lie between them and those of the next. Once the ring has had `settled_bytes`, if there are any,
+/// the L2 cache is to give up first what comes.
 ///
 /// # Safety
 ///
@@ -215,6 +243,7 @@ pub unsafe fn load_columns<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize, con
     ring: &mut Ring,
     tiles: BoxTile<DIM_BLOCKS, ROW_BLOCKS>,
     lane: u32,
+    mut turn: Option<Turn>,
     settled_bytes: Option<u32>,
     at_step: impl Fn(u32),
 ) {
@@ -227,10 +256,13 @@ pub unsafe fn load_columns<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize, con
     let mut window = RunWindow::new(&task.params, item, lane);
     let mut step = item.column_begin;
     while step < item.column_end {
+        let is_own = turn.is_none_or(|turn| turn.is_own());
         for part in 0..PARTS {
             let begin_of_part = step + part * columns;
             let end = core::cmp::min(item.column_end, begin_of_part + columns);
-            ring.wait_empty();
+            if is_own {
+                ring.wait_empty();
+            }
             let copies = BoxCopies {
                 tile: tiles.skip_tiles(ring.stage()),
                 maps,
@@ -239,16 +271,18 @@ pub unsafe fn load_columns<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize, con
                 read_once: settled_bytes.is_some_and(|bytes| ring.passed() * BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES >= bytes),
             };
             if lane == 0 {
-                ring.expect(BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES);
-                let filled = if PARTS == 1 { end - begin_of_part } else { end.saturating_sub(begin_of_part) };
-                copies.copy(NO_SLOT, filled, columns); // zeros where no column is left
+                if is_own {
+                    ring.expect(BoxTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES);
+                    let filled = if PARTS == 1 { end - begin_of_part } else { end.saturating_sub(begin_of_part) };
+                    copies.copy(NO_SLOT, filled, columns); // zeros where no column is left
+                }
                 if part == 0 {
                     at_step((item.column_end - step).div_ceil(PARTS * columns));
                 }
             }
             while PARTS == 1 || begin_of_part < end {
                 let (begin, end_of_run) = (core::cmp::max(window.begin, begin_of_part), core::cmp::min(window.end, end));
-                if begin < end_of_run {
+                if is_own && begin < end_of_run {
                     copies.copy(window.slot_of(begin), begin - begin_of_part, end_of_run - begin_of_part);
                 }
                 if window.reaches(end) {
@@ -262,6 +296,9 @@ pub unsafe fn load_columns<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize, con
             ring.advance_by(PARTS);
         }
         step += PARTS * columns;
+        if let Some(turn) = &mut turn {
+            turn.advance();
+        }
     }
 }
 

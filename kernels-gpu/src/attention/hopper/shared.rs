@@ -11,7 +11,7 @@ use packinfer_abi::{
 use super::consumer::CONSUMER_ROWS;
 use super::converter::CONVERTER_WARPS;
 use super::exchange::Exchange;
-use super::helpers::{Helpers, PART_BYTES, STORED_STEP_BLOCKS};
+use super::helpers::{Helpers, PART_BYTES, STORED_STEP_BLOCKS, Tensor};
 use super::producer::{LOADER_WARPS, POSTING_WARPS};
 use super::reader::ReaderMemory;
 use crate::attention::task::Task;
@@ -473,8 +473,14 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     /// K and V of narrow tiles as they are stored, for the consumers: where all K and V of wide tiles are otherwise.
     #[inline(always)]
     pub fn narrow_rings(&self) -> [Ring; 2] {
-        [0, Ring::bytes(Self::NARROW_STAGES)]
-            .map(|before| Ring::at(self.base + Self::NARROW_BARRIERS + before, Self::NARROW_STAGES))
+        [Tensor::K, Tensor::V].map(|tensor| self.narrow_ring(tensor))
+    }
+
+    /// That of one tensor.
+    #[inline(always)]
+    pub fn narrow_ring(&self, tensor: Tensor) -> Ring {
+        let before = tensor as u32 * Ring::bytes(Self::NARROW_STAGES);
+        Ring::at(self.base + Self::NARROW_BARRIERS + before, Self::NARROW_STAGES)
     }
 
     /// Tasks with their rows, for the consumers.
