@@ -1,6 +1,7 @@
 //! `packinfer verify`: is the result of a plan that of exact attention?
 
 use std::io::{Write, stdout};
+use std::iter;
 
 use anyhow::Context;
 use packinfer_batch::{Batch, KvDType};
@@ -46,7 +47,7 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<bool> {
 #[derive(Debug)]
 struct Comparison {
     rows: usize,
-    /// Of O, relative in norm, over all rows that are compared.
+    /// Of O, relative in norm, over all rows that are compared; of runs with and without log-sum-exps, the greater one.
     error: f64,
     /// The same for the request where it is largest: a wrong request does not hide among many right ones.
     worst_request: f64,
@@ -110,26 +111,29 @@ fn compare_rows<E: Element, K: KvElement<E>>(
     let elements = batch.shape().qo_elements_per_token() as usize;
     let heads = batch.shape().num_qo_heads() as usize;
 
-    let o = rows_of(&attention.o, elements, &tokens);
-    let mut worst_request: f64 = 0.0;
-    let mut row = 0;
-    for tokens in &chosen {
-        let range = row * elements..(row + tokens.len()) * elements;
-        let error = relative_error(&o[range.clone()], &exact.o[range]);
-        // `f64::max` would drop a NaN.
-        worst_request = if error > worst_request || error.is_nan() { error } else { worst_request };
-        if worst_request.is_nan() {
-            break;
+    let (mut greatest_error, mut worst_request) = (0.0, 0.0);
+    for o in iter::once(&attention.o).chain(&attention.o_alone) {
+        let o = rows_of(o, elements, &tokens);
+        greatest_error = greater_or_nan(greatest_error, relative_error(&o, &exact.o));
+        let mut row = 0;
+        for tokens in &chosen {
+            let range = row * elements..(row + tokens.len()) * elements;
+            worst_request = greater_or_nan(worst_request, relative_error(&o[range.clone()], &exact.o[range]));
+            row += tokens.len();
         }
-        row += tokens.len();
     }
     Ok(Comparison {
         rows: tokens.len(),
-        error: relative_error(&o, &exact.o),
+        error: greatest_error,
         worst_request,
         lse_error: largest_difference(&rows_of(&attention.lse, heads, &tokens), &exact.lse),
         tolerance: E::TOLERANCE,
     })
+}
+
+/// The greater of two errors; a NaN, which `f64::max` would drop, is greater than all.
+fn greater_or_nan(one: f64, other: f64) -> f64 {
+    if one.is_nan() || one > other { one } else { other }
 }
 
 /// Query tokens in all, if up to `most` of every request are taken.
@@ -198,6 +202,7 @@ mod tests {
         let exact = reference::attention(&case.batch, tensors.inputs(), &all).expect("good inputs");
         let right = || Attention {
             o: exact.o.iter().map(|&o| bf16::from_f64(o)).collect::<Vec<_>>(),
+            o_alone: Some(exact.o.iter().map(|&o| bf16::from_f64(o)).collect()),
             lse: exact.lse.iter().map(|&lse| lse as f32).collect(),
         };
         let within = |attention: &Attention<bf16>| {
@@ -208,6 +213,9 @@ mod tests {
             let mut attention = right();
             *attention.o.last_mut().expect("not empty") = wrong;
             assert!(!within(&attention), "{wrong} in O was not noticed");
+            let mut attention = right();
+            attention.o_alone.iter_mut().for_each(|o| o[3] = wrong);
+            assert!(!within(&attention), "{wrong} in O without LSE was not noticed");
         }
         let mut attention = right();
         attention.lse[7] += 0.1;

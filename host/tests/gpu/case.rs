@@ -8,7 +8,8 @@ use packinfer::{
     RunOptions, Stamps, Stream, Tensors, Workspace,
 };
 use packinfer::{DeviceBuffer, Packing};
-use packinfer_cpu::{Inputs, Options, largest_difference, random_elements, reference, relative_error};
+use packinfer_cpu::reference::{self, Reference};
+use packinfer_cpu::{Inputs, Options, largest_difference, random_elements, relative_error};
 
 /// An element type of the engine and of the reference.
 pub trait Element: packinfer::Element + packinfer_cpu::Element {}
@@ -152,18 +153,50 @@ impl<E: Element, K: KvElement<E>> Case<E, K> {
         device.results()
     }
 
-    /// Runs a plan twice, which must give the same, and compares it with exact attention.
+    /// Runs a plan twice, which must give the same, and compares it with exact attention; and the same without log-sum-exps, for
+    /// which kernels may find O in another way.
     pub fn check_plan(&self, engine: &Engine, plan: &Plan)
     where
         E: PartialEq,
     {
+        let exact = self.exact();
         let first = self.run_plan(engine, plan);
-        self.check(&first);
+        self.compare(&first, &exact);
         assert!(self.run_plan(engine, plan) == first, "a second run gave something else");
+        let alone = self.run_plan_for_o_alone(engine, plan);
+        self.compare_o(&alone, &exact);
+        assert!(self.run_plan_for_o_alone(engine, plan) == alone, "a second run without LSE gave something else");
+    }
+
+    /// Runs a plan of the batch once, on a stream of its own, without log-sum-exps.
+    fn run_plan_for_o_alone(&self, engine: &Engine, plan: &Plan) -> Vec<E> {
+        let stream = engine.stream().expect("a stream");
+        let plan = engine.upload(plan, &stream).expect("the plan fits");
+        let mut device = self.on_device(engine);
+        let mut workspace = engine.workspace().expect("there is room");
+        let (tensors, options) = device.arguments();
+        engine.run(&plan, &mut workspace, &stream, Tensors { lse: None, ..tensors }, options).expect("the run is right");
+        device.o.download().expect("the work is done")
     }
 
     /// Compares results with exact attention.
-    pub fn check(&self, (o, lse): &Results<E>) {
+    pub fn check(&self, results: &Results<E>) {
+        self.compare(results, &self.exact());
+    }
+
+    fn compare(&self, (o, lse): &Results<E>, exact: &Reference) {
+        self.compare_o(o, exact);
+        let error = largest_difference(lse, &exact.lse);
+        assert!(error <= LSE_TOLERANCE, "error {error} of LSE, {}", self.describe());
+    }
+
+    fn compare_o(&self, o: &[E], exact: &Reference) {
+        let error = relative_error(o, &exact.o);
+        assert!(error <= E::TOLERANCE, "relative error {error} of O, {}", self.describe());
+    }
+
+    /// Exact attention of all rows.
+    fn exact(&self) -> Reference {
         let options = Options {
             scale: self.scale,
             logit_soft_cap: self.logit_soft_cap,
@@ -173,11 +206,7 @@ impl<E: Element, K: KvElement<E>> Case<E, K> {
         };
         let inputs = Inputs { q: &self.q, k: &self.k, v: &self.v, options };
         let tokens: Vec<u32> = (0..self.batch.num_query_tokens()).collect();
-        let exact = reference::attention(&self.batch, inputs, &tokens).expect("the inputs are right");
-        let error = relative_error(o, &exact.o);
-        assert!(error <= E::TOLERANCE, "relative error {error} of O, {}", self.describe());
-        let error = largest_difference(lse, &exact.lse);
-        assert!(error <= LSE_TOLERANCE, "error {error} of LSE, {}", self.describe());
+        reference::attention(&self.batch, inputs, &tokens).expect("the inputs are right")
     }
 
     fn describe(&self) -> String {

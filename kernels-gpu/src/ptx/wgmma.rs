@@ -51,6 +51,13 @@ impl Descriptor {
         Self { low: self.low + (bytes >> 4), ..self }
     }
 
+    /// Of an operand across the sum, the first 64 columns `bytes` on, a multiple of 16; the columns past them stay where they are.
+    #[inline(always)]
+    pub fn skip_in_first_half(self, bytes: u32) -> Self {
+        const LEADING_BYTE: u32 = 1 << 16;
+        Self { low: self.low.wrapping_add((bytes >> 4).wrapping_mul(1u32.wrapping_sub(LEADING_BYTE))), ..self }
+    }
+
     /// The operand of the next [`HALF_COLUMNS`] columns of B, of one that is along the sum.
     #[inline(always)]
     fn next_half_along(self) -> Self {
@@ -170,6 +177,13 @@ macro_rules! registers {
             "{32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}"
         )
     };
+    (36) => {
+        concat!(
+            "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
+            "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, ",
+            "{32}, {33}, {34}, {35}"
+        )
+    };
     (8) => {
         "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}"
     };
@@ -236,11 +250,13 @@ macro_rules! accumulator {
 
 accumulator!(Bf16, "bf16", 16, 128, 64, operands 64 65 66 67 68 69, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
 accumulator!(Bf16, "bf16", 12, 96, 48, operands 48 49 50 51 52 53, [0 1 2 3 4 5 6 7 8 9 10 11]);
+accumulator!(Bf16, "bf16", 9, 72, 36, operands 36 37 38 39 40 41, [0 1 2 3 4 5 6 7 8]);
 accumulator!(Bf16, "bf16", 8, 64, 32, operands 32 33 34 35 36 37, [0 1 2 3 4 5 6 7]);
 accumulator!(Bf16, "bf16", 2, 16, 8, operands 8 9 10 11 12 13, [0 1]);
 accumulator!(F16, "f16", 2, 16, 8, operands 8 9 10 11 12 13, [0 1]);
 accumulator!(F16, "f16", 16, 128, 64, operands 64 65 66 67 68 69, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
 accumulator!(F16, "f16", 12, 96, 48, operands 48 49 50 51 52 53, [0 1 2 3 4 5 6 7 8 9 10 11]);
+accumulator!(F16, "f16", 9, 72, 36, operands 36 37 38 39 40 41, [0 1 2 3 4 5 6 7 8]);
 accumulator!(F16, "f16", 8, 64, 32, operands 32 33 34 35 36 37, [0 1 2 3 4 5 6 7]);
 
 /// Columns of each product that one of 256 columns is made of.

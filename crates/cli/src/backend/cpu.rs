@@ -50,7 +50,7 @@ impl Cpu {
             u64::from(plan.num_partial_rows()) * u64::from(plan.heads().num_groups) * 4 * u64::from(shape.head_dim() + 1);
         memory::check("partial results take", partial_bytes)?;
         let lse_len = plan.num_query_tokens() as usize * shape.num_qo_heads() as usize;
-        let mut attention = Attention { o: vec![E::default(); tensors.q.len()], lse: vec![0.0; lse_len] };
+        let mut attention = Attention { o: vec![E::default(); tensors.q.len()], o_alone: None, lse: vec![0.0; lse_len] };
         execute(plan, tensors.inputs(), Outputs { o: &mut attention.o, lse: Some(&mut attention.lse) })?;
         Ok(attention)
     }

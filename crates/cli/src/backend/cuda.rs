@@ -87,9 +87,12 @@ impl Cuda {
         let device_plan = self.engine.upload(plan, &self.stream)?;
         let mut workspace = self.engine.workspace()?;
         let (arguments, options) = tensors.arguments();
+        self.engine.run(&device_plan, &mut workspace, &self.stream, arguments, options)?;
+        let o_alone = Some(tensors.o.download()?);
+        let (arguments, options) = tensors.arguments();
         let arguments = packinfer::Tensors { lse: Some(lse.as_mut_slice()), ..arguments };
         self.engine.run(&device_plan, &mut workspace, &self.stream, arguments, options)?;
-        Ok(Attention { o: tensors.o.download()?, lse: lse.download()? })
+        Ok(Attention { o: tensors.o.download()?, o_alone, lse: lse.download()? })
     }
 
     /// Times runs of each of some plans of a case's batch, and launches of a graph of the first plan's run, on random numbers.

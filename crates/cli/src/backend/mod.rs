@@ -56,6 +56,8 @@ pub struct Times {
 pub struct Attention<E> {
     /// O, `[tokens, num_qo_heads, head_dim]`.
     pub o: Vec<E>,
+    /// The same of a run that was asked for no log-sum-exps, where that may take another way.
+    pub o_alone: Option<Vec<E>>,
     /// Log-sum-exp, natural logarithm, `[tokens, num_qo_heads]`.
     pub lse: Vec<f32>,
 }

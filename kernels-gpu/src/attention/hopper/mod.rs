@@ -141,12 +141,14 @@ where
 }
 
 /// The same for launches of wide tiles of 192 rows, which three consumers do. Each has `CONSUMER` registers a thread, the
-/// producer `PRODUCER`: 128 · (3 · `CONSUMER` + `PRODUCER`) = 512 · 128.
+/// producer `PRODUCER`: 128 · (3 · `CONSUMER` + `PRODUCER`) = 512 · 128. If no log-sum-exps are asked for, outputs have
+/// `OUTPUT_BLOCKS` blocks of 8 columns (see [`wide::trio::tile`]).
 #[inline(always)]
 unsafe fn attention_tall<
     E: Element,
     const DIM_BLOCKS: usize,
     const FRAGMENTS: usize,
+    const OUTPUT_BLOCKS: usize,
     const PRODUCER: u32,
     const CONSUMER: u32,
     const CAPPED: bool,
@@ -155,10 +157,12 @@ unsafe fn attention_tall<
 ) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
+    [Fragment; OUTPUT_BLOCKS]: Accumulator<E>,
 {
     const { assert!(3 * CONSUMER + PRODUCER == 512) };
     let shared = Shared::<DIM_BLOCKS, FRAGMENTS, TRIO, NoHelpers>::at(dynamic_shared());
     let thread = thread_index();
+    shared.make_ones::<E>(thread);
     if begin(shared, thread) == 0 {
         give_registers::<PRODUCER>();
         producer::run(&params, shared, thread);
@@ -167,7 +171,11 @@ unsafe fn attention_tall<
         let mut consumer = Consumer::new(&params, shared);
         consumer.begin_turns();
         while consumer.next_kind().is_some() {
-            wide::trio::tile::<E, DIM_BLOCKS, FRAGMENTS, CAPPED>(&mut consumer);
+            if OUTPUT_BLOCKS > DIM_BLOCKS && params.lse == 0 {
+                wide::trio::tile::<E, DIM_BLOCKS, FRAGMENTS, OUTPUT_BLOCKS, CAPPED>(&mut consumer);
+            } else {
+                wide::trio::tile::<E, DIM_BLOCKS, FRAGMENTS, DIM_BLOCKS, CAPPED>(&mut consumer);
+            }
         }
         consumer.end_turns();
         consumer.merge_rows::<E>();
@@ -417,16 +425,16 @@ kernel! {
 
     /// Attention in bf16, head dimension 64, tall tiles.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 24)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 10, "wgmma.mma_async" = 48)]
     fn attention_bf16_d64_tall(params: AttentionParams) {
-        attention_tall::<Bf16, 8, 16, 56, 152, false>(params)
+        attention_tall::<Bf16, 8, 16, 9, 56, 152, false>(params)
     }
 
     /// Attention in bf16, head dimension 64, tall tiles, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 24)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 10, "wgmma.mma_async" = 48)]
     fn attention_bf16_d64_tall_capped(params: AttentionParams) {
-        attention_tall::<Bf16, 8, 16, 56, 152, true>(params)
+        attention_tall::<Bf16, 8, 16, 9, 56, 152, true>(params)
     }
 
     /// Attention in bf16, head dimension 64.
@@ -447,14 +455,14 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 28)]
     fn attention_bf16_d96_tall(params: AttentionParams) {
-        attention_tall::<Bf16, 12, 16, 56, 152, false>(params)
+        attention_tall::<Bf16, 12, 16, 12, 56, 152, false>(params)
     }
 
     /// Attention in bf16, head dimension 96, tall tiles, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 28)]
     fn attention_bf16_d96_tall_capped(params: AttentionParams) {
-        attention_tall::<Bf16, 12, 16, 56, 152, true>(params)
+        attention_tall::<Bf16, 12, 16, 12, 56, 152, true>(params)
     }
 
     /// Attention in bf16, head dimension 96.
@@ -475,14 +483,14 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 32)]
     fn attention_bf16_d128_tall(params: AttentionParams) {
-        attention_tall::<Bf16, 16, 16, 32, 160, false>(params)
+        attention_tall::<Bf16, 16, 16, 16, 32, 160, false>(params)
     }
 
     /// Attention in bf16, head dimension 128, tall tiles, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 32)]
     fn attention_bf16_d128_tall_capped(params: AttentionParams) {
-        attention_tall::<Bf16, 16, 16, 32, 160, true>(params)
+        attention_tall::<Bf16, 16, 16, 16, 32, 160, true>(params)
     }
 
     /// Attention in bf16, head dimension 128.
@@ -529,16 +537,16 @@ kernel! {
 
     /// Attention in f16, head dimension 64, tall tiles.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 24)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 10, "wgmma.mma_async" = 48)]
     fn attention_f16_d64_tall(params: AttentionParams) {
-        attention_tall::<F16, 8, 16, 56, 152, false>(params)
+        attention_tall::<F16, 8, 16, 9, 56, 152, false>(params)
     }
 
     /// Attention in f16, head dimension 64, tall tiles, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
-    #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 24)]
+    #[expect("setmaxnreg" = 2, "bar.sync" = 10, "wgmma.mma_async" = 48)]
     fn attention_f16_d64_tall_capped(params: AttentionParams) {
-        attention_tall::<F16, 8, 16, 56, 152, true>(params)
+        attention_tall::<F16, 8, 16, 9, 56, 152, true>(params)
     }
 
     /// Attention in f16, head dimension 64.
@@ -559,14 +567,14 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 28)]
     fn attention_f16_d96_tall(params: AttentionParams) {
-        attention_tall::<F16, 12, 16, 56, 152, false>(params)
+        attention_tall::<F16, 12, 16, 12, 56, 152, false>(params)
     }
 
     /// Attention in f16, head dimension 96, tall tiles, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 28)]
     fn attention_f16_d96_tall_capped(params: AttentionParams) {
-        attention_tall::<F16, 12, 16, 56, 152, true>(params)
+        attention_tall::<F16, 12, 16, 12, 56, 152, true>(params)
     }
 
     /// Attention in f16, head dimension 96.
@@ -587,14 +595,14 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 32)]
     fn attention_f16_d128_tall(params: AttentionParams) {
-        attention_tall::<F16, 16, 16, 32, 160, false>(params)
+        attention_tall::<F16, 16, 16, 16, 32, 160, false>(params)
     }
 
     /// Attention in f16, head dimension 128, tall tiles, with a soft-cap.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 2, "bar.sync" = 6, "wgmma.mma_async" = 32)]
     fn attention_f16_d128_tall_capped(params: AttentionParams) {
-        attention_tall::<F16, 16, 16, 32, 160, true>(params)
+        attention_tall::<F16, 16, 16, 16, 32, 160, true>(params)
     }
 
     /// Attention in f16, head dimension 128.

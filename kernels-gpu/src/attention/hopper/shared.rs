@@ -15,12 +15,13 @@ use super::helpers::{Helpers, PART_BYTES, STORED_STEP_BLOCKS, Tensor};
 use super::producer::{LOADER_WARPS, POSTING_WARPS};
 use super::reader::ReaderMemory;
 use crate::attention::task::Task;
-use crate::ptx::mbarrier;
-use crate::ptx::memory::{load_shared, load_shared_f32x2, load_shared_x4, store_shared_f32x2, store_shared_x4};
+use crate::element::Element;
+use crate::ptx::memory::{load_shared, load_shared_f32x2, load_shared_x4, store_shared, store_shared_f32x2, store_shared_x4};
 use crate::ptx::warp::LANES as WARP_LANES;
 use crate::ptx::warpgroup::THREADS;
+use crate::ptx::{mbarrier, wgmma};
 use crate::rows::{RowTable, WarpView};
-use crate::shared_tile::{BoxTile, PANEL_BLOCKS, PanelTile, SharedTile};
+use crate::shared_tile::{BoxTile, PANEL_BLOCKS, PANEL_ROW_BYTES, PanelTile, SharedTile};
 
 /// Blocks of 8 elements that a consuming warp stages of its rows of O at a time, where there is no exchange.
 pub const STAGED_BLOCKS: usize = 2;
@@ -352,6 +353,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     pub const HAS_EXCHANGE: bool = !H::READ && Self::CONSUMERS == 2;
     /// Whether K and V have scales: where they are in FP8, or were (`kv_widen`), which is so in launches of tall tiles alone.
     pub const IS_SCALED: bool = H::CONVERT || Self::CONSUMERS > 2;
+    /// Whether there are [ones](Self::ones): in launches of tall tiles whose instructions take longer than their products.
+    pub const HAS_ONES: bool = Self::CONSUMERS > 2 && DIM_BLOCKS <= PANEL_BLOCKS;
     /// Columns of a step of a wide tile.
     pub const STEP: u32 = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::ROWS;
     /// Those of a narrow tile.
@@ -405,8 +408,11 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const NEAR_END_BARRIER: u32 = Self::NARROW_BARRIERS + 2 * Ring::bytes(Self::NARROW_STAGES);
     const READER_WORDS: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
     const END: u32 = Self::READER_WORDS + if H::READ { ReaderMemory::<DIM_BLOCKS>::WORD_BYTES } else { 0 };
+    /// Eight rows of a panel twice, as a product sums over 16.
+    const ONES_BYTES: u32 = 2 * 8 * PANEL_ROW_BYTES;
+    const ONES: u32 = Self::END.next_multiple_of(8 * PANEL_ROW_BYTES);
     const FITS: () = assert!(
-        Self::END
+        if Self::HAS_ONES { Self::ONES + Self::ONES_BYTES } else { Self::END }
             <= if H::READ {
                 BESIDE_SHARED_BYTES
             } else if H::CONVERT {
@@ -514,6 +520,26 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     #[inline(always)]
     pub fn v(&self, stage: u32) -> ColumnTile<DIM_BLOCKS, FRAGMENTS> {
         ColumnTile::at(self.base + Self::V).skip_tiles(stage)
+    }
+
+    /// Sixteen rows of ones, which may stand for more columns of any V.
+    #[inline(always)]
+    pub fn ones(&self) -> u32 {
+        self.base + Self::ONES
+    }
+
+    /// Makes the [ones](Self::ones), if there are any.
+    ///
+    /// # Safety
+    ///
+    /// Reached by all threads of the block, of which there are as many as words, before a barrier of all.
+    #[inline(always)]
+    pub unsafe fn make_ones<E: Element>(&self, thread: u32) {
+        if Self::HAS_ONES {
+            const { assert!(Self::ONES_BYTES == 4 * 4 * THREADS) };
+            store_shared(self.ones() + 4 * thread, E::pack(1.0, 1.0));
+            wgmma::fence_shared_writes();
+        }
     }
 
     /// A part of K or V as it is stored, for the converters.

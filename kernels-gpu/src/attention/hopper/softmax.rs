@@ -92,11 +92,19 @@ impl LazySoftmax {
     #[inline(always)]
     pub fn take_in(&mut self, scale_log2: OfRows, scores: &mut [Fragment]) {
         for fragment in scores {
+            self.exponentials(scale_log2, fragment);
             for half in 0..ROWS_PER_LANE {
-                for score in &mut fragment[2 * half..2 * half + 2] {
-                    *score = math::exp2(math::fma(*score, scale_log2[half], self.offset[half]));
-                }
                 self.sum[half] += fragment[2 * half] + fragment[2 * half + 1];
+            }
+        }
+    }
+
+    /// Turns scores into exponentials, which others sum up.
+    #[inline(always)]
+    pub fn exponentials(&self, scale_log2: OfRows, scores: &mut Fragment) {
+        for half in 0..ROWS_PER_LANE {
+            for score in &mut scores[2 * half..2 * half + 2] {
+                *score = math::exp2(math::fma(*score, scale_log2[half], self.offset[half]));
             }
         }
     }
@@ -119,7 +127,12 @@ impl LazySoftmax {
     /// Reached by all lanes of the warp.
     #[inline(always)]
     pub unsafe fn finish(&self) -> [RowSum; ROWS_PER_LANE] {
-        let sums = [warp::quad_sum(self.sum[0]), warp::quad_sum(self.sum[1])];
+        self.finish_with([warp::quad_sum(self.sum[0]), warp::quad_sum(self.sum[1])])
+    }
+
+    /// The factors of rows whose exponentials have these sums.
+    #[inline(always)]
+    pub fn finish_with(&self, sums: OfRows) -> [RowSum; ROWS_PER_LANE] {
         [RowSum::new(sums[0], -self.offset[0]), RowSum::new(sums[1], -self.offset[1])]
     }
 }

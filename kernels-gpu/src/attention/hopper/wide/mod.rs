@@ -9,7 +9,7 @@ pub mod trio;
 use super::consumer::{Consumer, Queries};
 use super::helpers::Helpers;
 use super::shared::{ColumnTile, STAGED_BLOCKS, SeenSteps, Shared};
-use super::softmax::{LazySoftmax, LogitsOfRows};
+use super::softmax::LogitsOfRows;
 use super::{barrier, epilogue};
 use crate::attention::store;
 use crate::element::Element;
@@ -18,7 +18,7 @@ use crate::ptx::mma::Fragment;
 use crate::ptx::warpgroup;
 use crate::ptx::wgmma::{self, Accumulator, Descriptor};
 use crate::shared_tile::PANEL_BLOCKS;
-use crate::softmax::{ROWS_PER_LANE, element_of_lane, mask};
+use crate::softmax::{ROWS_PER_LANE, RowSum, element_of_lane, mask};
 
 /// Exponentials of a step in the element type, two words a fragment of scores: one for each row that the lane holds a part of.
 /// Those of two neighbouring fragments are an operand A.
@@ -82,25 +82,32 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         wgmma::commit_group();
     }
 
-    /// Starts `output += P V`, or `output = P V` where the step is the first of its tile, for a step whose V has arrived.
+    /// Starts `output += P V`, or `output = P V` where the step is the first of its tile, for a step whose V has arrived. Where
+    /// `output` has eight more columns than V, these get the sums of P.
     #[inline(always)]
-    unsafe fn start_output<E>(
+    unsafe fn start_output<E, const OUTPUT_BLOCKS: usize>(
         &self,
-        output: &mut [Fragment; DIM_BLOCKS],
+        output: &mut [Fragment; OUTPUT_BLOCKS],
         is_first: bool,
         weights: &Weights<FRAGMENTS>,
         values: u32,
     ) where
-        [Fragment; DIM_BLOCKS]: Accumulator<E>,
+        [Fragment; OUTPUT_BLOCKS]: Accumulator<E>,
     {
+        let has_sums = const { OUTPUT_BLOCKS > DIM_BLOCKS };
+        const { assert!(OUTPUT_BLOCKS == DIM_BLOCKS || Shared::<DIM_BLOCKS, FRAGMENTS, ROW_BLOCKS, H>::HAS_ONES) };
         let eight_rows_bytes = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::EIGHT_ROWS_BYTES;
-        let half_bytes = ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANEL_BYTES;
-        let v = Descriptor::across_sum(opaque(self.shared.v(0).row(0, 0)), half_bytes, eight_rows_bytes)
-            .skip(values * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
+        let first = opaque(self.shared.v(0).row(0, 0));
+        // Where there is a column past the 64th, it is one of V's second half, or the ones, the same for every product.
+        let half_bytes =
+            if has_sums { opaque(self.shared.ones()) - first } else { ColumnTile::<DIM_BLOCKS, FRAGMENTS>::PANEL_BYTES };
+        let skip = |v: Descriptor, bytes| if has_sums { v.skip_in_first_half(bytes) } else { v.skip(bytes) };
+        let v = Descriptor::across_sum(first, half_bytes, eight_rows_bytes);
+        let v = skip(v, values * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES);
         wgmma::fence();
         for j in 0..FRAGMENTS / 2 {
             let ([a, b], [c, d]) = (weights[2 * j], weights[2 * j + 1]);
-            output.add_product_across([a, b, c, d], v.skip(2 * j as u32 * eight_rows_bytes), j > 0 || !is_first);
+            output.add_product_across([a, b, c, d], skip(v, 2 * j as u32 * eight_rows_bytes), j > 0 || !is_first);
         }
         wgmma::commit_group();
     }
@@ -143,10 +150,10 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
 
     /// What the rows of a tile's output are to be multiplied with at the end; stores their log-sum-exp.
     #[inline(always)]
-    unsafe fn finish(&self, slot: u32, softmax: &LazySoftmax) -> [f32; ROWS_PER_LANE] {
+    unsafe fn finish(&self, slot: u32, sums: [RowSum; ROWS_PER_LANE]) -> [f32; ROWS_PER_LANE] {
         let task = self.shared.task(self.params, slot);
         let rows = task.rows.of_lane::<1>(self.first_row(), self.lane());
-        let [inverse] = store::finish(&task, self.lane(), self.first_row(), &rows, [softmax.finish()]);
+        let [inverse] = store::finish(&task, self.lane(), self.first_row(), &rows, [sums]);
         let [_, v_scale] = self.shared.scales(slot);
         inverse.map(|inverse| inverse * v_scale)
     }

@@ -70,7 +70,7 @@ pub unsafe fn tiles<E: Element, W: Element, const DIM_BLOCKS: usize, const FRAGM
             consumer.first_step_of_next::<W, CAPPED>(&step, done.slot, &mut state)
         } else {
             consumer.last_output::<W>(&mut state);
-            consumer.finish(done.slot, &state.softmax)
+            consumer.finish(done.slot, state.softmax.finish())
         };
         if !follows || !Consumer::<DIM_BLOCKS, FRAGMENTS, PAIR, H>::V_IS_LATE {
             consumer.v.release_stage(values, consumer.lane());
@@ -181,7 +181,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
         let mut scores = [[0f32; 4]; FRAGMENTS];
         self.start_step::<W>(state, &mut scores);
         let about = self.about_scores::<CAPPED>(step);
-        let factors = self.finish(done_slot, &state.softmax);
+        let factors = self.finish(done_slot, state.softmax.finish());
         state.softmax = LazySoftmax::NOTHING;
         wgmma::wait_group::<1>();
         self.take_scores::<W, CAPPED>(step, &about, &mut scores);
@@ -208,7 +208,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
         scores.hold();
         self.start_scores::<W>(&state.queries, scores);
         self.wait_for_late_v(state.values);
-        self.start_output::<W>(&mut state.output[0], state.is_first, &state.weights, state.values);
+        self.start_output::<W, _>(&mut state.output[0], state.is_first, &state.weights, state.values);
         self.pass_turn();
     }
 
@@ -262,7 +262,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, H: Helpers> Consumer<'_, D
         self.wait_for_late_v(state.values);
         state.output[0].hold();
         hold_words(&mut state.weights);
-        self.start_output::<W>(&mut state.output[0], state.is_first, &state.weights, state.values);
+        self.start_output::<W, _>(&mut state.output[0], state.is_first, &state.weights, state.values);
         wgmma::wait_group::<0>();
         state.output[0].hold();
     }
