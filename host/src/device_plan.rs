@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use packinfer_abi::{Attendance, HeadGroups, KvRun, KvWidenPiece, MergeToken, RowSegment, TALL_TILE_ROWS, WorkItem};
-use packinfer_batch::{AttentionShape, KvLayout};
+use packinfer_batch::{AttentionShape, KvDType, KvLayout};
 use packinfer_planner::{KernelFamily, KvTensors, Plan, Widening};
 
 use crate::EngineError;
@@ -124,6 +124,8 @@ pub(crate) struct Layout {
     pub stored: KvTensors,
     /// K and V as attention reads them: the same, or what is made of them before.
     pub attended: KvTensors,
+    /// K and V that are made of them before, if any are: for all tiles or for wide ones alone.
+    pub widened: Option<KvTensors>,
     pub widening_blocks: u32,
     pub num_partial_rows: u32,
     pub num_items: u32,
@@ -150,6 +152,8 @@ pub(crate) struct Layout {
     pub merge_tokens: usize,
     pub merge_sources: usize,
     pub pieces: usize,
+    /// Work items for a kernel whose wide tiles alone read what is made, if the plan has them.
+    pub widened_items: Option<usize>,
     /// Bytes of all arrays.
     num_bytes: usize,
 }
@@ -169,6 +173,7 @@ impl Layout {
             num_query_tokens: plan.num_query_tokens(),
             stored: plan.stored(),
             attended: plan.attended(),
+            widened: widened_of(plan),
             widening_blocks: num_blocks("the kernel that makes K and V in FP8 what Q is", pieces_of(plan).len(), KV_TENSORS)?,
             num_partial_rows: plan.num_partial_rows(),
             num_items: plan.items().len() as u32,
@@ -187,6 +192,7 @@ impl Layout {
             merge_tokens: place(bytes_of(plan.merge_tokens())),
             merge_sources: place(bytes_of(plan.merge_sources())),
             pieces: place(bytes_of(pieces_of(plan))),
+            widened_items: plan.wide_tile_widening().map(|of_wide| place(bytes_of(of_wide.items))),
             num_bytes,
         })
     }
@@ -194,7 +200,7 @@ impl Layout {
     /// Whether launches of both differ in nothing but what lies in the plan's arrays. The pool may have any number of slots.
     fn launches_as(&self, other: &Self) -> bool {
         let stored = KvTensors { num_slots: self.stored.num_slots, ..other.stored };
-        let attended = if other.widening_blocks == 0 { stored } else { other.attended };
+        let attended = if other.widened == Some(other.attended) { other.attended } else { stored };
         Self { stored, attended, ..*other } == *self
     }
 
@@ -219,7 +225,8 @@ impl Layout {
     }
 
     /// The plan's arrays, where they lie.
-    fn arrays<'a>(&self, plan: &'a Plan) -> [(usize, &'a [u8]); 6] {
+    fn arrays<'a>(&self, plan: &'a Plan) -> [(usize, &'a [u8]); 7] {
+        let widened_items = plan.wide_tile_widening().map_or(&[][..], |of_wide| of_wide.items);
         [
             (self.items, bytes_of(plan.items())),
             (self.segments, bytes_of(plan.segments())),
@@ -227,13 +234,25 @@ impl Layout {
             (self.merge_tokens, bytes_of(plan.merge_tokens())),
             (self.merge_sources, bytes_of(plan.merge_sources())),
             (self.pieces, bytes_of(pieces_of(plan))),
+            (self.widened_items.unwrap_or(self.pieces), bytes_of(widened_items)),
         ]
     }
 }
 
 /// What is to be made of K and V before attention, if anything is.
+fn widening_of(plan: &Plan) -> Option<&Widening> {
+    plan.widening().or(plan.wide_tile_widening().map(|of_wide| of_wide.widening))
+}
+
+/// The same, piece by piece.
 fn pieces_of(plan: &Plan) -> &[KvWidenPiece] {
-    plan.widening().map_or(&[], Widening::pieces)
+    widening_of(plan).map_or(&[], Widening::pieces)
+}
+
+/// What is made.
+fn widened_of(plan: &Plan) -> Option<KvTensors> {
+    let shape = plan.shape().with_kv_dtype(KvDType::Same);
+    widening_of(plan).map(|made| KvTensors { shape, layout: KvLayout::default(), num_slots: made.num_slots() })
 }
 
 /// Blocks of a launch with so many for each of `tasks`: one for each head, head group or tensor.
@@ -249,7 +268,8 @@ pub(crate) struct PlanKernels {
     pub attention: Kernel,
     /// Whether it does tasks behind the front beside those of the front.
     pub beside: bool,
-    /// What makes K and V what attention reads, if that is to be done.
+    /// What makes K and V what attention reads, if that is to be done: for all tiles, or for wide ones where the attention kernel
+    /// reads those of narrow ones as they are stored.
     pub widen: Option<Kernel>,
     /// What merges partials, if the attention kernel does not.
     pub merge: Option<Kernel>,
@@ -275,8 +295,9 @@ impl PlanKernels {
             KernelFamily::Sm90a => None,
             _ => Some(shared.kernels.get(KernelSource::merge(layout.attended.shape, shared.can_overlap))?),
         };
-        let widen =
-            (layout.widening_blocks > 0).then(|| shared.kernels.get(KernelSource::kv_widen(layout.attended.shape.dtype())));
+        // Kernels that are not for tasks beside others have wide tiles read what narrow ones do.
+        let widens = layout.widened.is_some() && (layout.widened_items.is_none() || beside.is_some());
+        let widen = widens.then(|| shared.kernels.get(KernelSource::kv_widen(layout.attended.shape.dtype())));
         Ok(Self { attention, beside: beside.is_some(), widen: widen.transpose()?, merge })
     }
 }
@@ -315,10 +336,16 @@ mod tests {
 
     /// Where a plan of prompts lies whose KV, of `kv_dtype`, begins with slot `first_slot`.
     fn layout_of_prompts(kv_dtype: KvDType, first_slot: u32, kv_len: u32) -> Layout {
+        layout_beside_decodes(kv_dtype, first_slot, kv_len, 0)
+    }
+
+    /// The same of prompts beside so many decodes.
+    fn layout_beside_decodes(kv_dtype: KvDType, first_slot: u32, kv_len: u32, decodes: u32) -> Layout {
         let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape").with_kv_dtype(kv_dtype);
         let mut batch = Batch::new(shape, Mask::Causal);
-        for request in 0..3 {
-            batch.push_contiguous(1500, kv_len, first_slot + request * kv_len).expect("a good request");
+        for request in 0..3 + decodes {
+            let query_len = if request < 3 { 1500 } else { 1 };
+            batch.push_contiguous(query_len, kv_len, first_slot + request * kv_len).expect("a good request");
         }
         let mut planner = Planner::choosing(DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132));
         Layout::new(&planner.plan(&batch).expect("a batch that can be planned")).expect("the plan fits")
@@ -337,6 +364,22 @@ mod tests {
         // As many work items, which read one piece more each.
         let longer = layout_of_prompts(KvDType::E4m3, 0, 1505);
         assert!(longer.widening_blocks > fp8.widening_blocks && !fp8.launches_as(&longer), "{longer:?}");
+    }
+
+    #[test]
+    fn items_of_kernels_that_read_what_is_made_for_wide_tiles_lie_behind_the_others() {
+        let layout = layout_beside_decodes(KvDType::E4m3, 0, 4000, 30);
+        assert_eq!(layout.attended, layout.stored);
+        let shape = layout.stored.shape.with_kv_dtype(KvDType::Same);
+        assert_eq!(layout.widened, Some(KvTensors { shape, layout: KvLayout::Slots, num_slots: 3 * 4000 }));
+        assert_eq!(layout.widening_blocks, 2 * 3 * 4000u32.div_ceil(16));
+        assert!(layout.beside && layout.widened_items.is_some_and(|items| items > layout.pieces));
+        let elsewhere = layout_beside_decodes(KvDType::E4m3, 10_000, 4000, 30);
+        assert!(elsewhere.stored.num_slots > layout.stored.num_slots && layout.launches_as(&elsewhere), "{elsewhere:?}");
+        let longer = layout_beside_decodes(KvDType::E4m3, 0, 4005, 30);
+        assert!(longer.widening_blocks > layout.widening_blocks && !layout.launches_as(&longer), "{longer:?}");
+        let in_bf16 = layout_beside_decodes(KvDType::Same, 0, 4000, 30);
+        assert_eq!((in_bf16.widened, in_bf16.widened_items), (None, None));
     }
 
     #[test]

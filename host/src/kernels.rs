@@ -135,7 +135,8 @@ impl KernelSource {
         }
     }
 
-    /// The kernel that does narrow work items beside wide ones, if there is one.
+    /// The kernel that does narrow work items beside wide ones, if there is one. With K and V in FP8, wide ones read what these
+    /// are made before.
     pub fn attention_beside(shape: AttentionShape) -> Option<Self> {
         macro_rules! beside {
             ($name:literal) => {
@@ -147,6 +148,10 @@ impl KernelSource {
             (KvDType::Same, DType::Bf16, 128) => Some(beside!("attention_bf16_d128_beside")),
             (KvDType::Same, DType::F16, 64) => Some(beside!("attention_f16_d64_beside")),
             (KvDType::Same, DType::F16, 128) => Some(beside!("attention_f16_d128_beside")),
+            (KvDType::E4m3, DType::Bf16, 64) => Some(beside!("attention_bf16_e4m3_d64_beside")),
+            (KvDType::E4m3, DType::Bf16, 128) => Some(beside!("attention_bf16_e4m3_d128_beside")),
+            (KvDType::E4m3, DType::F16, 64) => Some(beside!("attention_f16_e4m3_d64_beside")),
+            (KvDType::E4m3, DType::F16, 128) => Some(beside!("attention_f16_e4m3_d128_beside")),
             _ => None,
         }
     }

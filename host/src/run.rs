@@ -68,18 +68,25 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
     let parts = workspace.parts(plan, stream)?;
     let kernels = plan.kernels(options.logit_soft_cap.is_some())?;
     let attention_blocks = plan.attention_blocks(kernels.beside);
-    let kv = parts.widened.unwrap_or_else(|| tensors.kv(layout));
-    let (q_maps, kv_maps) = match layout.family {
-        KernelFamily::Sm90a => (workspace.q_maps(stream, tensors.queries(layout))?, workspace.kv_maps(stream, kv)?),
+    let stored = tensors.kv(layout);
+    let widening = kernels.widen.zip(parts.widened);
+    let of_wide = widening.map_or(stored, |(_, widened)| widened);
+    // Where items are others, those of narrow tiles read what is stored.
+    let widened_items = layout.widened_items.filter(|_| widening.is_some());
+    let of_narrow = if widened_items.is_some() { stored } else { of_wide };
+    let (q_maps, [kv_maps, narrow_kv_maps]) = match layout.family {
+        KernelFamily::Sm90a => {
+            (workspace.q_maps(stream, tensors.queries(layout))?, workspace.kv_maps(stream, [of_wide, of_narrow])?)
+        }
         // Other kernels copy without tensor maps.
-        _ => (0, 0),
+        _ => (0, [0; 2]),
     };
     plan.run_on(stream)?;
-    if let Some(widen) = kernels.widen {
+    if let Some((widen, widened)) = widening {
         let stored = SlotBytes::of(layout.stored);
         let params = KvWidenParams {
             from: [tensors.k.address, tensors.v.address],
-            to: kv.addresses,
+            to: widened.addresses,
             pieces: plan.address(layout.pieces),
             num_kv_heads: layout.attended.shape.num_kv_heads(),
             head_dim: layout.attended.shape.head_dim(),
@@ -94,19 +101,20 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
     let lse = tensors.lse.as_ref().map_or(0, |lse| lse.address);
     let attention = AttentionParams {
         q: tensors.q.address,
-        k: kv.addresses[0],
-        v: kv.addresses[1],
+        k: of_narrow.addresses[0],
+        v: of_narrow.addresses[1],
         o: tensors.o.address,
         lse,
         partial_o: parts.partial_o,
         partial_lse: parts.partial_lse,
-        items: plan.address(layout.items),
+        items: plan.address(widened_items.unwrap_or(layout.items)),
         segments: plan.address(layout.segments),
         runs: plan.address(layout.runs),
         merge_tokens: plan.address(layout.merge_tokens),
         merge_sources: plan.address(layout.merge_sources),
         lse_readers: parts.lse_readers,
         kv_maps,
+        narrow_kv_maps,
         q_maps,
         heads: layout.heads,
         num_partial_rows: layout.num_partial_rows,

@@ -19,8 +19,9 @@ const WIDENED: &str = "K and V of prompts made of FP8 (Planner::with_widening sa
 const ALIGNMENT: u64 = 256;
 
 /// Device memory for what a run needs besides its plan and tensors: partial results, counters, K and V that a plan has [made of
-/// FP8](packinfer_planner::Plan::widening), and for `sm_90a` kernels the tensor maps of each Q, K and V that it has met. It grows when a plan needs more, or with the first run of a layer, which waits
-/// for the device. Maps of a tensor at a new address are a small copy: it pays to have Q at the same addresses in every step.
+/// FP8](packinfer_planner::Plan::widening), and for `sm_90a` kernels the tensor maps of each Q, K and V that it has met. It grows
+/// when a plan needs more, or with the first run of a layer, which waits for the device. Maps of a tensor at a new address are a
+/// small copy: it pays to have Q at the same addresses in every step.
 ///
 /// Runs that use the same workspace come one after the other, so streams that are to run concurrently need one each.
 pub struct Workspace {
@@ -95,7 +96,7 @@ impl Workspace {
             partial_lse: partials + lse_offset,
             scheduler: counters,
             lse_readers: counters + LSE_READERS_OFFSET,
-            widened: (plan.layout.widening_blocks > 0).then(|| self.widened(plan.layout.attended)),
+            widened: plan.layout.widened.map(|tensors| self.widened(tensors)),
         })
     }
 
@@ -112,12 +113,19 @@ impl Workspace {
         &mut self.partials[usize::from(family == KernelFamily::Sm90a)]
     }
 
-    /// Address of the tensor maps of K and V, for a run on the stream that [`Self::parts`] was called with.
-    pub(crate) fn kv_maps(&mut self, stream: &Stream, tensors: MappedKv) -> Result<u64, EngineError> {
-        self.maps.kv(&self.shared, stream, tensors)
+    /// Addresses of the tensor maps of K and V of wide tiles, and of narrow ones, for a run on the stream that [`Self::parts`]
+    /// was called with.
+    pub(crate) fn kv_maps(&mut self, stream: &Stream, [wide, narrow]: [MappedKv; 2]) -> Result<[u64; 2], EngineError> {
+        let of_wide = self.maps.kv(&self.shared, stream, wide)?;
+        if wide == narrow {
+            return Ok([of_wide; 2]);
+        }
+        let of_narrow = self.maps.kv(&self.shared, stream, narrow)?;
+        // If all others were forgotten for these, they may lie where those did.
+        Ok([self.maps.kv(&self.shared, stream, wide)?, of_narrow])
     }
 
-    /// As [`Self::kv_maps`], of Q.
+    /// The same of Q.
     pub(crate) fn q_maps(&mut self, stream: &Stream, tensor: QueryTensor) -> Result<u64, EngineError> {
         self.maps.queries(&self.shared, stream, tensor)
     }
@@ -166,8 +174,8 @@ impl Needed {
         let lse_bytes = partials * size_of::<f32>() as u64;
         let lse_offset = (lse_bytes * u64::from(layout.attended.shape.head_dim())).next_multiple_of(ALIGNMENT);
         let reader_bytes = u64::from(layout.merged_rows) * size_of::<u32>() as u64;
-        let KvTensors { shape, num_slots, .. } = layout.attended;
-        let widened_bytes = if layout.widening_blocks > 0 { u64::from(num_slots) * shape.kv_bytes_per_slot() } else { 0 };
+        let bytes_of = |KvTensors { shape, num_slots, .. }: KvTensors| u64::from(num_slots) * shape.kv_bytes_per_slot();
+        let widened_bytes = layout.widened.map_or(0, bytes_of);
         Self {
             lse_offset,
             partial_bytes: lse_offset + lse_bytes,

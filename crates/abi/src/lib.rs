@@ -352,6 +352,9 @@ pub struct AttentionParams {
     /// count as one element. A map whose box would be more than a [step of columns](hopper_column_step), or in FP8 of
     /// [stored ones](HOPPER_STORED_STEP), is not used.
     pub kv_maps: DeviceAddress,
+    /// The same of K and V of narrow tiles, for kernels that take them in FP8 and those of wide tiles in the type of Q; others do not
+    /// read it. `sm_90a` only.
+    pub narrow_kv_maps: DeviceAddress,
     /// Tensor maps of Q, [`NUM_QUERY_BOXES`]; `sm_90a` only. Map `i` copies boxes of `2^i` tokens with the heads of one group, 64
     /// elements of each, swizzled by 128 bytes. Its dimensions are elements (64), heads, panels of 64 elements, tokens, and one
     /// more of length 1; elements and panels as in `kv_maps`. A map whose box would be more than a wide tile is not used.

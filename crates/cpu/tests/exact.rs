@@ -9,7 +9,7 @@ use packinfer_cpu::{
     CpuError, Element, Inputs, KvElement, Options, Outputs, execute, largest_difference, random_elements, reference,
     relative_error,
 };
-use packinfer_planner::{DeviceModel, KernelFamily, Packing, Plan, Planner};
+use packinfer_planner::{BesideTimes, DeviceModel, KernelFamily, Packing, Plan, Planner};
 use proptest::prelude::*;
 
 /// A plan for a device of so many multiprocessors: many of them split requests, few of them pack.
@@ -75,6 +75,14 @@ fn widened(batch: &Batch) -> Plan {
     Planner::new(model).plan(batch).expect("a plan")
 }
 
+/// The same where products cost even less, and narrow tiles are done beside wide ones: K and V in FP8 are made what Q is for wide
+/// tiles wherever they can be, which is nothing to the CPU.
+fn widened_for_wide_tiles(batch: &Batch) -> Plan {
+    let beside = Some(BesideTimes { wide: 0.5, narrow: 0.5, stored_step_ns: 0.0 });
+    let model = DeviceModel { kernel_family: KernelFamily::Sm90a, launch_ns: 0.0, beside, ..DeviceModel::H100 };
+    Planner::new(DeviceModel { bytes_per_s: 1e17, flops_per_s: 1e20, ..model }).plan(batch).expect("a plan")
+}
+
 /// A plan for a device of one multiprocessor, so slow to read that requests share nearly whatever they can.
 fn shared(batch: &Batch) -> Plan {
     let slow = DeviceModel { num_sms: 1, bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..DeviceModel::H100 };
@@ -87,7 +95,8 @@ fn assert_plans_exact(batch: &Batch) {
 }
 
 fn assert_plans_exact_with(batch: &Batch, options: Options<'_>) {
-    for plan in [packed_for(batch, 1), packed(batch), widened(batch), shared(batch), per_request(batch)] {
+    let on_hopper = [widened(batch), widened_for_wide_tiles(batch)];
+    for plan in [packed_for(batch, 1), packed(batch), shared(batch), per_request(batch)].into_iter().chain(on_hopper) {
         match (batch.shape().dtype(), batch.shape().kv_dtype()) {
             (DType::Bf16, KvDType::Same) => assert_exact::<bf16, bf16>(batch, &plan, options),
             (DType::Bf16, KvDType::E4m3) => assert_exact::<bf16, F8E4M3>(batch, &plan, options),
@@ -233,6 +242,16 @@ fn kv_in_fp8_is_made_what_q_is_for_prompts() {
         let options = Options { k_scales: Some(&[0.3, 1.7]), v_scales: Some(&[5.0, 0.02]), ..Options::default() };
         assert_plans_exact_with(&batch, options);
     }
+}
+
+#[test]
+fn kv_in_fp8_is_made_what_q_is_for_wide_tiles() {
+    let shape = shape(8, 2, 128, DType::Bf16).with_kv_dtype(KvDType::E4m3);
+    let lengths = [(150, 300), (1, 700), (100, 431), (1, 450), (1, 33), (2, 500)];
+    let batch = batch(shape, Mask::Causal, &lengths);
+    assert!(widened_for_wide_tiles(&batch).wide_tile_widening().is_some());
+    let options = Options { k_scales: Some(&[0.3, 1.7]), v_scales: Some(&[5.0, 0.02]), ..Options::default() };
+    assert_plans_exact_with(&batch, options);
 }
 
 #[test]

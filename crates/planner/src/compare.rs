@@ -3,7 +3,7 @@
 use packinfer_abi::{DIRECT, TileKind};
 use serde::Serialize;
 
-use crate::cost::{CostModel, num_rows};
+use crate::cost::num_rows;
 use crate::{DeviceModel, Plan, Schedule};
 
 /// Work items that are listed one by one.
@@ -107,7 +107,7 @@ impl KindError {
 /// The items that took any time, in the order of the plan.
 fn item_errors(plan: &Plan, model: &DeviceModel, achieved: &Schedule) -> Vec<ItemError> {
     let groups = plan.heads().num_groups as usize;
-    let cost = CostModel::new(model, plan.attended.shape, plan.heads());
+    let cost = plan.cost_model(model);
     let mut errors = Vec::new();
     let tasks = achieved.tasks.chunks(groups.max(1));
     for (index, ((item, work), tasks)) in (0..).zip(plan.items().iter().zip(plan.work(model)).zip(tasks)) {

@@ -184,10 +184,8 @@ pub(crate) struct CostModel {
     /// By kind of tile.
     tiles: [TileCosts; 2],
     item_ns: f64,
-    /// Bytes of a row of K or V, of Q or O.
+    /// Bytes of a row of Q or O.
     row_bytes: f64,
-    /// Of K, or of V.
-    kv_row_bytes: f64,
     /// Bytes of a row of a partial.
     partial_row_bytes: f64,
     byte_ns: f64,
@@ -201,6 +199,10 @@ struct TileCosts {
     setup_ns: f64,
     step_ns: f64,
     flop_ns: f64,
+    /// Bytes of a row of K, or of V.
+    kv_row_bytes: f64,
+    /// Of the columns that no other item reads before, the part that comes from memory: all or none.
+    from_memory: f64,
 }
 
 /// What rows take together, by the number of columns that they all see.
@@ -227,15 +229,25 @@ pub(crate) fn converting_ns(family: KernelFamily, shape: AttentionShape) -> f64 
 }
 
 impl CostModel {
-    pub fn new(model: &DeviceModel, shape: AttentionShape, heads: HeadGroups) -> Self {
+    /// Of tiles that read K and V as `shapes` say, by kind of tile. Where wide ones do not read them as narrow ones do, they find
+    /// them in the cache, as it was just before that they were made.
+    pub fn new(model: &DeviceModel, shapes: [AttentionShape; 2], heads: HeadGroups) -> Self {
         let of_block = |per_s: f64| 1e9 * f64::from(model.lanes()) / per_s;
+        let kv_row_bytes = |shape: AttentionShape| (u64::from(shape.head_dim()) * shape.kv_element_bytes()) as f64;
+        let [shape, of_narrow] = shapes;
         let TileTimes { setup_ns, step_ns } = model.wide;
         // The model's own steps may be of more columns. What a step takes besides its products goes by its columns.
         let columns = |head_dim| f64::from(model.kernel_family.column_step(head_dim));
         let step_ns = step_ns * columns(shape.head_dim()) / columns(model.head_dim) + converting_ns(model.kernel_family, shape);
-        let wide = TileCosts { setup_ns, step_ns, flop_ns: of_block(model.flops_per_s) };
+        let from_memory = if shape == of_narrow { 1.0 } else { 0.0 };
+        let flop_ns = of_block(model.flops_per_s);
+        let wide = TileCosts { setup_ns, step_ns, flop_ns, kv_row_bytes: kv_row_bytes(shape), from_memory };
         let TileTimes { setup_ns, step_ns } = model.narrow;
-        let narrow = TileCosts { setup_ns, step_ns, flop_ns: 0.0 }; // the steps are all alike
+        // Beside wide tiles, all times of narrow ones are multiplied by a factor, but for this one.
+        let stored_step_ns = model.beside.filter(|_| shape != of_narrow).map_or(0.0, |times| times.stored_step_ns / times.narrow);
+        let step_ns = step_ns.max(stored_step_ns);
+        // The steps are all alike.
+        let narrow = TileCosts { setup_ns, step_ns, flop_ns: 0.0, kv_row_bytes: kv_row_bytes(of_narrow), from_memory: 1.0 };
         Self {
             family: model.kernel_family,
             head_dim: shape.head_dim(),
@@ -244,7 +256,6 @@ impl CostModel {
             tiles: [wide, narrow],
             item_ns: model.item_ns,
             row_bytes: (u64::from(shape.head_dim()) * shape.dtype().size_in_bytes()) as f64,
-            kv_row_bytes: (u64::from(shape.head_dim()) * shape.kv_element_bytes()) as f64,
             partial_row_bytes: partial_row_bytes(shape) as f64,
             byte_ns: of_block(model.bytes_per_s),
             cached_byte_ns: of_block(model.cached_bytes_per_s),
@@ -262,9 +273,9 @@ impl CostModel {
     }
 
     /// The part of the columns that is read from memory, if a part of `fresh` is read by no other item of its head group before.
-    fn fresh(&self, fresh: f32) -> f64 {
+    fn fresh(&self, kind: TileKind, fresh: f32) -> f64 {
         // The head groups of a KV head share its columns too.
-        f64::from(fresh) / self.groups_per_kv_head
+        self.tile(kind).from_memory * f64::from(fresh) / self.groups_per_kv_head
     }
 
     /// What an item takes besides its columns, if it is its traffic that takes long.
@@ -278,9 +289,9 @@ impl CostModel {
     }
 
     /// What it takes to read a column, of which a part of `fresh` is read by no other item of its head group before.
-    pub fn read_ns(&self, fresh: f32) -> f64 {
-        let fresh = self.fresh(fresh);
-        2.0 * self.kv_row_bytes * (fresh * self.byte_ns + (1.0 - fresh) * self.cached_byte_ns)
+    pub fn read_ns(&self, kind: TileKind, fresh: f32) -> f64 {
+        let fresh = self.fresh(kind, fresh);
+        2.0 * self.tile(kind).kv_row_bytes * (fresh * self.byte_ns + (1.0 - fresh) * self.cached_byte_ns)
     }
 
     /// What an item has to do, if a part of `fresh` of its columns is read by no other item of its head group before.
@@ -293,8 +304,8 @@ impl CostModel {
 
     /// The same without products.
     fn work_besides_products(&self, kind: TileKind, rows: u32, columns: Range<u32>, fresh: f32, partial: bool) -> ItemWork {
-        let kv_bytes = 2.0 * self.kv_row_bytes * f64::from(columns.end - columns.start);
-        let fresh_bytes = kv_bytes * self.fresh(fresh);
+        let kv_bytes = 2.0 * self.tile(kind).kv_row_bytes * f64::from(columns.end - columns.start);
+        let fresh_bytes = kv_bytes * self.fresh(kind, fresh);
         ItemWork {
             tile: kind,
             memory_bytes: fresh_bytes + self.row_bytes(rows, partial),
@@ -329,7 +340,7 @@ impl CostModel {
             let issued_rows = f64::from(rows.next_multiple_of(rows_together(self.family, self.heads, kind)));
             let block_ns =
                 step_ns / f64::from(self.family.column_step(self.head_dim)) + issued_rows * self.flops_per_pair * flop_ns;
-            let read_ns = self.read_ns(division.fresh());
+            let read_ns = self.read_ns(kind, division.fresh());
             let merge_ns = f64::from(rows) * self.partial_row_bytes * self.byte_ns;
             let fixed_ns = self.fixed_traffic_ns(rows, true).max(self.fixed_block_ns(kind));
             Line { fixed_ns: fixed_ns + merge_ns, column_ns: read_ns.max(block_ns) }
@@ -457,7 +468,7 @@ mod tests {
         let shape = AttentionShape::new(8, 2, 128, DType::Bf16)?;
         let block_ns = |kernel_family, shape, kind| {
             let model = DeviceModel { kernel_family, ..DeviceModel::H100 };
-            CostModel::new(&model, shape, heads()).item(kind, &[segment(4, 0, 1024)], 0..1024, 1.0, false).block_ns
+            CostModel::new(&model, [shape; 2], heads()).item(kind, &[segment(4, 0, 1024)], 0..1024, 1.0, false).block_ns
         };
         for (family, kind, converts) in [
             (KernelFamily::Sm90a, TileKind::Wide, true),
@@ -471,10 +482,27 @@ mod tests {
     }
 
     #[test]
+    fn what_was_made_for_wide_tiles_is_in_the_cache() -> Result<(), packinfer_batch::BatchError> {
+        let shape = AttentionShape::new(8, 2, 128, DType::Bf16)?;
+        let fp8 = shape.with_kv_dtype(KvDType::E4m3);
+        let model = DeviceModel { kernel_family: KernelFamily::Sm90a, ..DeviceModel::H100 };
+        let work = |shapes, kind| CostModel::new(&model, shapes, heads()).work(kind, &[segment(4, 0, 1024)], 0..1024, 0.5, false);
+        let [wide, narrow] = [TileKind::Wide, TileKind::Narrow].map(|kind| work([shape, fp8], kind));
+        assert_eq!(narrow, work([fp8; 2], TileKind::Narrow));
+        let in_bf16 = work([shape; 2], TileKind::Wide);
+        let (q_and_o_bytes, kv_bytes) = (2.0 * 16.0 * 256.0, 1024.0 * 512.0);
+        assert_eq!((wide.memory_bytes, wide.cached_bytes), (q_and_o_bytes, kv_bytes));
+        assert_eq!((in_bf16.memory_bytes, in_bf16.cached_bytes), (q_and_o_bytes + kv_bytes / 2.0, kv_bytes / 2.0));
+        let block_ns = |shapes: [AttentionShape; 2]| CostModel::new(&model, shapes, heads()).times(&wide).block_ns;
+        assert_eq!(block_ns([shape, fp8]), block_ns([shape; 2]));
+        Ok(())
+    }
+
+    #[test]
     fn decode_takes_its_share_of_the_bandwidth() -> Result<(), packinfer_batch::BatchError> {
         let shape = AttentionShape::new(8, 2, 128, DType::Bf16)?;
         let model = DeviceModel::H100;
-        let cost = CostModel::new(&model, shape, heads());
+        let cost = CostModel::new(&model, [shape; 2], heads());
         let long = cost.item(TileKind::Narrow, &[segment(1, 0, 1 << 20)], 0..1 << 20, 1.0, false).full();
         let bytes = 512.0 * f64::from(1 << 20) * f64::from(model.lanes());
         let expected = bytes / model.bytes_per_s * 1e9;

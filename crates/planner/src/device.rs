@@ -63,6 +63,9 @@ pub struct BesideTimes {
     pub wide: f64,
     /// Narrow items, where all multiprocessors do some.
     pub narrow: f64,
+    /// Nanoseconds that a step of a narrow item takes at least where its K and V are in FP8 and those of wide items are not.
+    #[serde(default)]
+    pub stored_step_ns: f64,
 }
 
 /// What a thread block takes for tiles of one kind, where it does not wait for its share of the memory.
@@ -131,7 +134,7 @@ impl DeviceModel {
             flops_per_s: self.flops_per_s * PRODUCTS,
             wide: TileTimes { setup_ns: 2500.0, step_ns: 100.0 },
             narrow: TileTimes { setup_ns: 1500.0, step_ns: 500.0 },
-            beside: Some(BesideTimes { wide: 1.23, narrow: 1.7 }),
+            beside: Some(BesideTimes { wide: 1.23, narrow: 1.7, stored_step_ns: 4500.0 }),
             ..self
         }
     }
@@ -212,8 +215,9 @@ impl DeviceModel {
             ("narrow.step_ns", self.narrow.step_ns),
             ("launch_ns", self.launch_ns),
             ("merge_ns", self.merge_ns),
+            ("beside.stored_step_ns", self.beside.map_or(0.0, |beside| beside.stored_step_ns)),
         ];
-        let beside = self.beside.unwrap_or(BesideTimes { wide: 1.0, narrow: 1.0 });
+        let beside = self.beside.unwrap_or(BesideTimes { wide: 1.0, narrow: 1.0, stored_step_ns: 0.0 });
         let factors = [("beside.wide", beside.wide), ("beside.narrow", beside.narrow)];
         let counts = counts.map(|(name, count)| (name, f64::from(count))).into_iter();
         let mut wrong = counts.filter(|(_, count)| !(1.0..=MOST_COUNT).contains(count));

@@ -5,7 +5,7 @@ use std::ops::Range;
 use packinfer_abi::{KvRun, RowSegment, TileKind};
 use serde::Serialize;
 
-use crate::cost::{CostModel, ItemWork, WorkTimes, issued_pairs, merge_ns, merged_bytes, num_rows, partial_row_bytes};
+use crate::cost::{ItemWork, WorkTimes, issued_pairs, merge_ns, merged_bytes, num_rows, partial_row_bytes};
 use crate::lanes::Lanes;
 use crate::tile::last_column_end;
 use crate::widen::{moved_bytes, widening_ns};
@@ -48,11 +48,14 @@ pub struct Explanation {
     pub balance: f64,
     /// Bytes of K and V that the kernel reads, from memory or cache.
     pub kv_bytes: u64,
-    /// Those of them that come from memory, because no other tile of the same requests has read them before.
+    /// Those of them that come from memory, because no other tile of the same requests has read them before, and they were not
+    /// [made for wide tiles](Plan::wide_tile_widening) just before.
     pub kv_memory_bytes: u64,
-    /// Bytes that are read and written before attention, to make K and V in FP8 what Q is: see [`Plan::widening`].
+    /// Bytes that are read and written before attention, to make K and V in FP8 what Q is: see [`Plan::widening`] and
+    /// [`Plan::wide_tile_widening`].
     pub widening_bytes: u64,
-    /// Bytes of K and V that attention reads, those that several requests share counted once.
+    /// Bytes of K and V that attention reads, those that several requests share counted once, as if wide tiles had them as narrow
+    /// ones do.
     pub distinct_kv_bytes: u64,
     /// Bytes of Q read and of O written.
     pub qo_bytes: u64,
@@ -85,13 +88,13 @@ impl Plan {
 
     /// What each work item has to do for one head group with the kernels of `model`, in the order of the items.
     pub fn work(&self, model: &DeviceModel) -> impl Iterator<Item = ItemWork> {
-        let cost = CostModel::new(model, self.attended.shape, self.heads);
+        let cost = self.cost_model(model);
         self.items.iter().zip(&self.fresh).map(move |(item, &fresh)| cost.work_of(item, self.segments_of(item), fresh))
     }
 
     /// What the parts of some work items take for one head group with the kernels of `model`, in the order of the items.
     pub(crate) fn times_of(&self, items: Range<usize>, model: &DeviceModel) -> impl Iterator<Item = WorkTimes> {
-        let cost = CostModel::new(model, self.attended.shape, self.heads);
+        let cost = self.cost_model(model);
         let how = self.items[items.clone()].iter().zip(&self.fresh[items]);
         how.map(move |(item, &fresh)| cost.times_of(item, self.segments_of(item), fresh))
     }
@@ -122,7 +125,8 @@ impl Plan {
     fn besides_items_ns(&self, model: &DeviceModel) -> f64 {
         let launch_ns = if self.items.is_empty() { 0.0 } else { model.launch_ns };
         let (num_tokens, num_rows) = (self.merge_tokens.len() as u64, u64::from(self.num_partial_rows));
-        let before_ns = self.widening().map_or(0.0, |widening| widening_ns(model, self.attended.shape, widening.num_slots()));
+        let widened = self.shape_of(TileKind::Wide);
+        let before_ns = self.work_before().map_or(0.0, |widening| widening_ns(model, widened, widening.num_slots()));
         before_ns + launch_ns + merge_ns(model, self.attended.shape, self.heads, num_tokens, num_rows)
     }
 
@@ -138,18 +142,20 @@ impl Plan {
             + size_of_val(self.runs())
             + size_of_val(self.merge_tokens())
             + size_of_val(self.merge_sources())
-            + self.widening().map_or(0, |widening| size_of_val(widening.pieces()));
+            + self.wide_tile_widening().map_or(0, |of_wide| size_of_val(of_wide.items))
+            + self.work_before().map_or(0, |widening| size_of_val(widening.pieces()));
 
         let mut lanes = Lanes::default();
         let predicted_ns = self.predicted_ns(model, &mut lanes);
         let (mut tiles, mut items) = ([0; 2], [0; 2]);
         let (mut packed_tiles, mut shared_tiles, mut split_tiles) = (0, 0, 0);
-        let (mut columns, mut q_rows, mut needed, mut issued) = (0, 0, 0, 0);
+        let (mut kv_bytes, mut q_rows, mut needed, mut issued) = (0, 0, 0, 0);
         for (item, &shared) in self.items.iter().zip(&self.shared) {
             let segments = self.segments_of(item);
             let range = item.column_begin..item.column_end;
             items[item.tile as usize] += 1;
-            columns += u64::from(item.column_end - item.column_begin);
+            let elements = u64::from(item.column_end - item.column_begin) * 2 * u64::from(shape.head_dim());
+            kv_bytes += elements * self.shape_of(item.tile).kv_element_bytes();
             q_rows += u64::from(num_rows(heads, segments));
             issued += issued_pairs(model.kernel_family, shape.head_dim(), heads, item.tile, segments, range);
             // Each tile has one item with its first column.
@@ -178,10 +184,12 @@ impl Plan {
             partial_rows: self.num_partial_rows,
             predicted_us: predicted_ns * 1e-3,
             balance: if lanes.max() == 0 { 1.0 } else { lanes.mean() / lanes.max() as f64 },
-            kv_bytes: columns * groups * 2 * u64::from(shape.head_dim()) * shape.kv_element_bytes(),
+            kv_bytes: kv_bytes * groups,
             kv_memory_bytes: self.kv_memory_bytes(),
-            widening_bytes: self.widening().map_or(0, |widening| moved_bytes(shape, widening.num_slots())),
-            distinct_kv_bytes: distinct_slots(&self.runs) * shape.kv_bytes_per_slot(),
+            widening_bytes: self
+                .work_before()
+                .map_or(0, |widening| moved_bytes(self.shape_of(TileKind::Wide), widening.num_slots())),
+            distinct_kv_bytes: distinct_slots(self.attended_runs()) * shape.kv_bytes_per_slot(),
             qo_bytes: q_rows * groups * row_bytes + u64::from(self.num_query_tokens) * shape.qo_bytes_per_token() / 2,
             partial_bytes,
             flops_needed: needed as f64 * flops_per_pair,

@@ -25,12 +25,13 @@ pub(crate) fn make_items(tiles: &[Tile], parts: &[Part], plan: &Plan, items: &mu
             let is_partial = tile.partial || parts.len() > 1;
             let mut cursor = RunCursor { run: tile.run_begin, run_slot: 0 };
             for Part { columns, .. } in parts {
-                cursor.advance(&plan.runs, tile.run_skip + columns.start);
+                let slot = u64::from(tile.run_skip) + u64::from(columns.start);
+                cursor.advance(&plan.runs, slot);
                 let item = WorkItem {
                     segment_begin: tile.segment_begin,
                     num_segments: tile.num_segments,
                     run_begin: cursor.run,
-                    run_skip: tile.run_skip + columns.start - cursor.run_slot,
+                    run_skip: (slot - cursor.run_slot) as u32,
                     column_begin: columns.start,
                     column_end: columns.end,
                     partial_row: if is_partial { partial_rows as u32 } else { DIRECT },
@@ -89,17 +90,17 @@ impl Merger {
     }
 }
 
-/// Finds the run of a slot, counted from the first of a tile's runs, always forward.
-struct RunCursor {
-    run: u32,
+/// Finds the run of a slot, counted from the first of some runs, always forward.
+pub(crate) struct RunCursor {
+    pub run: u32,
     /// First slot of the run.
-    run_slot: u32,
+    pub run_slot: u64,
 }
 
 impl RunCursor {
-    fn advance(&mut self, runs: &[KvRun], slot: u32) {
-        while slot - self.run_slot >= runs[self.run as usize].num_slots {
-            self.run_slot += runs[self.run as usize].num_slots;
+    pub fn advance(&mut self, runs: &[KvRun], slot: u64) {
+        while slot - self.run_slot >= u64::from(runs[self.run as usize].num_slots) {
+            self.run_slot += u64::from(runs[self.run as usize].num_slots);
             self.run += 1;
         }
     }

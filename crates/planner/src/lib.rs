@@ -19,7 +19,8 @@
 //!    items that memory limits stand behind those that products limit, and some blocks begin with them.
 //!
 //! Where K and V are in FP8, and so many rows read them that it is faster to make them what Q is once, before attention, the plan
-//! says so ([`Plan::widening`]), and all of this is done for what they are made.
+//! says so ([`Plan::widening`]), and all of this is done for what they are made. Where that is so of wide tiles alone, their
+//! items have other runs afterwards ([`Plan::wide_tile_widening`]).
 //!
 //! A planner may know a device by several models, one for each family of kernels that it can run: it then plans each batch for
 //! the family that suits it.
@@ -78,4 +79,4 @@ pub use fit::{BatchError, Fit, ItemTime, Measurement, fit};
 pub use plan::{KvTensors, Plan};
 pub use planner::{Packing, Planner};
 pub use schedule::{Schedule, ScheduleSummary, SmLoad, StampError, TaskTime};
-pub use widen::Widening;
+pub use widen::{WideTileWidening, Widening};

@@ -1,10 +1,11 @@
 //! What the planner makes and everything else runs.
 
-use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, RowSegment, WorkItem};
-use packinfer_batch::{AttentionShape, Batch, KvLayout};
+use packinfer_abi::{DIRECT, HeadGroups, KvRun, MergeToken, RowSegment, TileKind, WorkItem};
+use packinfer_batch::{AttentionShape, Batch, KvDType, KvLayout};
 
 use crate::append::Growth;
-use crate::widen::Widening;
+use crate::cost::CostModel;
+use crate::widen::{WideTileWidening, Widening};
 use crate::{DeviceModel, PlanError};
 
 /// K and V as kernels read them.
@@ -37,6 +38,12 @@ pub struct Plan {
     /// K and V of the batch, where they are made what is attended by `widening`.
     pub(crate) stored: Option<KvTensors>,
     pub(crate) widening: Widening,
+    /// Whether wide tiles alone read what `widening` makes, and narrow ones what is attended.
+    pub(crate) widens_for_wide_tiles: bool,
+    /// The items, if so, with wide ones that read what is made.
+    pub(crate) widened_items: Vec<WorkItem>,
+    /// Runs of what is made, the last ones.
+    pub(crate) num_widened_runs: u32,
     pub(crate) heads: HeadGroups,
     pub(crate) items: Vec<WorkItem>,
     pub(crate) segments: Vec<RowSegment>,
@@ -67,6 +74,9 @@ impl Plan {
             attended: KvTensors { shape, layout: KvLayout::default(), num_slots: 0 },
             stored: None,
             widening: Widening::default(),
+            widens_for_wide_tiles: false,
+            widened_items: Vec::new(),
+            num_widened_runs: 0,
             heads: shape.packed_head_groups(),
             items: Vec::new(),
             segments: Vec::new(),
@@ -92,6 +102,8 @@ impl Plan {
         let Self { attended, heads: of_heads, items, segments, runs, fresh, shared, .. } = self;
         (*attended, *of_heads) = (KvTensors::of(batch), heads);
         items.clear();
+        self.widened_items.clear();
+        self.num_widened_runs = 0;
         segments.clear();
         runs.clear();
         fresh.clear();
@@ -153,6 +165,30 @@ impl Plan {
         self.stored.map(|_| &self.widening)
     }
 
+    /// The same where it is faster for what wide tiles read, but not for what narrow ones do. Kernels that do narrow tiles
+    /// [beside](Self::is_beside) wide ones can read both; for others, [`Self::items`] are what they are in any plan.
+    pub fn wide_tile_widening(&self) -> Option<WideTileWidening<'_>> {
+        self.widens_for_wide_tiles.then_some(WideTileWidening { widening: &self.widening, items: &self.widened_items })
+    }
+
+    /// What is to be done before attention, whichever tiles it is for.
+    pub(crate) fn work_before(&self) -> Option<&Widening> {
+        self.widening().or(self.wide_tile_widening().map(|of_wide| of_wide.widening))
+    }
+
+    /// The shape in which tiles of a kind read K and V.
+    pub(crate) fn shape_of(&self, tile: TileKind) -> AttentionShape {
+        match tile {
+            TileKind::Wide if self.widens_for_wide_tiles => self.attended.shape.with_kv_dtype(KvDType::Same),
+            _ => self.attended.shape,
+        }
+    }
+
+    /// What `model` says of the costs of the plan's items.
+    pub(crate) fn cost_model(&self, model: &DeviceModel) -> CostModel {
+        CostModel::new(model, [TileKind::Wide, TileKind::Narrow].map(|tile| self.shape_of(tile)), self.heads)
+    }
+
     /// How query heads are divided into head groups.
     pub fn heads(&self) -> HeadGroups {
         self.heads
@@ -191,8 +227,10 @@ impl Plan {
 
     /// Bytes of K and V that are read from memory, not found in the cache.
     pub(crate) fn kv_memory_bytes(&self) -> u64 {
-        let columns = self.items.iter().map(|item| f64::from(item.column_end - item.column_begin));
-        let fresh_columns: f64 = columns.zip(&self.fresh).map(|(columns, &fresh)| f64::from(fresh) * columns).sum();
+        let items = self.items.iter().zip(&self.fresh);
+        let from_memory = items.filter(|(item, _)| item.tile == TileKind::Narrow || !self.widens_for_wide_tiles);
+        let fresh_columns: f64 =
+            from_memory.map(|(item, &fresh)| f64::from(fresh) * f64::from(item.column_end - item.column_begin)).sum();
         (fresh_columns * self.attended.shape.kv_bytes_per_slot() as f64) as u64
     }
 
@@ -220,9 +258,15 @@ impl Plan {
         &self.segments[item.segment_begin as usize..][..item.num_segments as usize]
     }
 
-    /// KV runs of all tiles, of what is [attended](Self::attended).
+    /// KV runs of all tiles, of what is [attended](Self::attended); and behind them those of what is made
+    /// [for wide tiles](Self::wide_tile_widening).
     pub fn runs(&self) -> &[KvRun] {
         &self.runs
+    }
+
+    /// The former.
+    pub(crate) fn attended_runs(&self) -> &[KvRun] {
+        &self.runs[..self.runs.len() - self.num_widened_runs as usize]
     }
 
     /// Query tokens whose result is merged from partials.

@@ -7,13 +7,13 @@ use packinfer_abi::{HeadGroups, MOST_NARROW_LOADERS, TileKind};
 use packinfer_batch::{AttentionShape, Batch, KvDType};
 
 use crate::cost::{CostModel, WorkTimes};
-use crate::device::{BesideTimes, LanesOfGroups, LeastWork};
+use crate::device::{LanesOfGroups, LeastWork};
 use crate::items::{Item, Merger, make_items};
 use crate::lanes::Lanes;
 use crate::order::Order;
 use crate::pack::Packer;
 use crate::plan::KvTensors;
-use crate::queues::{Arrangement, Queues};
+use crate::queues::{Arrangement, Beside, Queues};
 use crate::share::Sharing;
 use crate::split::Splitter;
 use crate::tile::{self, Tile};
@@ -45,6 +45,8 @@ pub struct Planner {
     packing: Packing,
     headroom: Headroom,
     widener: Widener,
+    /// A plan of the same batch that was not taken.
+    other: Option<Plan>,
     sharing: Sharing,
     packer: Packer,
     tiles: Vec<Tile>,
@@ -84,6 +86,7 @@ impl Planner {
             packing: Packing::default(),
             headroom: Headroom::default(),
             widener: Widener::default(),
+            other: None,
             sharing: Sharing::default(),
             packer: Packer::default(),
             tiles: Vec::new(),
@@ -134,11 +137,11 @@ impl Planner {
         plan.model = self.choose(batch, repeated_tokens);
         plan.stored = None;
         plan.widening.clear();
+        plan.widens_for_wide_tiles = false;
+        plan.growth.reset(batch, self.headroom);
         let mut widener = mem::take(&mut self.widener);
-        let widened = match self.packing {
-            Packing::Packed | Packing::Unshared => widener.widen(batch, &plan.model, &mut plan.widening),
-            Packing::PerRequest => None,
-        };
+        let is_packed = self.packing != Packing::PerRequest;
+        let widened = if is_packed { widener.widen(batch, &plan.model, &mut plan.widening) } else { None };
         let planned = match widened {
             Some(widened) => {
                 self.find_shared(widened);
@@ -146,6 +149,10 @@ impl Planner {
             }
             None => self.plan_as_it_is(batch, plan),
         };
+        let has_queues = plan.num_front_items() < plan.items.len() as u32;
+        if planned.is_ok() && is_packed && has_queues && widener.may_widen_wide_tiles(batch, plan, repeated_tokens) {
+            self.widen_wide_tiles_if_faster(batch, plan, &mut widener);
+        }
         self.widener = widener;
         planned.inspect_err(|_| *plan = Plan::empty(batch.shape()))
     }
@@ -167,13 +174,34 @@ impl Planner {
         };
         let wide_tile_rows = tile::wide_tile_rows(batch, shape, &plan.model, heads.heads_per_group);
         let heads = HeadGroups { wide_tile_rows, ..heads };
-        plan.growth.reset(batch, self.headroom);
-        let cost = CostModel::new(&plan.model, shape, heads);
+        plan.reset(batch, heads);
+        let cost = plan.cost_model(&plan.model);
         if self.sharing.choose(batch, heads, &cost) {
             self.lay_out_sharing(batch, plan, heads, &cost)
         } else {
             self.lay_out(batch, plan, heads, &cost)
         }
+    }
+
+    /// Plans a batch again, now with wide tiles that read what K and V are made before; and takes that plan instead, if it is faster
+    /// and there is room for what is made.
+    fn widen_wide_tiles_if_faster(&mut self, batch: &Batch, plan: &mut Plan, widener: &mut Widener) {
+        let mut other = self.other.take().unwrap_or_else(|| Plan::empty(batch.shape()));
+        (other.model, other.stored, other.widens_for_wide_tiles) = (plan.model, None, true);
+        other.widening.clear();
+        other.growth.reset(batch, Headroom::default());
+        let end_ns = self.queues.end_ns();
+        let is_better = self.plan_as_it_is(batch, &mut other).is_ok()
+            && other.beside
+            && widener.widen_wide_tiles(&mut other, end_ns - self.queues.end_ns())
+            && other.check(other.num_partial_rows.into()).is_ok()
+            && other.predicted_ns(&other.model, &mut self.lanes) < plan.predicted_ns(&plan.model, &mut self.lanes);
+        if is_better {
+            // For a run with a soft-cap.
+            other.back_lanes = plan.back_lanes;
+            mem::swap(plan, &mut other);
+        }
+        self.other = Some(other);
     }
 
     /// The model that a batch is planned for, of whose KV tokens so many need not be read: of those that suit its head dimension
@@ -275,8 +303,12 @@ impl Planner {
             let Self { items, tiles, splitter, times, order, .. } = self;
             order.sort(items, tiles, times, splitter.longest_first(), device);
             if plan.model.kernel_family == KernelFamily::Sm90a {
-                let can_be_beside = plan.model.kernel_family.does_narrow_beside_wide(plan.attended.shape);
-                let beside = plan.model.beside.filter(|_| can_be_beside);
+                let can_be_beside = plan.model.kernel_family.does_narrow_beside_wide(plan.shape_of(TileKind::Wide));
+                let beside = match plan.model.beside.filter(|_| can_be_beside) {
+                    Some(times) if plan.widens_for_wide_tiles => Beside::Always(times),
+                    Some(times) => Beside::IfFaster(times),
+                    None => Beside::Never,
+                };
                 let queues = self.make_queues(device, beside);
                 has_queues = queues.is_some();
                 let Arrangement { back_lanes, beside } = queues.unwrap_or_default();
@@ -286,7 +318,7 @@ impl Planner {
         let Self { order, items, tiles, .. } = self;
         if has_queues || items.iter().all(|item| item.item.tile == TileKind::Wide) {
             plan.groups_at_once =
-                groups_at_once(&plan.model, order.shared_columns(), plan.attended.shape).min(plan.groups_at_once);
+                groups_at_once(&plan.model, order.shared_columns(), plan.shape_of(TileKind::Wide)).min(plan.groups_at_once);
         }
         let in_order = || order.iter().map(|item| &items[item]);
         let is_front = |item: &&Item| !has_queues || item.item.tile == TileKind::Wide;
@@ -312,7 +344,7 @@ impl Planner {
 
     /// Puts narrow items, which memory limits, behind wide ones, which products limit, if there is much of both; and returns how
     /// the device should go about them.
-    fn make_queues(&mut self, device: LanesOfGroups, beside: Option<BesideTimes>) -> Option<Arrangement> {
+    fn make_queues(&mut self, device: LanesOfGroups, beside: Beside) -> Option<Arrangement> {
         let Self { items, order, times, queues, .. } = self;
         queues.fill(order.iter().map(|item| (items[item].item.tile, times[item])));
         let arrangement = queues.arrange(device, beside)?;

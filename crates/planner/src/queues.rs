@@ -35,6 +35,17 @@ pub(crate) struct Arrangement {
     pub beside: bool,
 }
 
+/// Whether narrow items may be done beside wide ones.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Beside {
+    /// There is no kernel for that.
+    Never,
+    /// If the call ends sooner then, as items take so long.
+    IfFaster(BesideTimes),
+    /// There is no other kernel. Items take so long.
+    Always(BesideTimes),
+}
+
 /// What the items of a plan take, by kind. It keeps its memory from plan to plan.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Queues {
@@ -45,6 +56,8 @@ pub(crate) struct Queues {
     wide_ns: f64,
     /// The part of their share of the memory that wide items need.
     wide_need: f64,
+    /// When the last arrangement ends.
+    end_ns: f64,
     lanes: Lanes,
 }
 
@@ -62,12 +75,15 @@ impl Queues {
         self.wide_ns = self.wide.iter().map(|times| times.full()).sum();
     }
 
-    /// How the device should go about both kinds of items so that the call ends first; nothing if there is hardly any work of one
-    /// kind, so that queues do not matter.
-    pub fn arrange(&mut self, device: LanesOfGroups, beside: Option<BesideTimes>) -> Option<Arrangement> {
+    /// How the device should go about both kinds of items so that the call ends first; nothing if there is hardly any work of one kind, so that queues do not matter.
+    pub fn arrange(&mut self, device: LanesOfGroups, beside: Beside) -> Option<Arrangement> {
         let narrow_ns = self.narrow_full_ns();
         if self.wide_ns.min(narrow_ns) <= WORTHWHILE * (self.wide_ns + narrow_ns) {
             return None;
+        }
+        if let Beside::Always(times) = beside {
+            self.end_ns = self.beside_end_ns(times, device);
+            return Some(Arrangement { back_lanes: 0, beside: true });
         }
         self.wide_need = memory_need(self.wide.iter().copied());
         // The fewest of those that end at the same time: one too many may cost a round of wide items.
@@ -77,21 +93,31 @@ impl Queues {
             if back_lanes > 0 && self.least_wide_end_ns(back_lanes, back_load, device) >= best_end_ns {
                 continue;
             }
-            let end_ns = self.end_ns(back_lanes, back_load, device);
+            let end_ns = self.in_turn_end_ns(back_lanes, back_load, device);
             if end_ns.total_cmp(&best_end_ns).is_lt() {
                 (best, best_end_ns) = (back_lanes, end_ns);
             }
         }
-        let beside = beside.is_some_and(|times| self.beside_end_ns(times, device) < best_end_ns);
-        Some(Arrangement { back_lanes: device.of_device(best), beside })
+        let beside_end_ns = match beside {
+            Beside::IfFaster(times) => self.beside_end_ns(times, device),
+            Beside::Never | Beside::Always(_) => f64::INFINITY,
+        };
+        self.end_ns = best_end_ns.min(beside_end_ns);
+        Some(Arrangement { back_lanes: device.of_device(best), beside: beside_end_ns < best_end_ns })
+    }
+
+    /// When the call ends as it was last arranged, in nanoseconds, without what comes before and after all items.
+    pub fn end_ns(&self) -> f64 {
+        self.end_ns
     }
 
     /// When the call ends, in nanoseconds, if narrow items are done beside wide ones.
     fn beside_end_ns(&mut self, times: BesideTimes, device: LanesOfGroups) -> f64 {
         self.give_out_wide(0, 0, device);
         let wide_ns = self.lanes.max() as f64 * times.wide;
-        let narrow_ns = f64::from(device.copies) * self.narrow_full_ns() / f64::from(device.lanes) * times.narrow;
-        wide_ns.max(narrow_ns)
+        let mean_narrow_ns = f64::from(device.copies) * self.narrow_full_ns() / f64::from(device.lanes);
+        let longest_ns = self.narrow.iter().map(|times| times.full()).fold(0.0, f64::max);
+        wide_ns.max(mean_narrow_ns.max(longest_ns) * times.narrow)
     }
 
     /// What narrow items take if there are no others.
@@ -144,7 +170,7 @@ impl Queues {
     }
 
     /// When the call ends, in nanoseconds, if so many lanes begin with narrow items and come to wide ones after `back_load`.
-    fn end_ns(&mut self, back_lanes: u32, back_load: Ns, device: LanesOfGroups) -> f64 {
+    fn in_turn_end_ns(&mut self, back_lanes: u32, back_load: Ns, device: LanesOfGroups) -> f64 {
         let (lanes, copies, back) = (f64::from(device.lanes), f64::from(device.copies), f64::from(back_lanes));
         let beside_wide_ns = copies * self.narrow_beside_wide_ns(back / lanes);
         self.give_out_wide(back_lanes, back_load, device);
@@ -180,7 +206,7 @@ mod tests {
     impl Queues {
         /// Of the arrangement without anything beside.
         fn back_lanes(&mut self, device: LanesOfGroups) -> Option<u32> {
-            self.arrange(device, None).map(|arrangement| arrangement.back_lanes)
+            self.arrange(device, Beside::Never).map(|arrangement| arrangement.back_lanes)
         }
     }
     use crate::DeviceModel;

@@ -50,11 +50,11 @@ pub(crate) fn settled_bytes(plan: &Plan) -> [u32; 2] {
     let uses = [TileKind::Wide, TileKind::Narrow].map(|kind| KvUse::of(plan, kind));
     let little = if uses.contains(&KvUse::AtOnce) { LITTLE_BYTES_BESIDE_PREFIXES } else { LITTLE_BYTES };
     let reads_little = plan.kv_memory_bytes() <= little;
-    let of_much = if plan.attended.shape.kv_dtype() == KvDType::Same { SETTLED_BYTES } else { NEVER_SETTLED };
-    uses.map(|kv_use| match kv_use {
+    let of_much = |kind| if plan.shape_of(kind).kv_dtype() == KvDType::Same { SETTLED_BYTES } else { NEVER_SETTLED };
+    [TileKind::Wide, TileKind::Narrow].map(|kind| match uses[kind as usize] {
         KvUse::Once if reads_little => 0,
         KvUse::AtOnce if reads_little => NEVER_SETTLED,
-        KvUse::Once | KvUse::AtOnce => of_much,
+        KvUse::Once | KvUse::AtOnce => of_much(kind),
         KvUse::Often => NEVER_SETTLED,
     })
 }

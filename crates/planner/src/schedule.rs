@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn narrow_tasks_are_done_beside_wide_ones_where_that_is_faster() {
-        let (plan, model) = mixed_plan_beside(Some(BesideTimes { wide: 1.2, narrow: 1.1 }));
+        let (plan, model) = mixed_plan_beside(Some(BesideTimes { wide: 1.2, narrow: 1.1, stored_step_ns: 0.0 }));
         assert!(plan.is_beside());
         let schedule = Schedule::predicted(&plan, &model);
         assert_eq!((schedule.num_sms, schedule.lanes_per_sm), (132, 2));
@@ -406,8 +406,8 @@ mod tests {
             schedule.tasks.iter().map(|task| task.lane).collect::<Vec<_>>()
         );
         // Not if it takes too long, nor where there is hardly anything to be done beside.
-        assert!(!mixed_plan_beside(Some(BesideTimes { wide: 3.0, narrow: 1.0 })).0.is_beside());
-        assert!(!mixed_plan_beside(Some(BesideTimes { wide: 1.0, narrow: 9.0 })).0.is_beside());
+        assert!(!mixed_plan_beside(Some(BesideTimes { wide: 3.0, narrow: 1.0, stored_step_ns: 0.0 })).0.is_beside());
+        assert!(!mixed_plan_beside(Some(BesideTimes { wide: 1.0, narrow: 9.0, stored_step_ns: 0.0 })).0.is_beside());
         assert!(!self::plan(100).is_beside());
     }
 

@@ -204,7 +204,7 @@ impl TileCost {
         let rows = num_rows(plan.heads, tile.segments(&plan.segments));
         let (block_ns, whole) = (cost.fixed_block_ns(tile.kind), whole as f64);
         let of_traffic = |partial| cost.fixed_traffic_ns(rows, partial);
-        let read_ns = f64::from(tile.columns) * cost.read_ns(tile.fresh);
+        let read_ns = f64::from(tile.columns) * cost.read_ns(tile.kind, tile.fresh);
         // Costs are rounded to whole nanoseconds.
         let is_traffic = of_traffic(tile.partial) + read_ns + 1.0 > whole;
         let fixed_ns = if is_traffic { of_traffic(tile.partial) } else { block_ns };

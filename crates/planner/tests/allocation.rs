@@ -106,6 +106,31 @@ fn nor_where_kv_is_widened() {
     assert_eq!(ALLOCATIONS.get() - warm, 0);
 }
 
+/// Chunks of prompts beside decodes, in FP8: what wide tiles read is made what Q is, or nothing is.
+#[test]
+fn nor_where_kv_of_wide_tiles_is_widened() {
+    let batch = |chunks: u32, decodes: u32| {
+        let shape = AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape").with_kv_dtype(KvDType::E4m3);
+        let mut batch = Batch::new(shape, Mask::Causal);
+        for request in 0..chunks + decodes {
+            let pages: Vec<u32> = (0..20).chain(20 + 400 * request..420 + 400 * request).rev().collect();
+            let (query_len, kv_len) = if request < chunks { (2000, 6000) } else { (1, 1200) };
+            batch.push_paged(query_len, kv_len + request, &pages, 16).expect("a good request");
+        }
+        batch
+    };
+    let batches = [batch(4, 100), batch(3, 80), batch(0, 150)];
+    let mut planner = Planner::choosing(DeviceModel::all_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132));
+    let mut plan = planner.plan(&batches[0]).expect("a batch that can be planned");
+    batches.iter().for_each(|batch| planner.plan_into(batch, &mut plan).expect("a batch that can be planned"));
+    let warm = ALLOCATIONS.get();
+    for (batch, is_widened) in batches.iter().zip([true, true, false]) {
+        planner.plan_into(batch, &mut plan).expect("a batch that can be planned");
+        assert_eq!(plan.wide_tile_widening().is_some(), is_widened);
+    }
+    assert_eq!(ALLOCATIONS.get() - warm, 0);
+}
+
 #[test]
 fn steps_of_a_plan_allocate_nothing() {
     let mut batch = Batch::new(AttentionShape::new(32, 8, 128, DType::Bf16).expect("a good shape"), Mask::Causal);

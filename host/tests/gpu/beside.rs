@@ -20,7 +20,7 @@ fn lengths() -> Vec<(u32, u32)> {
 /// A plan with the kernels for Hopper, if the engine has them; it does narrow items beside wide ones.
 fn plan_beside<E: Element>(engine: &Engine, case: &Case<E>, change: impl Fn(DeviceModel) -> DeviceModel) -> Option<Plan> {
     // Whether it is faster is not what is tested.
-    let beside = Some(BesideTimes { wide: 0.5, narrow: 0.5 });
+    let beside = Some(BesideTimes { wide: 0.5, narrow: 0.5, stored_step_ns: 0.0 });
     let plan = case.plan_for_hopper(engine, |model| DeviceModel { beside, ..change(model) })?;
     assert!(plan.is_beside(), "{:?}", case.batch.shape());
     Some(plan)

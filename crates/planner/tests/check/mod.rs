@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use packinfer_abi::{DIRECT, KvRun, KvWidenPiece, TileKind, WIDEN_PIECE_SLOTS, WorkItem};
 use packinfer_batch::{Batch, KvDType, Mask, Request};
-use packinfer_planner::{DeviceModel, KernelFamily, Plan};
+use packinfer_planner::{DeviceModel, KernelFamily, Plan, WideTileWidening, Widening};
 
 /// What a plan does for one query token.
 #[derive(Clone, Default)]
@@ -28,6 +28,7 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
     assert_eq!(plan.num_query_tokens(), batch.num_query_tokens());
     assert_eq!(plan.num_slots(), batch.num_slots());
     assert_widened(batch, plan);
+    assert_widened_for_wide_tiles(plan);
 
     let mut tokens = vec![Token::default(); batch.num_query_tokens() as usize];
     // What the tokens between the first and the last of a segment see lies between what these see.
@@ -101,13 +102,18 @@ pub fn assert_valid(batch: &Batch, plan: &Plan) {
 /// The slots of the batch that some slots are which attention reads.
 fn stored_slots(plan: &Plan, attended: Range<u32>) -> Vec<Range<u32>> {
     let Some(widening) = plan.widening() else { return vec![attended] };
+    stored_by(widening, attended)
+}
+
+/// The slots that some slots are made of.
+fn stored_by(widening: &Widening, widened: Range<u32>) -> Vec<Range<u32>> {
     let pieces = widening.pieces();
-    let first = pieces.partition_point(|piece| piece.to_slot + piece.num_slots <= attended.start);
+    let first = pieces.partition_point(|piece| piece.to_slot + piece.num_slots <= widened.start);
     let stored_of = |piece: &KvWidenPiece| {
-        let slot = |attended: u32| piece.from_slot + (attended - piece.to_slot);
-        slot(attended.start.max(piece.to_slot))..slot(attended.end.min(piece.to_slot + piece.num_slots))
+        let slot = |widened: u32| piece.from_slot + (widened - piece.to_slot);
+        slot(widened.start.max(piece.to_slot))..slot(widened.end.min(piece.to_slot + piece.num_slots))
     };
-    pieces[first..].iter().take_while(|piece| piece.to_slot < attended.end).map(stored_of).collect()
+    pieces[first..].iter().take_while(|piece| piece.to_slot < widened.end).map(stored_of).collect()
 }
 
 /// Panics unless each slot that attention reads is made once, of one that the batch has.
@@ -120,13 +126,59 @@ fn assert_widened(batch: &Batch, plan: &Plan) {
     assert_eq!((plan.stored().layout, plan.stored().num_slots), (batch.kv_layout(), batch.num_slots()));
     assert_eq!(plan.attended().shape, batch.shape().with_kv_dtype(KvDType::Same));
     assert_eq!(plan.attended().num_slots, widening.num_slots());
+    assert_eq!(u64::from(widening.num_slots()), batch.distinct_slots());
+    assert_made_once(widening);
+}
+
+/// Panics unless each slot that is to be made is made once.
+fn assert_made_once(widening: &Widening) {
     let end = widening.pieces().iter().fold(0, |end, piece| {
         assert!((1..=WIDEN_PIECE_SLOTS).contains(&piece.num_slots), "{piece:?}");
         assert_eq!(piece.to_slot, end);
         end + piece.num_slots
     });
-    assert_eq!(u64::from(end), batch.distinct_slots());
     assert_eq!(end, widening.num_slots());
+}
+
+/// Panics unless items for a kernel whose wide tiles read what is made before are the plan's items, with wide ones that read what
+/// is made of the slots that these read; all of which is made once, of slots that some wide tile reads.
+fn assert_widened_for_wide_tiles(plan: &Plan) {
+    let Some(WideTileWidening { widening, items }) = plan.wide_tile_widening() else { return };
+    assert!(plan.widening().is_none() && plan.is_beside());
+    assert_eq!(plan.shape().kv_dtype(), KvDType::E4m3);
+    assert_eq!(items.len(), plan.items().len());
+    assert_made_once(widening);
+    let stored = |piece: &KvWidenPiece| piece.from_slot..piece.from_slot + piece.num_slots;
+    let mut made_of: Vec<_> = widening.pieces().iter().map(stored).collect();
+    made_of.sort_unstable_by_key(|slots| slots.start);
+    assert!(made_of.is_sorted_by(|a, b| a.end <= b.start), "slots that are made twice: {made_of:?}");
+    let mut is_read = vec![false; widening.num_slots() as usize];
+    for (item, widened) in plan.items().iter().zip(items) {
+        if item.tile == TileKind::Narrow {
+            assert_eq!(item, widened);
+            continue;
+        }
+        assert_eq!(*item, WorkItem { run_begin: item.run_begin, run_skip: item.run_skip, ..*widened });
+        let slots_of = |extent: Extent| extent.first_slot..extent.first_slot + extent.columns.len() as u32;
+        let read: Vec<_> = extents(plan, widened).into_iter().map(slots_of).collect();
+        read.iter().for_each(|slots| is_read[slots.start as usize..slots.end as usize].fill(true));
+        let made_of = read.into_iter().flat_map(|slots| stored_by(widening, slots));
+        let expected = joined(extents(plan, item).into_iter().map(slots_of));
+        assert_eq!(joined(made_of), expected, "{item:?} and {widened:?}");
+    }
+    assert!(is_read.into_iter().all(|is_read| is_read), "slots that no wide tile reads");
+}
+
+/// Ranges in their order, those joined that follow each other.
+fn joined(ranges: impl Iterator<Item = Range<u32>>) -> Vec<Range<u32>> {
+    let mut joined: Vec<Range<u32>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut().filter(|last| last.end == range.start) {
+            Some(last) => last.end = range.end,
+            None => joined.push(range),
+        }
+    }
+    joined
 }
 
 /// The slots of some of a request's KV tokens.

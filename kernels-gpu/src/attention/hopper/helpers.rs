@@ -19,6 +19,8 @@ pub enum Tensor {
 pub trait Helpers: Copy {
     /// Whether they do narrow tiles beside the wide ones of the consumers.
     const READ: bool = false;
+    /// Whether they take K and V in FP8, as they are stored, and consumers such as were made of them before.
+    const READ_STORED: bool = false;
     /// Whether they make K and V of wide tiles of what is stored in FP8.
     const CONVERT: bool = false;
     /// Parts of steps, as they are stored, that the copy engine brings for them ahead.
@@ -95,12 +97,13 @@ impl Helpers for NoHelpers {
     brought_as_consumed!();
 }
 
-/// They do narrow tiles: see [`reader`](super::reader).
+/// They do narrow tiles: see [`reader`](super::reader). With `STORED`, those have K and V in FP8.
 #[derive(Clone, Copy)]
-pub struct Readers;
+pub struct Readers<const STORED: bool>;
 
-impl Helpers for Readers {
+impl<const STORED: bool> Helpers for Readers<STORED> {
     const READ: bool = true;
+    const READ_STORED: bool = STORED;
 
     brought_as_consumed!();
 }

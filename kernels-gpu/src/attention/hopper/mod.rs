@@ -42,7 +42,7 @@ use crate::ptx::wgmma::Accumulator;
 use crate::stored::{AsQueries, E4m3, Stored};
 use consumer::Consumer;
 use helpers::{Converters, Helpers, NoHelpers, Readers, STORED_STEP_BLOCKS};
-use shared::Shared;
+use shared::{STORED_CHUNKS, Shared};
 
 /// Blocks of 8 rows of a wide tile that two consumers have, 64 rows each.
 const PAIR: usize = WIDE_TILE_ROWS as usize / 8;
@@ -108,15 +108,24 @@ unsafe fn attention<
     }
 }
 
-/// The same for launches of wide tiles and narrow ones, which a fourth warpgroup does beside the others.
+/// The same for launches of wide tiles and narrow ones, which a fourth warpgroup does beside the others. K and V of narrow tiles
+/// have rows of `CHUNKS` chunks of 16 bytes; with `STORED`, they are in FP8, and products in `W`.
 #[inline(always)]
-unsafe fn attention_beside<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(params: AttentionParams)
-where
+unsafe fn attention_beside<
+    E: Element,
+    W: Element,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const CHUNKS: usize,
+    const STORED: bool,
+>(
+    params: AttentionParams,
+) where
     [Fragment; FRAGMENTS]: Accumulator<E>,
     [Fragment; DIM_BLOCKS]: Accumulator<E>,
-    reader::Transposed: Accumulator<E>,
+    reader::Transposed: Accumulator<W>,
 {
-    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, Readers>::at(dynamic_shared());
+    let shared = Shared::<DIM_BLOCKS, FRAGMENTS, PAIR, Readers<STORED>>::at(dynamic_shared());
     let thread = thread_index();
     match begin(shared, thread) {
         0 => {
@@ -128,14 +137,15 @@ where
             let mut consumer = Consumer::new(&params, shared);
             consumer.begin_turns();
             while consumer.next_kind().is_some() {
-                wide::pair::tiles::<E, E, DIM_BLOCKS, FRAGMENTS, false, Readers>(&mut consumer);
+                wide::pair::tiles::<E, E, DIM_BLOCKS, FRAGMENTS, false, Readers<STORED>>(&mut consumer);
             }
             consumer.end_turns();
             consumer.merge_rows::<E>();
         }
         _ => {
             give_registers::<READER_REGISTERS>();
-            reader::run::<E, DIM_BLOCKS, FRAGMENTS>(&params, shared, thread - THREADS - CONSUMER_THREADS);
+            let thread = thread - THREADS - CONSUMER_THREADS;
+            reader::run::<E, W, DIM_BLOCKS, FRAGMENTS, CHUNKS, STORED>(&params, shared, thread);
         }
     }
 }
@@ -297,6 +307,13 @@ unsafe fn consume<
 }
 
 kernel! {
+    /// Attention in bf16, head dimension 64, narrow tiles, with K and V in FP8, beside wide ones, with what was made of these.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 44)]
+    fn attention_bf16_e4m3_d64_beside(params: AttentionParams) {
+        attention_beside::<Bf16, F16, 8, 16, STORED_CHUNKS, true>(params)
+    }
+
     /// Attention in bf16, head dimension 64, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
@@ -323,6 +340,13 @@ kernel! {
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_bf16_e4m3_d96_capped(params: AttentionParams) {
         attention_e4m3::<Bf16, 12, 9, true>(params)
+    }
+
+    /// Attention in bf16, head dimension 128, narrow tiles, with K and V in FP8, beside wide ones, with what was made of these.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 64)]
+    fn attention_bf16_e4m3_d128_beside(params: AttentionParams) {
+        attention_beside::<Bf16, F16, 16, 16, STORED_CHUNKS, true>(params)
     }
 
     /// Attention in bf16, head dimension 128, K and V in FP8.
@@ -353,6 +377,13 @@ kernel! {
         attention_e4m3_d256::<Bf16, true>(params)
     }
 
+    /// Attention in f16, head dimension 64, narrow tiles, with K and V in FP8, beside wide ones, with what was made of these.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 44)]
+    fn attention_f16_e4m3_d64_beside(params: AttentionParams) {
+        attention_beside::<F16, F16, 8, 16, STORED_CHUNKS, true>(params)
+    }
+
     /// Attention in f16, head dimension 64, K and V in FP8.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 36, "mma.sync" = 16)]
@@ -379,6 +410,13 @@ kernel! {
     #[expect("setmaxnreg" = 3, "wgmma.mma_async" = 42, "mma.sync" = 24)]
     fn attention_f16_e4m3_d96_capped(params: AttentionParams) {
         attention_e4m3::<F16, 12, 9, true>(params)
+    }
+
+    /// Attention in f16, head dimension 128, narrow tiles, with K and V in FP8, beside wide ones, with what was made of these.
+    #[launch_bounds(threads = 512, blocks_per_sm = 1)]
+    #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 64)]
+    fn attention_f16_e4m3_d128_beside(params: AttentionParams) {
+        attention_beside::<F16, F16, 16, 16, STORED_CHUNKS, true>(params)
     }
 
     /// Attention in f16, head dimension 128, K and V in FP8.
@@ -413,14 +451,14 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 44)]
     fn attention_bf16_d64_beside(params: AttentionParams) {
-        attention_beside::<Bf16, 8, 16>(params)
+        attention_beside::<Bf16, Bf16, 8, 16, 8, false>(params)
     }
 
     /// Attention in bf16, head dimension 128, narrow tiles beside wide ones.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 64)]
     fn attention_bf16_d128_beside(params: AttentionParams) {
-        attention_beside::<Bf16, 16, 16>(params)
+        attention_beside::<Bf16, Bf16, 16, 16, 16, false>(params)
     }
 
     /// Attention in bf16, head dimension 64, tall tiles.
@@ -525,14 +563,14 @@ kernel! {
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 44)]
     fn attention_f16_d64_beside(params: AttentionParams) {
-        attention_beside::<F16, 8, 16>(params)
+        attention_beside::<F16, F16, 8, 16, 8, false>(params)
     }
 
     /// Attention in f16, head dimension 128, narrow tiles beside wide ones.
     #[launch_bounds(threads = 512, blocks_per_sm = 1)]
     #[expect("setmaxnreg" = 3, "bar.sync" = 14, "wgmma.mma_async" = 64)]
     fn attention_f16_d128_beside(params: AttentionParams) {
-        attention_beside::<F16, 16, 16>(params)
+        attention_beside::<F16, F16, 16, 16, 16, false>(params)
     }
 
     /// Attention in f16, head dimension 64, tall tiles.

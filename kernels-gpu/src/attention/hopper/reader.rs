@@ -12,8 +12,12 @@
 //! Sᵀ = K Qᵀ      64 columns × 16 rows: lane l of a warp has its columns l / 4 and l / 4 + 8, of rows 2 (l % 4), the next, and both eight on
 //! Oᵀ += Vᵀ Pᵀ    64 elements × 16 rows, the same way
 //! ```
+//!
+//! K and V may be in FP8, as they are stored, where wide tiles have such as were made of them. Then a warp takes its columns of K,
+//! and its elements of V, into registers and makes operands of them there, which `wgmma` takes for its rows: in float16, as is Q
+//! then ([`ScaleToF16`], a row at a time), and the exponentials.
 
-use packinfer_abi::{AttentionParams, NARROW_TILE_ROWS, NUM_KV_BOXES, TENSOR_MAP_BYTES};
+use packinfer_abi::{AttentionParams, HeadGroups, NARROW_TILE_ROWS, NUM_KV_BOXES, ScaleToF16, TENSOR_MAP_BYTES};
 
 use super::helpers::Readers;
 use super::producer::{BoxCopies, NO_SLOT};
@@ -24,17 +28,20 @@ use super::{PAIR, READER_WARPS, barrier};
 use crate::attention::store;
 use crate::attention::task::{Stamper, Task};
 use crate::columns::RunWindow;
+use crate::e4m3::four_to_f16;
 use crate::element::{ELEMENT_BYTES, Element};
 use crate::ptx::math::opaque;
 use crate::ptx::memory::{
-    load_global_x4, load_shared, load_shared_f32, store_global, store_shared, store_shared_if, store_shared_x4,
+    load_global_x4, load_shared, load_shared_f32, store_global, store_shared, store_shared_f32x2, store_shared_if,
+    store_shared_x4,
 };
-use crate::ptx::mma::{Fragment, store_matrices_transposed};
+use crate::ptx::mma::{Fragment, OperandA, OperandB, store_matrices_transposed};
+use crate::ptx::packed::{max_u16x2, permute};
 use crate::ptx::warp::{self, LANES};
-use crate::ptx::wgmma::{self, Accumulator, Descriptor};
+use crate::ptx::wgmma::{self, Accumulator, Descriptor, hold_words};
 use crate::ptx::{math, mbarrier, warpgroup};
 use crate::rows::{NO_ROW, Row, RowTable, WarpView};
-use crate::shared_tile::{BoxTile, PANEL_BLOCKS, PANEL_ROW_BYTES, PanelTile, SharedTile};
+use crate::shared_tile::{BoxTile, LaneRow, PANEL_BLOCKS, PANEL_ROW_BYTES, PanelTile, SharedTile};
 use crate::softmax::RowSum;
 
 /// Columns of a step.
@@ -48,10 +55,10 @@ const HALF_OF_COLUMNS: u32 = ALL_COLUMNS - 1;
 /// The most panels of a head dimension.
 const MOST_PANELS: usize = 2;
 
-/// K or V of a step.
-type StepTile<const DIM_BLOCKS: usize> = BoxTile<DIM_BLOCKS, { STEP as usize / 8 }>;
+/// K or V of a step, whose rows have so many chunks of 16 bytes.
+type StepTile<const CHUNKS: usize> = BoxTile<CHUNKS, { STEP as usize / 8 }>;
 /// How boxes get to such a tile.
-type StepCopies<const DIM_BLOCKS: usize> = BoxCopies<DIM_BLOCKS, { STEP as usize / 8 }>;
+type StepCopies<const CHUNKS: usize> = BoxCopies<CHUNKS, { STEP as usize / 8 }>;
 /// Q.
 type QueryRows<const DIM_BLOCKS: usize> = PanelTile<DIM_BLOCKS, ROW_BLOCKS>;
 /// Exponentials of a step, row by row.
@@ -71,17 +78,17 @@ fn row_of_lane(block: usize, i: usize, lane: u32) -> u32 {
 
 /// The readers' shared memory: K and V of steps in turn, Q, exponentials of two steps, and what warps tell each other.
 #[derive(Clone, Copy)]
-pub struct ReaderMemory<const DIM_BLOCKS: usize> {
+pub struct ReaderMemory<const DIM_BLOCKS: usize, const CHUNKS: usize> {
     tiles: u32,
     words: u32,
 }
 
-impl<const DIM_BLOCKS: usize> ReaderMemory<DIM_BLOCKS> {
+impl<const DIM_BLOCKS: usize, const CHUNKS: usize> ReaderMemory<DIM_BLOCKS, CHUNKS> {
     /// Steps whose K, or whose V, is held.
-    const STAGES: u32 = if DIM_BLOCKS <= 8 { 6 } else { 3 };
+    const STAGES: u32 = if CHUNKS <= 8 { 6 } else { 3 };
     /// Whether what comes after these is brought to the L2 cache meanwhile: where they are few.
     const PREFETCHES: bool = Self::STAGES == 3;
-    const QUERIES: u32 = Self::STAGES * StepTile::<DIM_BLOCKS>::BYTES;
+    const QUERIES: u32 = Self::STAGES * StepTile::<CHUNKS>::BYTES;
     const WEIGHTS: u32 = Self::QUERIES + QueryRows::<DIM_BLOCKS>::BYTES;
     const WEIGHTS_BYTES: u32 = NARROW_TILE_ROWS * PANEL_ROW_BYTES;
     /// Bytes of tiles, which are aligned to eight rows of a panel.
@@ -91,8 +98,9 @@ impl<const DIM_BLOCKS: usize> ReaderMemory<DIM_BLOCKS> {
     const OF_ROWS: u32 = Self::SLOTS + 4 * STEP;
     const FLAGS: u32 = Self::OF_ROWS + 4 * READER_WARPS * NARROW_TILE_ROWS;
     const NEXT_TASK: u32 = Self::FLAGS + 2 * 4;
+    const QUERY_FACTORS: u32 = Self::NEXT_TASK + 8;
     /// Bytes of the rest, which is aligned to 8 bytes.
-    pub const WORD_BYTES: u32 = Self::NEXT_TASK + 8;
+    pub const WORD_BYTES: u32 = Self::QUERY_FACTORS + 4 * NARROW_TILE_ROWS;
 
     /// The memory whose tiles, and whose other parts, lie at these addresses.
     #[inline(always)]
@@ -142,6 +150,12 @@ impl<const DIM_BLOCKS: usize> ReaderMemory<DIM_BLOCKS> {
         self.words + Self::FLAGS + step % 2 * 4
     }
 
+    /// What products with a row of Q in float16 must be multiplied with, where that was made of bf16.
+    #[inline(always)]
+    fn query_factor(&self, row: u32) -> u32 {
+        self.words + Self::QUERY_FACTORS + 4 * row
+    }
+
     /// The next task.
     #[inline(always)]
     fn next_task(&self) -> u32 {
@@ -151,22 +165,22 @@ impl<const DIM_BLOCKS: usize> ReaderMemory<DIM_BLOCKS> {
 
 /// The stage of K and V whose turn it is.
 #[derive(Clone, Copy)]
-struct Stage<const DIM_BLOCKS: usize> {
-    memory: ReaderMemory<DIM_BLOCKS>,
+struct Stage<const DIM_BLOCKS: usize, const CHUNKS: usize> {
+    memory: ReaderMemory<DIM_BLOCKS, CHUNKS>,
     index: u32,
     /// Parity of the phase of its barrier.
     parity: u32,
 }
 
-impl<const DIM_BLOCKS: usize> Stage<DIM_BLOCKS> {
+impl<const DIM_BLOCKS: usize, const CHUNKS: usize> Stage<DIM_BLOCKS, CHUNKS> {
     #[inline(always)]
     fn barrier(&self) -> u32 {
         self.memory.words + self.index * mbarrier::BYTES
     }
 
     #[inline(always)]
-    fn tile(&self) -> StepTile<DIM_BLOCKS> {
-        StepTile::<DIM_BLOCKS>::at(self.memory.tiles).skip_tiles(self.index)
+    fn tile(&self) -> StepTile<CHUNKS> {
+        StepTile::<CHUNKS>::at(self.memory.tiles).skip_tiles(self.index)
     }
 
     /// Waits until it is full.
@@ -178,18 +192,18 @@ impl<const DIM_BLOCKS: usize> Stage<DIM_BLOCKS> {
     /// On to the next.
     #[inline(always)]
     fn advance(&mut self) {
-        let wraps = self.index + 1 == ReaderMemory::<DIM_BLOCKS>::STAGES;
+        let wraps = self.index + 1 == ReaderMemory::<DIM_BLOCKS, CHUNKS>::STAGES;
         self.index = if wraps { 0 } else { self.index + 1 };
         self.parity ^= u32::from(wraps);
     }
 }
 
 /// What brings the warp's columns of K and V, step after step.
-struct Loader<'a, const DIM_BLOCKS: usize> {
+struct Loader<'a, const DIM_BLOCKS: usize, const CHUNKS: usize, const STORED: bool> {
     task: &'a Task,
     window: RunWindow,
     /// The stage that is filled next.
-    stage: Stage<DIM_BLOCKS>,
+    stage: Stage<DIM_BLOCKS, CHUNKS>,
     warp: u32,
     lane: u32,
     /// First column of the step whose K is to be brought next.
@@ -200,13 +214,13 @@ struct Loader<'a, const DIM_BLOCKS: usize> {
     next_slot: u32,
 }
 
-impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
+impl<const DIM_BLOCKS: usize, const CHUNKS: usize, const STORED: bool> Loader<'_, DIM_BLOCKS, CHUNKS, STORED> {
     /// Has K of the next step brought, if there is one.
     #[inline(always)]
     unsafe fn load_k(&mut self) {
         if self.step < self.task.item.column_end {
             self.slot = self.next_slot;
-            self.fill(self.task.params.kv_maps);
+            self.fill(self.k_maps());
             if self.step + STEP < self.task.item.column_end {
                 self.find_slots(self.step + STEP);
             }
@@ -223,15 +237,20 @@ impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
     }
 
     #[inline(always)]
+    fn k_maps(&self) -> u64 {
+        if STORED { self.task.params.narrow_kv_maps } else { self.task.params.kv_maps }
+    }
+
+    #[inline(always)]
     fn v_maps(&self) -> u64 {
-        self.task.params.kv_maps + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES)
+        self.k_maps() + u64::from(NUM_KV_BOXES * TENSOR_MAP_BYTES)
     }
 
     /// Finds the slots of the warp's columns of a step, and has their K and V brought to the L2 cache if one run holds all of
     /// them: there is more room there than in shared memory. Behind the last column, slots are such where there are zeros.
     #[inline(always)]
     unsafe fn find_slots(&mut self, step: u32) {
-        let v_maps = self.v_maps();
+        let (k_maps, v_maps) = (self.k_maps(), self.v_maps());
         let Self { task, lane, window, .. } = self;
         let (lane, begin) = (opaque(*lane), step + self.warp * WARP_COLUMNS);
         let holds_all = window.begin <= begin && window.end >= begin + WARP_COLUMNS;
@@ -239,10 +258,9 @@ impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
             let holder = warp::lanes_where(holds_all).trailing_zeros();
             let first = warp::uniform(warp::shuffle_from(window.slot_of(begin), holder));
             self.next_slot = first + lane;
-            if lane == 0 && ReaderMemory::<DIM_BLOCKS>::PREFETCHES {
-                let k_maps = task.params.kv_maps;
-                StepCopies::<DIM_BLOCKS>::prefetch_rows(k_maps, first, task.kv_head, ALL_COLUMNS);
-                StepCopies::<DIM_BLOCKS>::prefetch_rows(v_maps, first, task.kv_head, ALL_COLUMNS);
+            if lane == 0 && ReaderMemory::<DIM_BLOCKS, CHUNKS>::PREFETCHES {
+                StepCopies::<CHUNKS>::prefetch_rows(k_maps, first, task.kv_head, ALL_COLUMNS);
+                StepCopies::<CHUNKS>::prefetch_rows(v_maps, first, task.kv_head, ALL_COLUMNS);
             }
             return;
         }
@@ -271,7 +289,7 @@ impl<const DIM_BLOCKS: usize> Loader<'_, DIM_BLOCKS> {
         let lane = opaque(self.lane);
         let copies = BoxCopies { tile: stage.tile(), maps, kv_head: task.kv_head, barrier: stage.barrier(), read_once: false };
         let first_row = self.warp * WARP_COLUMNS;
-        mbarrier::arrive_expecting_if(copies.barrier, StepTile::<DIM_BLOCKS>::BYTES / READER_WARPS, lane == 0);
+        mbarrier::arrive_expecting_if(copies.barrier, StepTile::<CHUNKS>::BYTES / READER_WARPS, lane == 0);
         let follows = slot == warp::shuffle_up(slot, 1).wrapping_add(1);
         if !warp::any(!follows && lane > 0 && lane < WARP_COLUMNS) {
             // With what is the same for all lanes, as the compiler can see.
@@ -311,12 +329,12 @@ impl Softmax {
 
     /// Whether a scaled score of the lane is out of range.
     #[inline(always)]
-    fn any_out_of_range(&self, scale_log2: f32, scores: &Transposed) -> bool {
+    fn any_out_of_range(&self, scale_log2: &OfRows, scores: &Transposed) -> bool {
         let mut any = false;
         for (block, fragment) in scores.iter().enumerate() {
             for i in 0..2 {
                 let greatest = math::max(fragment[i], fragment[2 + i]);
-                any |= Self::is_out_of_range(self.offset[block][i], greatest * scale_log2);
+                any |= Self::is_out_of_range(self.offset[block][i], greatest * scale_log2[block][i]);
             }
         }
         any
@@ -324,12 +342,18 @@ impl Softmax {
 
     /// The exponentials of scores.
     #[inline(always)]
-    fn exponentials(&self, scale_log2: f32, scores: &Transposed) -> Transposed {
+    fn exponentials(&self, scale_log2: &OfRows, scores: &Transposed) -> Transposed {
         let mut exponentials = *scores;
         for (block, fragment) in exponentials.iter_mut().enumerate() {
             let [a, b] = self.offset[block];
-            let exp = |score: f32, offset: f32| math::exp2(math::fma(score, scale_log2, offset));
-            *fragment = [exp(fragment[0], a), exp(fragment[1], b), exp(fragment[2], a), exp(fragment[3], b)];
+            let [scale_a, scale_b] = scale_log2[block];
+            let exp = |score: f32, scale: f32, offset: f32| math::exp2(math::fma(score, scale, offset));
+            *fragment = [
+                exp(fragment[0], scale_a, a),
+                exp(fragment[1], scale_b, b),
+                exp(fragment[2], scale_a, a),
+                exp(fragment[3], scale_b, b),
+            ];
         }
         exponentials
     }
@@ -340,10 +364,10 @@ impl Softmax {
     ///
     /// Reached by all threads of the readers.
     #[inline(always)]
-    unsafe fn make_room<const DIM_BLOCKS: usize>(
+    unsafe fn make_room<const DIM_BLOCKS: usize, const CHUNKS: usize>(
         &mut self,
-        memory: ReaderMemory<DIM_BLOCKS>,
-        scale_log2: f32,
+        memory: ReaderMemory<DIM_BLOCKS, CHUNKS>,
+        scale_log2: &OfRows,
         scores: &Transposed,
         warp: u32,
         lane: u32,
@@ -359,7 +383,8 @@ impl Softmax {
         for block in 0..ROW_BLOCKS {
             for i in 0..2 {
                 let of_warp = |warp| load_shared_f32(memory.of_row(warp, row_of_lane(block, i, lane)));
-                let greatest = math::max(math::max(of_warp(0), of_warp(1)), math::max(of_warp(2), of_warp(3))) * scale_log2;
+                let greatest = math::max(math::max(of_warp(0), of_warp(1)), math::max(of_warp(2), of_warp(3)));
+                let greatest = greatest * scale_log2[block][i];
                 let before = self.offset[block][i];
                 // Each row goes by its own scores alone.
                 if Self::is_out_of_range(before, greatest) {
@@ -389,9 +414,9 @@ impl Softmax {
     ///
     /// Reached by all threads of the readers.
     #[inline(always)]
-    unsafe fn finish<const DIM_BLOCKS: usize>(
+    unsafe fn finish<const DIM_BLOCKS: usize, const CHUNKS: usize>(
         &self,
-        memory: ReaderMemory<DIM_BLOCKS>,
+        memory: ReaderMemory<DIM_BLOCKS, CHUNKS>,
         warp: u32,
         lane: u32,
     ) -> [[RowSum; 2]; ROW_BLOCKS] {
@@ -420,22 +445,32 @@ impl Softmax {
 ///
 /// Reached by all threads of the readers, of which this is `thread`.
 #[inline(always)]
-pub unsafe fn run<E: Element, const DIM_BLOCKS: usize, const FRAGMENTS: usize>(
+pub unsafe fn run<
+    E: Element,
+    W: Element,
+    const DIM_BLOCKS: usize,
+    const FRAGMENTS: usize,
+    const CHUNKS: usize,
+    const STORED: bool,
+>(
     params: &AttentionParams,
-    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, Readers>,
+    shared: Shared<DIM_BLOCKS, FRAGMENTS, PAIR, Readers<STORED>>,
     thread: u32,
 ) where
-    Transposed: Accumulator<E>,
+    Transposed: Accumulator<W>,
 {
     let warp = warp::uniform(thread / LANES);
-    let memory = shared.reader_memory();
+    let memory = shared.reader_memory::<CHUNKS>();
     let mut stage = Stage { memory, index: 0, parity: 0 };
     let mut index = ReaderQueue::first_task(params);
     while index != NO_TASK {
-        let task = Task::load(*params, index, shared.reader_rows());
+        // In FP8, their quotients are worked out for each task: else they take registers of all warps of the block.
+        let heads =
+            if STORED { HeadGroups { num_kv_heads: opaque(params.heads.num_kv_heads), ..params.heads } } else { params.heads };
+        let task = Task::load(AttentionParams { heads, ..*params }, index, shared.reader_rows());
         // Opaque, here and below: what depends on the lane is worked out again where it is used, and not kept in registers and
         // predicates.
-        tile::<E, DIM_BLOCKS>(&task, &mut stage, warp, opaque(thread % LANES));
+        tile::<E, W, DIM_BLOCKS, CHUNKS, STORED>(&task, &mut stage, warp, opaque(thread % LANES));
         meet();
         index = load_shared(memory.next_task());
     }
@@ -452,18 +487,23 @@ unsafe fn meet() {
 
 /// Does a task, whose first K and V go to `stage`.
 #[inline(always)]
-unsafe fn tile<E: Element, const DIM_BLOCKS: usize>(task: &Task, stage: &mut Stage<DIM_BLOCKS>, warp: u32, lane: u32)
-where
-    Transposed: Accumulator<E>,
+unsafe fn tile<E: Element, W: Element, const DIM_BLOCKS: usize, const CHUNKS: usize, const STORED: bool>(
+    task: &Task,
+    stage: &mut Stage<DIM_BLOCKS, CHUNKS>,
+    warp: u32,
+    lane: u32,
+) where
+    Transposed: Accumulator<W>,
 {
-    let stages = const { ReaderMemory::<DIM_BLOCKS>::STAGES };
+    let stages = const { ReaderMemory::<DIM_BLOCKS, CHUNKS>::STAGES };
     let (item, memory, rows) = (&task.item, stage.memory, task.rows);
     if let Some(stamper) = Stamper::of(&task.params).filter(|_| warp == 0 && lane == 0) {
         stamper.begin(task.index);
     }
     let window = RunWindow::new(&task.params, item, lane);
     let (step, slot) = (item.column_begin, NO_SLOT);
-    let mut loader = Loader { task, window, stage: *stage, warp, lane, step, slot, next_slot: slot };
+    let mut loader =
+        Loader::<DIM_BLOCKS, CHUNKS, STORED> { task, window, stage: *stage, warp, lane, step, slot, next_slot: slot };
     loader.find_slots(step);
     for _ in 0..stages / 2 {
         loader.load_k();
@@ -472,9 +512,17 @@ where
     if stages % 2 == 1 {
         loader.load_k();
     }
-    let view = begin(task, memory, warp, opaque(lane));
+    let view = begin::<E, DIM_BLOCKS, CHUNKS, STORED>(task, memory, warp, opaque(lane));
 
-    let scale_log2 = task.params.scale_log2;
+    let [k_scale, v_scale] = if STORED { task.kv_scales() } else { [1.0; 2] };
+    let mut scale_log2 = [[task.params.scale_log2 * k_scale; 2]; ROW_BLOCKS];
+    if STORED && !E::IS_OF_F16 {
+        for (block, of_rows) in scale_log2.iter_mut().enumerate() {
+            for (i, of_row) in of_rows.iter_mut().enumerate() {
+                *of_row *= load_shared_f32(memory.query_factor(row_of_lane(block, i, lane)));
+            }
+        }
+    }
     let mut softmax = Softmax::NOTHING;
     let mut output = [[[0f32; 4]; ROW_BLOCKS]; MOST_PANELS];
     let columns = item.column_begin..item.column_end;
@@ -488,27 +536,31 @@ where
     let mut step = 0;
     while column < columns.end {
         stage.wait_full();
-        let mut scores = score::<E, DIM_BLOCKS>(memory, stage.tile());
+        let mut scores = if STORED {
+            score_stored::<W, DIM_BLOCKS, CHUNKS>(memory, stage.tile(), warp, opaque(lane))
+        } else {
+            score::<W, DIM_BLOCKS, CHUNKS>(memory, stage.tile())
+        };
         stage.advance();
         if column >= masked_from {
             mask(&mut scores, rows, column + warp * WARP_COLUMNS, opaque(lane));
         }
         let lane = opaque(lane);
-        let is_out_of_range = warp::any(softmax.any_out_of_range(scale_log2, &scores));
+        let is_out_of_range = warp::any(softmax.any_out_of_range(&scale_log2, &scores));
         store_shared_if(memory.flag(step), 1, is_out_of_range && lane == 0);
-        let mut exponentials = softmax.exponentials(scale_log2, &scores);
-        write_weights::<E>(memory.weights(step), &exponentials, warp, lane);
+        let mut exponentials = softmax.exponentials(&scale_log2, &scores);
+        write_weights::<W>(memory.weights(step), &exponentials, warp, lane);
         wgmma::fence_shared_writes();
         meet();
         if load_shared(memory.flag(step)) != 0 {
-            let factors = softmax.make_room(memory, scale_log2, &scores, warp, lane);
+            let factors = softmax.make_room(memory, &scale_log2, &scores, warp, lane);
             for output in &mut output {
                 for (fragment, [a, b]) in output.iter_mut().zip(&factors) {
                     *fragment = [fragment[0] * a, fragment[1] * b, fragment[2] * a, fragment[3] * b];
                 }
             }
-            exponentials = softmax.exponentials(scale_log2, &scores);
-            write_weights::<E>(memory.weights(step), &exponentials, warp, lane);
+            exponentials = softmax.exponentials(&scale_log2, &scores);
+            write_weights::<W>(memory.weights(step), &exponentials, warp, lane);
             wgmma::fence_shared_writes();
             meet();
             if warp == 0 && lane == 0 {
@@ -530,7 +582,11 @@ where
             loader.load_k();
         }
         stage.wait_full();
-        accumulate::<E, DIM_BLOCKS>(&mut output, memory.weights(step), stage.tile(), step > 0);
+        if STORED {
+            accumulate_stored::<W, DIM_BLOCKS, CHUNKS>(&mut output, memory.weights(step), stage.tile(), step > 0, warp, lane);
+        } else {
+            accumulate::<W, DIM_BLOCKS, CHUNKS>(&mut output, memory.weights(step), stage.tile(), step > 0);
+        }
         stage.advance();
         column += STEP;
         step += 1;
@@ -538,7 +594,7 @@ where
 
     let lane = opaque(lane);
     let sums = softmax.finish(memory, warp, lane);
-    finish::<E, DIM_BLOCKS>(task, &output, &sums, warp, lane);
+    finish::<E, DIM_BLOCKS, STORED>(task, &output, &sums, v_scale, warp, lane);
     if let Some(stamper) = Stamper::of(&task.params).filter(|_| opaque(warp) == 0 && lane == 0) {
         stamper.end(task.index);
     }
@@ -546,7 +602,12 @@ where
 
 /// Works out the task's rows, brings Q, and tells of the next task. Returns what the rows see.
 #[inline(always)]
-unsafe fn begin<const DIM_BLOCKS: usize>(task: &Task, memory: ReaderMemory<DIM_BLOCKS>, warp: u32, lane: u32) -> WarpView {
+unsafe fn begin<E: Element, const DIM_BLOCKS: usize, const CHUNKS: usize, const STORED: bool>(
+    task: &Task,
+    memory: ReaderMemory<DIM_BLOCKS, CHUNKS>,
+    warp: u32,
+    lane: u32,
+) -> WarpView {
     let params = &task.params;
     if warp == 0 && lane < NARROW_TILE_ROWS {
         task.rows.write(params, &task.item, task.head_group, lane);
@@ -570,7 +631,21 @@ unsafe fn begin<const DIM_BLOCKS: usize>(task: &Task, memory: ReaderMemory<DIM_B
             words = load_global_x4(params.q + u64::from(index) * u64::from(row_chunks * bytes) + u64::from(chunk_of_row * bytes));
         }
         let panel = memory.queries().panel_of(chunk_of_row / PANEL_BLOCKS as u32);
-        store_shared_x4(panel.chunk(row, chunk_of_row % PANEL_BLOCKS as u32), words);
+        let chunk_of_panel = chunk_of_row % PANEL_BLOCKS as u32;
+        if STORED {
+            if !E::IS_OF_F16 {
+                let scale = ScaleToF16::of_greatest(greatest_of_row::<DIM_BLOCKS>(words));
+                words = words.map(|word| scale.pair(word, max_u16x2));
+                store_shared_if(memory.query_factor(row), scale.inverse().to_bits(), chunk_of_row == 0);
+            }
+            // In the order in which a lane holds four neighbours of K.
+            let (pair, half_bytes) = (chunk_of_panel & !1, chunk_of_panel % 2 * 8);
+            let [a, b, c, d] = words.map(f32::from_bits);
+            store_shared_f32x2(panel.chunk(row, pair) + half_bytes, a, c);
+            store_shared_f32x2(panel.chunk(row, pair + 1) + half_bytes, b, d);
+        } else {
+            store_shared_x4(panel.chunk(row, chunk_of_panel), words);
+        }
         chunk += warpgroup::THREADS;
     }
     if leads {
@@ -582,20 +657,34 @@ unsafe fn begin<const DIM_BLOCKS: usize>(task: &Task, memory: ReaderMemory<DIM_B
     view
 }
 
+/// Either half is the greatest magnitude of a row of Q, of which this lane has a chunk, and lanes beside it the others.
+#[inline(always)]
+unsafe fn greatest_of_row<const DIM_BLOCKS: usize>(words: [u32; 4]) -> u32 {
+    const { assert!(DIM_BLOCKS == 8 || DIM_BLOCKS == 16) };
+    let [a, b, c, d] = words.map(ScaleToF16::magnitudes);
+    let of_quad = warp::quad_max_u16x2(max_u16x2(max_u16x2(a, b), max_u16x2(c, d)));
+    let other = |value: u32, lane: u32| warp::shuffle_xor(f32::from_bits(value), lane).to_bits();
+    let of_eight = max_u16x2(of_quad, other(of_quad, 4));
+    if DIM_BLOCKS > 8 { max_u16x2(of_eight, other(of_eight, 8)) } else { of_eight }
+}
+
 /// Scores of a step.
 #[inline(always)]
-unsafe fn score<E, const DIM_BLOCKS: usize>(memory: ReaderMemory<DIM_BLOCKS>, k: StepTile<DIM_BLOCKS>) -> Transposed
+unsafe fn score<E, const DIM_BLOCKS: usize, const CHUNKS: usize>(
+    memory: ReaderMemory<DIM_BLOCKS, CHUNKS>,
+    k: StepTile<CHUNKS>,
+) -> Transposed
 where
     Transposed: Accumulator<E>,
 {
     let mut scores = [[0f32; 4]; ROW_BLOCKS];
-    let k = Descriptor::along_sum(k.row(0, 0), StepTile::<DIM_BLOCKS>::EIGHT_ROWS_BYTES);
+    let k = Descriptor::along_sum(k.row(0, 0), StepTile::<CHUNKS>::EIGHT_ROWS_BYTES);
     let queries = Descriptor::along_sum(memory.queries().row(0), 8 * PANEL_ROW_BYTES);
     scores.hold();
     wgmma::fence();
     for block in (0..DIM_BLOCKS).step_by(2) {
         let (panel, byte) = ((block / PANEL_BLOCKS) as u32, (block % PANEL_BLOCKS * 16) as u32);
-        let k = k.skip(panel * StepTile::<DIM_BLOCKS>::PANEL_BYTES + byte);
+        let k = k.skip(panel * StepTile::<CHUNKS>::PANEL_BYTES + byte);
         let queries = queries.skip(panel * QueryRows::<DIM_BLOCKS>::PANEL_BYTES + byte);
         scores.add_product_shared(k, queries, block > 0);
     }
@@ -603,6 +692,94 @@ where
     wgmma::wait_group::<0>();
     scores.hold();
     scores
+}
+
+/// Scores of a step whose K is in FP8: operands A come out of registers, of the warp's own columns.
+#[inline(always)]
+unsafe fn score_stored<W, const DIM_BLOCKS: usize, const CHUNKS: usize>(
+    memory: ReaderMemory<DIM_BLOCKS, CHUNKS>,
+    k: StepTile<CHUNKS>,
+    warp: u32,
+    lane: u32,
+) -> Transposed
+where
+    Transposed: Accumulator<W>,
+{
+    let mut scores = [[0f32; 4]; ROW_BLOCKS];
+    let k = k.columns_by_lane(warp * WARP_COLUMNS, lane);
+    let queries = Descriptor::along_sum(memory.queries().row(0), 8 * PANEL_ROW_BYTES);
+    scores.hold();
+    // One panel of Q after the other: operands must be in registers before the first product, and there are few.
+    score_panel::<W, DIM_BLOCKS, CHUNKS>(&mut scores, k, queries, 0);
+    if DIM_BLOCKS > PANEL_BLOCKS {
+        wgmma::wait_group::<0>();
+        score_panel::<W, DIM_BLOCKS, CHUNKS>(&mut scores, k, queries, 1);
+    }
+    wgmma::wait_group::<0>();
+    scores.hold();
+    scores
+}
+
+/// Starts the products with a panel of Q.
+#[inline(always)]
+unsafe fn score_panel<W, const DIM_BLOCKS: usize, const CHUNKS: usize>(
+    scores: &mut Transposed,
+    k: LaneRow,
+    queries: Descriptor,
+    panel: usize,
+) where
+    Transposed: Accumulator<W>,
+{
+    let mut operands = [[0; 4]; OPERANDS_AT_ONCE];
+    for load in 0..OPERANDS_AT_ONCE / PRODUCTS_OF_LOAD {
+        let loaded = StepTile::<CHUNKS>::operands_b(k, 2 * (panel * OPERANDS_AT_ONCE / PRODUCTS_OF_LOAD + load));
+        for product in 0..PRODUCTS_OF_LOAD {
+            operands[PRODUCTS_OF_LOAD * load + product] = keys(loaded, product);
+        }
+    }
+    hold_operands(&mut operands);
+    wgmma::fence();
+    let queries = queries.skip(panel as u32 * QueryRows::<DIM_BLOCKS>::PANEL_BYTES);
+    for (index, &operand) in operands.iter().enumerate() {
+        scores.add_product_along(operand, queries.skip(32 * index as u32), panel + index > 0);
+    }
+    wgmma::commit_group();
+}
+
+/// Operands A that are in registers at a time.
+const OPERANDS_AT_ONCE: usize = 4;
+
+/// Makes the compiler believe that operands change here.
+#[inline(always)]
+fn hold_operands(operands: &mut [OperandA; OPERANDS_AT_ONCE]) {
+    let mut words = [[0; 2]; 2 * OPERANDS_AT_ONCE];
+    for (index, &[a, b, c, d]) in operands.iter().enumerate() {
+        (words[2 * index], words[2 * index + 1]) = ([a, b], [c, d]);
+    }
+    hold_words(&mut words);
+    for (index, operand) in operands.iter_mut().enumerate() {
+        let ([a, b], [c, d]) = (words[2 * index], words[2 * index + 1]);
+        *operand = [a, b, c, d];
+    }
+}
+
+/// Operands that a load of K or V in FP8 is good for.
+const PRODUCTS_OF_LOAD: usize = 2;
+
+/// The operand A of product `product` with K in FP8 that was loaded as operands B: their columns are its rows. A word has four
+/// neighbours of a column, which are summed over as Q has them.
+#[inline(always)]
+fn keys(loaded: [OperandB; 2], product: usize) -> OperandA {
+    let [[a, c], [b, d]] = loaded.map(|words| four_to_f16(words[product]));
+    [a, b, c, d]
+}
+
+/// The operand A of V in FP8 that was loaded transposed as operand B. A word has two neighbours of a column, which are elements of
+/// rows `l / 4` and `l / 4 + 8`, then those of the next column.
+#[inline(always)]
+fn values(loaded: OperandB) -> OperandA {
+    let [[a, b], [c, d]] = loaded.map(|word| four_to_f16(permute::<0x3120>(word)));
+    [a, b, c, d]
 }
 
 /// Masks the scores of the warp's columns, from `column` on.
@@ -635,17 +812,16 @@ unsafe fn write_weights<E: Element>(weights: Weights, exponentials: &Transposed,
 
 /// Adds Vᵀ Pᵀ of a step to the output, or replaces it.
 #[inline(always)]
-unsafe fn accumulate<E, const DIM_BLOCKS: usize>(
+unsafe fn accumulate<E, const DIM_BLOCKS: usize, const CHUNKS: usize>(
     output: &mut [Transposed; MOST_PANELS],
     weights: Weights,
-    v: StepTile<DIM_BLOCKS>,
+    v: StepTile<CHUNKS>,
     accumulate: bool,
 ) where
     Transposed: Accumulator<E>,
 {
-    let panels = const { StepTile::<DIM_BLOCKS>::PANELS as usize };
-    let (eight_rows_bytes, panel_bytes) =
-        const { (StepTile::<DIM_BLOCKS>::EIGHT_ROWS_BYTES, StepTile::<DIM_BLOCKS>::PANEL_BYTES) };
+    let panels = const { DIM_BLOCKS / PANEL_BLOCKS };
+    let (eight_rows_bytes, panel_bytes) = const { (StepTile::<CHUNKS>::EIGHT_ROWS_BYTES, StepTile::<CHUNKS>::PANEL_BYTES) };
     let v = Descriptor::across_sum(v.row(0, 0), panel_bytes, eight_rows_bytes);
     let weights = Descriptor::along_sum(weights.chunk(0, 0), 8 * PANEL_ROW_BYTES);
     for output in &mut output[..panels] {
@@ -665,16 +841,94 @@ unsafe fn accumulate<E, const DIM_BLOCKS: usize>(
     }
 }
 
-/// Stores the rows of the tile, and their log-sum-exp.
+/// The same for V in FP8: operands A come out of registers. Each warp has 16 elements of each panel of O, of one chunk of V.
 #[inline(always)]
-unsafe fn finish<E: Element, const DIM_BLOCKS: usize>(
+unsafe fn accumulate_stored<W, const DIM_BLOCKS: usize, const CHUNKS: usize>(
+    output: &mut [Transposed; MOST_PANELS],
+    weights: Weights,
+    v: StepTile<CHUNKS>,
+    accumulate: bool,
+    warp: u32,
+    lane: u32,
+) where
+    Transposed: Accumulator<W>,
+{
+    let panels = const { DIM_BLOCKS / PANEL_BLOCKS };
+    let weights = Descriptor::along_sum(weights.chunk(0, 0), 8 * PANEL_ROW_BYTES);
+    for output in &mut output[..panels] {
+        output.hold();
+    }
+    accumulate_operands::<W, DIM_BLOCKS, CHUNKS>(output, weights, v, accumulate, 0, warp, lane);
+    if DIM_BLOCKS > PANEL_BLOCKS {
+        wgmma::wait_group::<0>();
+        accumulate_operands::<W, DIM_BLOCKS, CHUNKS>(output, weights, v, true, STEP / 2, warp, lane);
+    }
+    wgmma::wait_group::<0>();
+    for output in &mut output[..panels] {
+        output.hold();
+    }
+}
+
+/// Starts the products with as many [operands](OPERANDS_AT_ONCE) of V, from column `begin` of the step on.
+#[inline(always)]
+unsafe fn accumulate_operands<W, const DIM_BLOCKS: usize, const CHUNKS: usize>(
+    output: &mut [Transposed; MOST_PANELS],
+    weights: Descriptor,
+    v: StepTile<CHUNKS>,
+    accumulate: bool,
+    begin: u32,
+    warp: u32,
+    lane: u32,
+) where
+    Transposed: Accumulator<W>,
+{
+    let panels = const { DIM_BLOCKS / PANEL_BLOCKS };
+    let chunk = first_chunk(panels, warp);
+    let mut operands = [[0; 4]; OPERANDS_AT_ONCE];
+    // A load has 16 columns of a chunk for each of two panels, or 32 of the only one.
+    let columns_of_load = if panels > 1 { 16 } else { 32 };
+    for load in 0..OPERANDS_AT_ONCE / PRODUCTS_OF_LOAD {
+        let columns = begin + columns_of_load * load as u32;
+        let row = if panels > 1 {
+            v.chunks_by_lane_transposed::<16>(columns, chunk, lane)
+        } else {
+            v.chunks_by_lane_transposed::<32>(columns, chunk, lane)
+        };
+        let loaded = StepTile::<CHUNKS>::operands_b_transposed(row, 0);
+        for product in 0..PRODUCTS_OF_LOAD {
+            operands[PRODUCTS_OF_LOAD * load + product] = values(loaded[product]);
+        }
+    }
+    hold_operands(&mut operands);
+    wgmma::fence();
+    for load in 0..OPERANDS_AT_ONCE / PRODUCTS_OF_LOAD {
+        let columns = begin + columns_of_load * load as u32;
+        for product in 0..PRODUCTS_OF_LOAD {
+            let (panel, column) = if panels > 1 { (product, columns) } else { (0, columns + 16 * product as u32) };
+            let operand = operands[PRODUCTS_OF_LOAD * load + product];
+            output[panel].add_product_along(operand, weights.skip(2 * column), accumulate || column > begin);
+        }
+    }
+    wgmma::commit_group();
+}
+
+/// The chunk of V in FP8 whose elements a warp has in the first panel of O; those of the next panel are of the next chunk.
+#[inline(always)]
+fn first_chunk(panels: usize, warp: u32) -> u32 {
+    panels as u32 * warp
+}
+
+/// Stores the rows of the tile, which must be multiplied with `factor`, and their log-sum-exp.
+#[inline(always)]
+unsafe fn finish<E: Element, const DIM_BLOCKS: usize, const STORED: bool>(
     task: &Task,
     output: &[Transposed; MOST_PANELS],
     sums: &[[RowSum; 2]; ROW_BLOCKS],
+    factor: f32,
     warp: u32,
     lane: u32,
 ) {
-    let (dim, panels) = const { (8 * DIM_BLOCKS as u64, StepTile::<DIM_BLOCKS>::PANELS as usize) };
+    let (dim, panels) = const { (8 * DIM_BLOCKS as u64, DIM_BLOCKS / PANEL_BLOCKS) };
     let mut inverse = [[0f32; 2]; ROW_BLOCKS];
     for block in 0..ROW_BLOCKS {
         for i in 0..2 {
@@ -686,8 +940,12 @@ unsafe fn finish<E: Element, const DIM_BLOCKS: usize>(
             if task.stores_lse() && index != NO_ROW && warp == 0 && lane < 4 {
                 store::lse(task, row, index, sum.lse_log2);
             }
-            inverse[block][i] = sum.inverse;
+            inverse[block][i] = if STORED { sum.inverse * factor } else { sum.inverse };
         }
+    }
+    if STORED {
+        store_neighbours::<E, DIM_BLOCKS>(task, output, &inverse, warp, lane);
+        return;
     }
     // Two lanes that hold neighbouring elements of the same two rows exchange one each, so that either has both elements of one
     // row.
@@ -711,15 +969,48 @@ unsafe fn finish<E: Element, const DIM_BLOCKS: usize>(
             for half in 0..2 {
                 let [a, b] = pairs[panel][block][half];
                 let element = u64::from(64 * panel as u32 + 8 * half as u32 + first_element);
-                if index == NO_ROW || element >= dim {
-                    continue;
-                }
-                if task.is_direct() {
-                    store_global(task.params.o + (u64::from(index) * dim + element) * u64::from(ELEMENT_BYTES), E::pack(a, b));
-                } else {
-                    store::partial_pair(task.params.partial_o + (task.partial_index(row) * dim + element) * 4, [a, b]);
+                if index != NO_ROW && element < dim {
+                    store_pair::<E>(task, row, index, dim, element, [a, b]);
                 }
             }
         }
+    }
+}
+
+/// Stores rows of which a lane has neighbouring elements in both halves of a fragment, as [`accumulate_stored`] leaves them.
+#[inline(always)]
+unsafe fn store_neighbours<E: Element, const DIM_BLOCKS: usize>(
+    task: &Task,
+    output: &[Transposed; MOST_PANELS],
+    factors: &OfRows,
+    warp: u32,
+    lane: u32,
+) {
+    let (dim, panels) = const { (8 * DIM_BLOCKS as u64, DIM_BLOCKS / PANEL_BLOCKS) };
+    for block in 0..ROW_BLOCKS {
+        for i in 0..2 {
+            let row = row_of_lane(block, i, lane);
+            let index = task.rows.index(row);
+            if index == NO_ROW {
+                continue;
+            }
+            for panel in 0..panels {
+                let element = 16 * (first_chunk(panels, warp) + panel as u32) + lane / 4 * 2;
+                let fragment = &output[panel][block];
+                let pair = [fragment[i], fragment[2 + i]].map(|element| element * factors[block][i]);
+                store_pair::<E>(task, row, index, dim, element.into(), pair);
+            }
+        }
+    }
+}
+
+/// Stores two neighbouring elements of a row of the tile, which is row `index` of O.
+#[inline(always)]
+unsafe fn store_pair<E: Element>(task: &Task, row: u32, index: u32, dim: u64, element: u64, pair: [f32; 2]) {
+    if task.is_direct() {
+        let address = task.params.o + (u64::from(index) * dim + element) * u64::from(ELEMENT_BYTES);
+        store_global(address, E::pack(pair[0], pair[1]));
+    } else {
+        store::partial_pair(task.params.partial_o + (task.partial_index(row) * dim + element) * 4, pair);
     }
 }

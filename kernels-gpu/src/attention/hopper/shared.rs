@@ -26,6 +26,9 @@ use crate::shared_tile::{BoxTile, PANEL_BLOCKS, PANEL_ROW_BYTES, PanelTile, Shar
 /// Blocks of 8 elements that a consuming warp stages of its rows of O at a time, where there is no exchange.
 pub const STAGED_BLOCKS: usize = 2;
 
+/// Chunks of 16 bytes of a row of K or V in FP8, of which a head dimension of 64 fills half.
+pub const STORED_CHUNKS: usize = PANEL_BLOCKS;
+
 /// Q of a task.
 pub type QueryTile<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> = PanelTile<DIM_BLOCKS, ROW_BLOCKS>;
 /// K or V of a step of `8 * FRAGMENTS` columns.
@@ -351,8 +354,8 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     pub const CONSUMER_WARPS: u32 = Self::CONSUMER_THREADS / WARP_LANES;
     /// Whether consumers do narrow tiles too, and exchange what they found.
     pub const HAS_EXCHANGE: bool = !H::READ && Self::CONSUMERS == 2;
-    /// Whether K and V have scales: where they are in FP8, or were (`kv_widen`), which is so in launches of tall tiles alone.
-    pub const IS_SCALED: bool = H::CONVERT || Self::CONSUMERS > 2;
+    /// Whether K and V have scales: where they are in FP8, or may have been (`kv_widen`).
+    pub const IS_SCALED: bool = H::CONVERT || H::READ_STORED || Self::CONSUMERS > 2;
     /// Whether there are [ones](Self::ones): in launches of tall tiles whose instructions take longer than their products.
     pub const HAS_ONES: bool = Self::CONSUMERS > 2 && DIM_BLOCKS <= PANEL_BLOCKS;
     /// Columns of a step of a wide tile.
@@ -375,8 +378,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const K: u32 = QueryTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES;
     const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const HELPERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
-    const ROWS: u32 =
-        Self::HELPERS + if H::READ { ReaderMemory::<DIM_BLOCKS>::TILE_BYTES } else { H::STORED_STAGES * PART_BYTES };
+    const ROWS: u32 = Self::HELPERS + if H::READ { Self::READER_BYTES[0] } else { H::STORED_STAGES * PART_BYTES };
     /// Tasks that are known at a time: loads of one may begin before the consumers have finished another.
     const TASKS: u32 = if H::READ { 2 } else { 3 };
     const EXCHANGE: u32 = Self::ROWS + Self::TASKS * HOPPER_ROW_TABLE_BYTES;
@@ -407,7 +409,13 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const NARROW_BARRIERS: u32 = Self::STORED_BARRIERS + Ring::bytes(H::STORED_STAGES);
     const NEAR_END_BARRIER: u32 = Self::NARROW_BARRIERS + 2 * Ring::bytes(Self::NARROW_STAGES);
     const READER_WORDS: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
-    const END: u32 = Self::READER_WORDS + if H::READ { ReaderMemory::<DIM_BLOCKS>::WORD_BYTES } else { 0 };
+    const END: u32 = Self::READER_WORDS + if H::READ { Self::READER_BYTES[1] } else { 0 };
+    /// Bytes of what readers have of tiles, and of the rest.
+    const READER_BYTES: [u32; 2] = if H::READ_STORED {
+        [ReaderMemory::<DIM_BLOCKS, STORED_CHUNKS>::TILE_BYTES, ReaderMemory::<DIM_BLOCKS, STORED_CHUNKS>::WORD_BYTES]
+    } else {
+        [ReaderMemory::<DIM_BLOCKS, DIM_BLOCKS>::TILE_BYTES, ReaderMemory::<DIM_BLOCKS, DIM_BLOCKS>::WORD_BYTES]
+    };
     /// Eight rows of a panel twice, as a product sums over 16.
     const ONES_BYTES: u32 = 2 * 8 * PANEL_ROW_BYTES;
     const ONES: u32 = Self::END.next_multiple_of(8 * PANEL_ROW_BYTES);
@@ -449,8 +457,10 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         self.item_ring().init(1, item_readers * WARP_LANES);
         self.task_ring().init(POSTING_WARPS * WARP_LANES, Self::CONSUMER_THREADS);
         mbarrier::init(self.base + Self::NEAR_END_BARRIER, 1);
-        if H::READ {
-            self.reader_memory().init();
+        if H::READ_STORED {
+            self.reader_memory::<STORED_CHUNKS>().init();
+        } else if H::READ {
+            self.reader_memory::<DIM_BLOCKS>().init();
         }
         mbarrier::fence_init();
     }
@@ -581,9 +591,9 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
         SharedTile::at(self.base + Self::EXCHANGE + warp * Self::STAGING_BYTES)
     }
 
-    /// What the readers have.
+    /// What the readers have, whose K and V have rows of so many chunks of 16 bytes.
     #[inline(always)]
-    pub fn reader_memory(&self) -> ReaderMemory<DIM_BLOCKS> {
+    pub fn reader_memory<const CHUNKS: usize>(&self) -> ReaderMemory<DIM_BLOCKS, CHUNKS> {
         ReaderMemory::at(self.base + Self::HELPERS, self.base + Self::READER_WORDS)
     }
 
