@@ -399,3 +399,61 @@ fn converters_ns(model: &DeviceModel, shape: AttentionShape, tokens: f64, pairs:
     let steps = pairs * rows_of_token / (f64::from(WIDE_TILE_ROWS) * step);
     (tiles * TILE_NS + steps * converting_ns(family, shape)) / f64::from(model.lanes())
 }
+
+#[cfg(test)]
+mod tests {
+    use packinfer_batch::DType;
+
+    use super::*;
+
+    /// The slots that an item reads.
+    fn slots(item: &WorkItem, runs: &[KvRun]) -> Vec<u32> {
+        let of_runs = runs[item.run_begin as usize..].iter().flat_map(|run| run.first_slot..run.first_slot + run.num_slots);
+        of_runs.skip(item.run_skip as usize).take((item.column_end - item.column_begin) as usize).collect()
+    }
+
+    /// Wide items that begin and end anywhere in runs, some of which have slots in common.
+    #[test]
+    fn wide_items_read_what_is_made_of_their_slots() -> Result<(), packinfer_batch::BatchError> {
+        let item = |tile, run_begin, run_skip, columns: std::ops::Range<u32>| WorkItem {
+            segment_begin: 0,
+            num_segments: 0,
+            run_begin,
+            run_skip,
+            column_begin: columns.start,
+            column_end: columns.end,
+            partial_row: 0,
+            tile,
+        };
+        let run = |first_slot, num_slots| KvRun { first_slot, num_slots };
+        let mut plan = Plan::empty(AttentionShape::new(32, 8, 128, DType::Bf16)?.with_kv_dtype(KvDType::E4m3));
+        plan.runs = vec![run(100, 10), run(500, 30), run(105, 20), run(900, 40)];
+        plan.items = vec![
+            item(TileKind::Wide, 2, 0, 0..20),
+            item(TileKind::Wide, 0, 4, 7..27), // to slot 513
+            item(TileKind::Narrow, 3, 1, 0..9),
+            item(TileKind::Wide, 1, 20, 5..10),  // behind a gap, in the same run
+            item(TileKind::Wide, 1, 14, 27..30), // where the second one ends
+            item(TileKind::Wide, 0, 4, 7..12),   // part of it
+        ];
+        assert!(Widener::of_at_most(u64::MAX).widen_wide_tiles(&mut plan, f64::INFINITY));
+        let made: Vec<u32> =
+            plan.widening.pieces.iter().flat_map(|piece| piece.from_slot..piece.from_slot + piece.num_slots).collect();
+        assert_eq!(made.len(), plan.widening.num_slots() as usize);
+        // Of two runs, slots 104 to 124; of the others, 500 to 516 and 520 to 524.
+        assert_eq!(
+            made.iter().copied().collect::<std::collections::BTreeSet<_>>(),
+            (104..125).chain(500..517).chain(520..525).collect()
+        );
+        assert_eq!(made.len(), 21 + 17 + 5);
+        for (item, widened) in plan.items.iter().zip(&plan.widened_items) {
+            let read = slots(widened, &plan.runs);
+            let stored = match item.tile {
+                TileKind::Wide => read.into_iter().map(|slot| made[slot as usize]).collect(),
+                TileKind::Narrow => read,
+            };
+            assert_eq!(stored, slots(item, &plan.runs), "{item:?}");
+        }
+        Ok(())
+    }
+}
