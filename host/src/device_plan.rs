@@ -240,19 +240,14 @@ impl Layout {
 }
 
 /// What is to be made of K and V before attention, if anything is.
-fn widening_of(plan: &Plan) -> Option<&Widening> {
-    plan.widening().or(plan.wide_tile_widening().map(|of_wide| of_wide.widening))
-}
-
-/// The same, piece by piece.
 fn pieces_of(plan: &Plan) -> &[KvWidenPiece] {
-    widening_of(plan).map_or(&[], Widening::pieces)
+    plan.work_before().map_or(&[], Widening::pieces)
 }
 
 /// What is made.
 fn widened_of(plan: &Plan) -> Option<KvTensors> {
     let shape = plan.shape().with_kv_dtype(KvDType::Same);
-    widening_of(plan).map(|made| KvTensors { shape, layout: KvLayout::default(), num_slots: made.num_slots() })
+    plan.work_before().map(|made| KvTensors { shape, layout: KvLayout::default(), num_slots: made.num_slots() })
 }
 
 /// Blocks of a launch with so many for each of `tasks`: one for each head, head group or tensor.

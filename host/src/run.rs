@@ -83,15 +83,15 @@ pub(crate) fn run<E: Element, K: KvElement<E>>(
     };
     plan.run_on(stream)?;
     if let Some((widen, widened)) = widening {
-        let stored = SlotBytes::of(layout.stored);
+        let from = SlotBytes::of(layout.stored);
         let params = KvWidenParams {
             from: [tensors.k.address, tensors.v.address],
             to: widened.addresses,
             pieces: plan.address(layout.pieces),
             num_kv_heads: layout.attended.shape.num_kv_heads(),
             head_dim: layout.attended.shape.head_dim(),
-            from_slot_bytes: stored.slot,
-            from_head_bytes: stored.head,
+            from_slot_bytes: from.slot,
+            from_head_bytes: from.head,
         };
         // SAFETY: as for the attention kernel below. The workspace has room for what the pieces write.
         unsafe { widen.launch(layout.widening_blocks, &mut [parameter(&params)], stream) }?;

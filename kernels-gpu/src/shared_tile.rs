@@ -352,8 +352,8 @@ impl<const DIM_BLOCKS: usize, const ROW_BLOCKS: usize> BoxTile<DIM_BLOCKS, ROW_B
         self.lane_row(first_row + lane % 16, lane / 16)
     }
 
-    /// How this lane reads, by [`Self::operands_b_transposed`] of block 0, chunks of 16 bytes from `chunk` on of `ROWS_AT_ONCE` rows
-    /// from `first_row` on, a multiple of 8: 16 rows of two chunks, or 32 of one.
+    /// How this lane reads, by [`Self::operands_b_transposed`] of block 0, chunks of 16 bytes from `chunk` on of `ROWS_AT_ONCE`
+    /// rows from `first_row` on, a multiple of 8: 16 rows of two chunks, or 32 of one.
     #[inline(always)]
     pub fn chunks_by_lane_transposed<const ROWS_AT_ONCE: u32>(self, first_row: u32, chunk: u32, lane: u32) -> LaneRow {
         self.lane_row(first_row + lane % ROWS_AT_ONCE, chunk + lane / ROWS_AT_ONCE)

@@ -352,8 +352,8 @@ pub struct AttentionParams {
     /// count as one element. A map whose box would be more than a [step of columns](hopper_column_step), or in FP8 of
     /// [stored ones](HOPPER_STORED_STEP), is not used.
     pub kv_maps: DeviceAddress,
-    /// The same of K and V of narrow tiles, for kernels that take them in FP8 and those of wide tiles in the type of Q; others do not
-    /// read it. `sm_90a` only.
+    /// The same of K and V of narrow tiles, for kernels that take them in FP8 and those of wide tiles in the type of Q; others do
+    /// not read it. `sm_90a` only.
     pub narrow_kv_maps: DeviceAddress,
     /// Tensor maps of Q, [`NUM_QUERY_BOXES`]; `sm_90a` only. Map `i` copies boxes of `2^i` tokens with the heads of one group, 64
     /// elements of each, swizzled by 128 bytes. Its dimensions are elements (64), heads, panels of 64 elements, tokens, and one
@@ -395,8 +395,8 @@ pub struct AttentionParams {
     pub k_scales: DeviceAddress,
     /// As `k_scales`, of V.
     pub v_scales: DeviceAddress,
-    /// A [`TaskStamp`] for each task, `[num_items, num_groups]`, and behind them, for `sm_90a`, one for each consuming warp of each
-    /// block, of when it merged rows; or zero.
+    /// A [`TaskStamp`] for each task, `[num_items, num_groups]`, and behind them, for `sm_90a`, one for each consuming warp of
+    /// each block, of when it merged rows; or zero.
     pub stamps: DeviceAddress,
     /// Bytes from a slot of K, or of V, to the next.
     pub kv_slot_bytes: u32,

@@ -159,8 +159,8 @@ impl Plan {
         self.attended
     }
 
-    /// What is to be done before attention where K and V are in FP8, and so many rows read them that it is faster to make them what
-    /// Q is first. Their scales are left to attention.
+    /// What is to be done before attention where K and V are in FP8, and so many rows read them that it is faster to make them
+    /// what Q is first. Their scales are left to attention.
     pub fn widening(&self) -> Option<&Widening> {
         self.stored.map(|_| &self.widening)
     }
@@ -172,7 +172,7 @@ impl Plan {
     }
 
     /// What is to be done before attention, whichever tiles it is for.
-    pub(crate) fn work_before(&self) -> Option<&Widening> {
+    pub fn work_before(&self) -> Option<&Widening> {
         self.widening().or(self.wide_tile_widening().map(|of_wide| of_wide.widening))
     }
 
@@ -213,9 +213,9 @@ impl Plan {
         self.groups_at_once
     }
 
-    /// By [kind of tile](packinfer_abi::TileKind), the bytes of K, and as many of V, that a block brings before it has the L2 cache
-    /// give up first what it brings for such tiles: none where the call reads so little that most of what the cache holds can stay
-    /// there; `u32::MAX`, so that it never does, where others read the same, or where it does not pay.
+    /// By [kind of tile](packinfer_abi::TileKind), the bytes of K, and as many of V, that a block brings before it has the L2
+    /// cache give up first what it brings for such tiles: none where the call reads so little that most of what the cache holds
+    /// can stay there; `u32::MAX`, so that it never does, where others read the same, or where it does not pay.
     pub fn settled_bytes(&self) -> [u32; 2] {
         self.settled_bytes
     }

@@ -174,7 +174,7 @@ impl Planner {
         };
         let wide_tile_rows = tile::wide_tile_rows(batch, shape, &plan.model, heads.heads_per_group);
         let heads = HeadGroups { wide_tile_rows, ..heads };
-        plan.reset(batch, heads);
+        (plan.attended, plan.heads) = (KvTensors::of(batch), heads);
         let cost = plan.cost_model(&plan.model);
         if self.sharing.choose(batch, heads, &cost) {
             self.lay_out_sharing(batch, plan, heads, &cost)
@@ -183,8 +183,8 @@ impl Planner {
         }
     }
 
-    /// Plans a batch again, now with wide tiles that read what K and V are made before; and takes that plan instead, if it is faster
-    /// and there is room for what is made.
+    /// Plans a batch again, now with wide tiles that read what K and V are made before; and takes that plan instead, if it is
+    /// faster and there is room for what is made.
     fn widen_wide_tiles_if_faster(&mut self, batch: &Batch, plan: &mut Plan, widener: &mut Widener) {
         let mut other = self.other.take().unwrap_or_else(|| Plan::empty(batch.shape()));
         (other.model, other.stored, other.widens_for_wide_tiles) = (plan.model, None, true);

@@ -75,7 +75,8 @@ impl Queues {
         self.wide_ns = self.wide.iter().map(|times| times.full()).sum();
     }
 
-    /// How the device should go about both kinds of items so that the call ends first; nothing if there is hardly any work of one kind, so that queues do not matter.
+    /// How the device should go about both kinds of items so that the call ends first; nothing if there is hardly any work of one
+    /// kind, so that queues do not matter.
     pub fn arrange(&mut self, device: LanesOfGroups, beside: Beside) -> Option<Arrangement> {
         let narrow_ns = self.narrow_full_ns();
         if self.wide_ns.min(narrow_ns) <= WORTHWHILE * (self.wide_ns + narrow_ns) {

@@ -1,9 +1,9 @@
 //! Which K and V the L2 cache is to give up first.
 //!
-//! A call finds the cache full of what others have left there, some of which must be stored in memory before anything can take its
-//! place. If it reads little, it does without most of that room: what it brings takes the place of what it brought before. If it
-//! reads much, it is faster if it takes all the room first, and only then goes on so. In FP8 it then never does, which is faster
-//! still.
+//! A call finds the cache full of what others have left there, some of which must be stored in memory before anything can take
+//! its place. If it reads little, it does without most of that room: what it brings takes the place of what it brought before. If
+//! it reads much, it is faster if it takes all the room first, and only then goes on so. In FP8 it then never does, which is
+//! faster still.
 
 use packinfer_abi::TileKind;
 use packinfer_batch::KvDType;

@@ -321,9 +321,9 @@ fn push_tokens(tile: &mut Tile, segments: &mut Vec<RowSegment>, first_token: u32
     }
 }
 
-/// Rows of the wide tiles of a batch in a shape, with so many query heads in a group. They are tall where there are kernels for that
-/// and most rows are of requests that fill more than one tile, unless requests of few rows have much to read: the kernels for
-/// tall tiles have no narrow ones.
+/// Rows of the wide tiles of a batch in a shape, with so many query heads in a group. They are tall where there are kernels for
+/// that and most rows are of requests that fill more than one tile, unless requests of few rows have much to read: the kernels
+/// for tall tiles have no narrow ones.
 pub(crate) fn wide_tile_rows(batch: &Batch, shape: AttentionShape, model: &DeviceModel, heads_per_group: u32) -> u32 {
     /// The part of a batch's time that requests of few rows may take at most.
     const MOST_NARROW: f64 = 0.05;

@@ -178,8 +178,8 @@ impl Widener {
         Some(moved)
     }
 
-    /// Whether it may pay to make K and V of wide tiles alone, as far as that is seen before planning, if so many KV tokens need
-    /// not be read again: most decodes are left out.
+    /// Whether it may pay to make K and V of wide tiles alone, as far as that is seen without planning for it, if so many KV
+    /// tokens need not be read again: most decodes are left out.
     pub fn may_widen_wide_tiles(&self, batch: &Batch, plan: &Plan, repeated_tokens: u64) -> bool {
         let (shape, model) = (batch.shape(), &plan.model);
         let widened = shape.with_kv_dtype(KvDType::Same);
@@ -209,8 +209,8 @@ impl Widener {
             && converters_ns(model, shape, tokens as f64, pairs) > widening_ns(model, widened, least_slots)
     }
 
-    /// Makes K and V of the plan's wide tiles before attention, if that takes less than `most_ns` and there is room for them. If not,
-    /// the plan is as before.
+    /// Makes K and V of the plan's wide tiles before attention, if that takes less than `most_ns` and there is room for them. If
+    /// not, the plan is as before.
     pub fn widen_wide_tiles(&mut self, plan: &mut Plan, most_ns: f64) -> bool {
         let widened = plan.attended.shape.with_kv_dtype(KvDType::Same);
         self.find_stretches(plan);

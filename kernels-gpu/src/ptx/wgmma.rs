@@ -54,8 +54,9 @@ impl Descriptor {
     /// Of an operand across the sum, the first 64 columns `bytes` on, a multiple of 16; the columns past them stay where they are.
     #[inline(always)]
     pub fn skip_in_first_half(self, bytes: u32) -> Self {
-        const LEADING_BYTE: u32 = 1 << 16;
-        Self { low: self.low.wrapping_add((bytes >> 4).wrapping_mul(1u32.wrapping_sub(LEADING_BYTE))), ..self }
+        // The leading offset stands above the address, in the same unit of 16 bytes, and gets less by what the address gets more.
+        const LEADING_UNIT: u32 = 1 << 16;
+        Self { low: self.low.wrapping_add((bytes >> 4).wrapping_mul(1u32.wrapping_sub(LEADING_UNIT))), ..self }
     }
 
     /// The operand of the next [`HALF_COLUMNS`] columns of B, of one that is along the sum.

@@ -210,8 +210,8 @@ impl StoredRings {
 }
 
 impl<const STAGES: u32, const CHUNKS: usize, const PART_BLOCKS: usize> Converters<STAGES, CHUNKS, PART_BLOCKS> {
-    /// Whether converters can bring narrow tiles of a head dimension of `8 * DIM_BLOCKS`, too: where rows are less than a cache line.
-    /// Converting takes a few per cent longer then, as the assembler no longer sees that a warp's lanes stay together.
+    /// Whether converters can bring narrow tiles of a head dimension of `8 * DIM_BLOCKS`, too: where rows are less than a cache
+    /// line. Converting takes a few per cent longer then, as the assembler no longer sees that a warp's lanes stay together.
     pub const fn can_bring<const DIM_BLOCKS: usize>() -> bool {
         DIM_BLOCKS < 2 * PANEL_BLOCKS
     }

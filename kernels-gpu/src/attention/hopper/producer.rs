@@ -228,10 +228,10 @@ impl Turn {
     }
 }
 
-/// Brings all columns of a task's K or V, step by step, each in `PARTS` tiles one after the other, or those steps whose turn it is;
-/// and calls `at_step`, with one thread, with the steps that are left. `tiles` is the ring's first tile. Where a step has several
-/// parts, those of the other tensor lie between them and those of the next. Once the ring has had `settled_bytes`, if there are any,
-/// the L2 cache is to give up first what comes.
+/// Brings all columns of a task's K or V, step by step, each in `PARTS` tiles one after the other, or those steps whose turn it
+/// is; and calls `at_step`, with one thread, with the steps that are left. `tiles` is the ring's first tile. Where a step has
+/// several parts, those of the other tensor lie between them and those of the next. Once the ring has had `settled_bytes`, if
+/// there are any, the L2 cache is to give up first what comes.
 ///
 /// # Safety
 ///

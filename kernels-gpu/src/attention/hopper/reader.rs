@@ -13,9 +13,9 @@
 //! Oᵀ += Vᵀ Pᵀ    64 elements × 16 rows, the same way
 //! ```
 //!
-//! K and V may be in FP8, as they are stored, where wide tiles have such as were made of them. Then a warp takes its columns of K,
-//! and its elements of V, into registers and makes operands of them there, which `wgmma` takes for its rows: in float16, as is Q
-//! then ([`ScaleToF16`], a row at a time), and the exponentials.
+//! K and V may be in FP8, as they are stored, where wide tiles have such as were made of them. Then a warp takes its columns of
+//! K, and its elements of V, into registers and makes operands of them there, which `wgmma` takes for its rows: in float16, as is
+//! Q then ([`ScaleToF16`], a row at a time), and the exponentials.
 
 use packinfer_abi::{AttentionParams, HeadGroups, NARROW_TILE_ROWS, NUM_KV_BOXES, ScaleToF16, TENSOR_MAP_BYTES};
 
@@ -774,8 +774,8 @@ fn keys(loaded: [OperandB; 2], product: usize) -> OperandA {
     [a, b, c, d]
 }
 
-/// The operand A of V in FP8 that was loaded transposed as operand B. A word has two neighbours of a column, which are elements of
-/// rows `l / 4` and `l / 4 + 8`, then those of the next column.
+/// The operand A of V in FP8 that was loaded transposed as operand B. A word has two neighbours of a column, which are elements
+/// of rows `l / 4` and `l / 4 + 8`, then those of the next column.
 #[inline(always)]
 fn values(loaded: OperandB) -> OperandA {
     let [[a, b], [c, d]] = loaded.map(|word| four_to_f16(permute::<0x3120>(word)));

@@ -378,7 +378,7 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const K: u32 = QueryTile::<DIM_BLOCKS, ROW_BLOCKS>::BYTES;
     const V: u32 = Self::K + Self::K_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
     const HELPERS: u32 = Self::V + Self::V_STAGES * ColumnTile::<DIM_BLOCKS, FRAGMENTS>::BYTES;
-    const ROWS: u32 = Self::HELPERS + if H::READ { Self::READER_BYTES[0] } else { H::STORED_STAGES * PART_BYTES };
+    const ROWS: u32 = Self::HELPERS + if H::READ { Self::READER_TILE_BYTES } else { H::STORED_STAGES * PART_BYTES };
     /// Tasks that are known at a time: loads of one may begin before the consumers have finished another.
     const TASKS: u32 = if H::READ { 2 } else { 3 };
     const EXCHANGE: u32 = Self::ROWS + Self::TASKS * HOPPER_ROW_TABLE_BYTES;
@@ -409,12 +409,18 @@ impl<const DIM_BLOCKS: usize, const FRAGMENTS: usize, const ROW_BLOCKS: usize, H
     const NARROW_BARRIERS: u32 = Self::STORED_BARRIERS + Ring::bytes(H::STORED_STAGES);
     const NEAR_END_BARRIER: u32 = Self::NARROW_BARRIERS + 2 * Ring::bytes(Self::NARROW_STAGES);
     const READER_WORDS: u32 = Self::NEAR_END_BARRIER + mbarrier::BYTES;
-    const END: u32 = Self::READER_WORDS + if H::READ { Self::READER_BYTES[1] } else { 0 };
-    /// Bytes of what readers have of tiles, and of the rest.
-    const READER_BYTES: [u32; 2] = if H::READ_STORED {
-        [ReaderMemory::<DIM_BLOCKS, STORED_CHUNKS>::TILE_BYTES, ReaderMemory::<DIM_BLOCKS, STORED_CHUNKS>::WORD_BYTES]
+    const END: u32 = Self::READER_WORDS + if H::READ { Self::READER_WORD_BYTES } else { 0 };
+    /// Bytes of what readers have of tiles.
+    const READER_TILE_BYTES: u32 = if H::READ_STORED {
+        ReaderMemory::<DIM_BLOCKS, STORED_CHUNKS>::TILE_BYTES
     } else {
-        [ReaderMemory::<DIM_BLOCKS, DIM_BLOCKS>::TILE_BYTES, ReaderMemory::<DIM_BLOCKS, DIM_BLOCKS>::WORD_BYTES]
+        ReaderMemory::<DIM_BLOCKS, DIM_BLOCKS>::TILE_BYTES
+    };
+    /// Bytes of the rest.
+    const READER_WORD_BYTES: u32 = if H::READ_STORED {
+        ReaderMemory::<DIM_BLOCKS, STORED_CHUNKS>::WORD_BYTES
+    } else {
+        ReaderMemory::<DIM_BLOCKS, DIM_BLOCKS>::WORD_BYTES
     };
     /// Eight rows of a panel twice, as a product sums over 16.
     const ONES_BYTES: u32 = 2 * 8 * PANEL_ROW_BYTES;

@@ -33,9 +33,9 @@ struct State<const OUTPUT_BLOCKS: usize, const FRAGMENTS: usize> {
     is_first: bool,
 }
 
-/// Does the next tile, as a wide one whatever its kind. Its output has `OUTPUT_BLOCKS` blocks of 8 columns: one more than V, if the
-/// weights are summed up there. Those are rounded, as they are in the output, so that it is as exact; but a log-sum-exp in bf16 is
-/// off by up to 0.002 then.
+/// Does the next tile, as a wide one whatever its kind. Its output has `OUTPUT_BLOCKS` blocks of 8 columns: one more than V, if
+/// the weights are summed up there. Those are rounded, as they are in the output, so that it is as exact; but a log-sum-exp in
+/// bf16 is off by up to 0.002 then.
 ///
 /// # Safety
 ///
