@@ -103,8 +103,8 @@ pub use packinfer_kv::{
     SequenceMove, SlotCopy, SlotPool, Trigger, balance_groups, imbalance,
 };
 pub use packinfer_planner::{
-    AppendError, BesideTimes, Calibration, CalibrationError, DeviceModel, Explanation, Headroom, KernelFamily, KvTensors,
-    Packing, Plan, PlanError, Planner, TileTimes, WideTileWidening, Widening,
+    AppendError, BesideTimes, Calibration, CalibrationError, DeviceModel, Explanation, Fp8Times, Headroom, KernelFamily,
+    KvTensors, Packing, Plan, PlanError, Planner, TileTimes, WideTileWidening, Widening,
 };
 pub use run::{RunOptions, Tensors};
 pub use stamps::{RunStamps, Stamps};

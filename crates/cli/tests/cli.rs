@@ -268,7 +268,7 @@ const CALIBRATION: &str = r#"{"device": "a small device", "source": "a test", "m
     {"kernel_family": "sm_80", "head_dim": 64, "num_sms": 10, "blocks_per_sm": 2, "bytes_per_s": 2e11, "cached_bytes_per_s": 4e11,
      "flops_per_s": 3e13, "item_ns": 500, "wide": {"setup_ns": 4000, "step_ns": 200}, "narrow": {"setup_ns": 2000, "step_ns": 500},
      "launch_ns": 400000, "merge_ns": 3000}],
-    "measurements": [{"batch": "decode", "kernel_family": "sm_80", "head_dim": 64, "call_ns": 60000, "items_ns": 55000, "items": [
+    "measurements": [{"batch": "decode", "kernel_family": "sm_80", "head_dim": 64, "wide_tile_rows": 128, "call_ns": 60000, "items_ns": 55000, "items": [
       {"work": {"tile": "narrow", "memory_bytes": 100000, "cached_bytes": 0, "steps": 7, "flops": 0}, "tasks": 50, "ns": 10500}]}]}"#;
 
 #[test]

@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use crate::fit::{Fit, Measurement};
 use crate::{DeviceModel, KernelFamily};
 
-/// Devices that were measured, by a part of their names, with what `packinfer calibrate` wrote.
-const MEASURED: [(&str, &str); 1] = [("H100", include_str!("../devices/h100.json"))];
+/// Devices that were measured, by a part of their names, with the models that `packinfer calibrate` wrote.
+const MEASURED: [(&str, &str); 2] =
+    [("H100", include_str!("../devices/h100.json")), ("H200", include_str!("../devices/h200.json"))];
 
 /// What was measured on a device, and the models that fit it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -157,7 +158,7 @@ impl Calibration {
         }
     }
 
-    /// The models of a device of that name, if it was measured, or one that differs from it by its memory alone.
+    /// The models of a device of that name, if one was measured.
     pub(crate) fn measured_models(device: &str) -> Option<Vec<DeviceModel>> {
         static ALL: LazyLock<Vec<(&str, Calibration)>> = LazyLock::new(|| {
             let parse = |(name, text): (&'static str, &str)| Some((name, Calibration::from_json(text).ok()?));
@@ -166,11 +167,6 @@ impl Calibration {
         let of = |name: &str| ALL.iter().find(|(known, _)| *known == name).map(|(_, calibration)| calibration.models.clone());
         if device.contains("PCIe") {
             return None; // slower than those of the same name that are not
-        }
-        if device.contains("H200") {
-            let memory = DeviceModel::H200.bytes_per_s / DeviceModel::H100.bytes_per_s;
-            let with_memory = |model: DeviceModel| DeviceModel { bytes_per_s: model.bytes_per_s * memory, ..model };
-            return of("H100").map(|models| models.into_iter().map(with_memory).collect());
         }
         MEASURED.iter().find(|(name, _)| device.contains(name)).and_then(|(name, _)| of(name))
     }
@@ -209,11 +205,20 @@ mod tests {
         }
         let models = |name| DeviceModel::all_for_device(name, (9, 0), 132);
         let (h100, h200) = (models("NVIDIA H100 80GB HBM3"), models("NVIDIA H200"));
-        assert_eq!(h100.len(), h200.len());
+        assert_eq!((h100.len(), h200.len()), (8, 8));
         for (h100, h200) in h100.iter().zip(&h200) {
+            assert_eq!((h100.kernel_family, h100.head_dim), (h200.kernel_family, h200.head_dim));
             assert!(h200.bytes_per_s > 1.3 * h100.bytes_per_s);
-            assert_eq!(DeviceModel { bytes_per_s: h100.bytes_per_s, ..*h200 }, *h100);
+            assert!((h200.flops_per_s / h100.flops_per_s - 1.0).abs() < 0.15, "they compute alike: {h100:?}, {h200:?}");
         }
+        // The family of kernels, the head dimension: each has what its kernels can do.
+        for model in h100.iter().chain(&h200) {
+            let is_hopper = model.kernel_family == KernelFamily::Sm90a;
+            assert_eq!(model.tall.is_some(), is_hopper && model.head_dim <= 128, "{model:?}");
+            assert_eq!(model.beside.is_some(), is_hopper && matches!(model.head_dim, 64 | 128), "{model:?}");
+            assert!(model.e4m3.is_some(), "{model:?}");
+        }
+        assert_eq!(models("NVIDIA H100 PCIe").len(), 2);
     }
 
     #[test]

@@ -107,10 +107,10 @@ impl KindError {
 /// The items that took any time, in the order of the plan.
 fn item_errors(plan: &Plan, model: &DeviceModel, achieved: &Schedule) -> Vec<ItemError> {
     let groups = plan.heads().num_groups as usize;
-    let cost = plan.cost_model(model);
     let mut errors = Vec::new();
     let tasks = achieved.tasks.chunks(groups.max(1));
-    for (index, ((item, work), tasks)) in (0..).zip(plan.items().iter().zip(plan.work(model)).zip(tasks)) {
+    let predicted = plan.work(model).zip(plan.times_of(0..plan.items().len(), model));
+    for (index, ((item, (work, times)), tasks)) in (0..).zip(plan.items().iter().zip(predicted).zip(tasks)) {
         let taken_ns: u64 = tasks.iter().map(|task| task.taken_ns).sum();
         if taken_ns > 0 {
             errors.push(ItemError {
@@ -120,7 +120,7 @@ fn item_errors(plan: &Plan, model: &DeviceModel, achieved: &Schedule) -> Vec<Ite
                 columns: item.column_end - item.column_begin,
                 steps: work.steps,
                 partial: item.partial_row != DIRECT,
-                predicted_us: cost.times(&work).full() * plan.factor_of(item.tile, model) * 1e-3,
+                predicted_us: times.full() * plan.factor_of(item.tile, model) * 1e-3,
                 achieved_us: taken_ns as f64 * 1e-3 / tasks.len() as f64,
             });
         }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use packinfer_abi::{DIRECT, HeadGroups, NARROW_TILE_ROWS, RowSegment, TALL_TILE_ROWS, TileKind, WIDE_TILE_ROWS, WorkItem};
-use packinfer_batch::{AttentionShape, KvDType};
+use packinfer_batch::AttentionShape;
 use serde::{Deserialize, Serialize};
 
 use crate::device::TileTimes;
@@ -16,6 +16,8 @@ pub(crate) type Ns = u64;
 /// The most parts of a tile's rows that skip columns by themselves.
 const MAX_PARTS: usize = (WIDE_TILE_ROWS / 32) as usize;
 const _: () = assert!(TALL_TILE_ROWS / KernelFamily::Sm90a.wide_rows_together() <= MAX_PARTS as u32);
+/// Rows of narrow tiles whose results are exchanged at a time, with which devices are calibrated.
+const EXCHANGED_ROWS: u32 = 4;
 /// Bytes of an element of a partial, or of its log-sum-exp.
 const PARTIAL_ELEMENT_BYTES: u64 = 4;
 
@@ -148,6 +150,11 @@ impl WorkTimes {
         self.full() as Ns
     }
 
+    /// What the item takes if the memory does something else first.
+    pub fn after(self, memory_ns: f64) -> Self {
+        Self { memory_ns: self.memory_ns + memory_ns, ..self }
+    }
+
     /// What the item takes if only a part of the blocks' shares of the memory is needed, so that each has more of it.
     pub fn with_memory_for(self, part: f64) -> f64 {
         self.item_ns + (self.memory_ns * part + self.cache_ns).max(self.block_ns)
@@ -188,17 +195,18 @@ pub(crate) struct CostModel {
     row_bytes: f64,
     /// Bytes of a row of a partial.
     partial_row_bytes: f64,
-    byte_ns: f64,
     cached_byte_ns: f64,
     flops_per_pair: f64,
 }
 
-/// What the parts of a tile take where memory does not limit.
+/// What the parts of a tile take.
 #[derive(Clone, Copy, Debug)]
 struct TileCosts {
     setup_ns: f64,
     step_ns: f64,
     flop_ns: f64,
+    /// Of a byte from memory, at the block's share of it.
+    byte_ns: f64,
     /// Bytes of a row of K, or of V.
     kv_row_bytes: f64,
     /// Of the columns that no other item reads before, the part that comes from memory: all or none.
@@ -219,15 +227,6 @@ impl Line {
     }
 }
 
-/// What a step of a wide tile takes longer because its K and V are made of what is stored in FP8: by hand, from the items of
-/// batches of chunks and prompts on an H100.
-pub(crate) fn converting_ns(family: KernelFamily, shape: AttentionShape) -> f64 {
-    /// Of a head dimension of 128.
-    const NS: f64 = 450.0;
-    let converts = family == KernelFamily::Sm90a && shape.kv_dtype() == KvDType::E4m3;
-    if converts { NS * f64::from(shape.head_dim()) / 128.0 } else { 0.0 }
-}
-
 impl CostModel {
     /// Of tiles that read K and V as `shapes` say, by kind of tile. Where wide ones do not read them as narrow ones do, they find
     /// them in the cache, as it was just before that they were made.
@@ -235,19 +234,22 @@ impl CostModel {
         let of_block = |per_s: f64| 1e9 * f64::from(model.lanes()) / per_s;
         let kv_row_bytes = |shape: AttentionShape| (u64::from(shape.head_dim()) * shape.kv_element_bytes()) as f64;
         let [shape, of_narrow] = shapes;
-        let TileTimes { setup_ns, step_ns } = model.wide;
+        let tile = |kind, shape: AttentionShape| {
+            let TileTimes { setup_ns, step_ns } = model.tile_times(kind, heads.wide_tile_rows, shape.kv_dtype());
+            let byte_ns = of_block(model.kv_bytes_per_s(shape.kv_dtype()));
+            TileCosts { setup_ns, step_ns, flop_ns: 0.0, byte_ns, kv_row_bytes: kv_row_bytes(shape), from_memory: 1.0 }
+        };
+        let mut wide = tile(TileKind::Wide, shape);
         // The model's own steps may be of more columns. What a step takes besides its products goes by its columns.
         let columns = |head_dim| f64::from(model.kernel_family.column_step(head_dim));
-        let step_ns = step_ns * columns(shape.head_dim()) / columns(model.head_dim) + converting_ns(model.kernel_family, shape);
-        let from_memory = if shape == of_narrow { 1.0 } else { 0.0 };
-        let flop_ns = of_block(model.flops_per_s);
-        let wide = TileCosts { setup_ns, step_ns, flop_ns, kv_row_bytes: kv_row_bytes(shape), from_memory };
-        let TileTimes { setup_ns, step_ns } = model.narrow;
-        // Beside wide tiles, all times of narrow ones are multiplied by a factor, but for this one.
+        wide.step_ns *= columns(shape.head_dim()) / columns(model.head_dim);
+        wide.flop_ns = of_block(model.flops_per_s);
+        wide.from_memory = if shape == of_narrow { 1.0 } else { 0.0 };
+        // The steps of narrow tiles are all alike. Beside wide tiles, all times of narrow ones are multiplied by a factor, but for
+        // this one.
+        let mut narrow = tile(TileKind::Narrow, of_narrow);
         let stored_step_ns = model.beside.filter(|_| shape != of_narrow).map_or(0.0, |times| times.stored_step_ns / times.narrow);
-        let step_ns = step_ns.max(stored_step_ns);
-        // The steps are all alike.
-        let narrow = TileCosts { setup_ns, step_ns, flop_ns: 0.0, kv_row_bytes: kv_row_bytes(of_narrow), from_memory: 1.0 };
+        narrow.step_ns = narrow.step_ns.max(stored_step_ns);
         Self {
             family: model.kernel_family,
             head_dim: shape.head_dim(),
@@ -257,7 +259,6 @@ impl CostModel {
             item_ns: model.item_ns,
             row_bytes: (u64::from(shape.head_dim()) * shape.dtype().size_in_bytes()) as f64,
             partial_row_bytes: partial_row_bytes(shape) as f64,
-            byte_ns: of_block(model.bytes_per_s),
             cached_byte_ns: of_block(model.cached_bytes_per_s),
             flops_per_pair: 4.0 * f64::from(shape.head_dim()),
         }
@@ -279,19 +280,19 @@ impl CostModel {
     }
 
     /// What an item takes besides its columns, if it is its traffic that takes long.
-    pub fn fixed_traffic_ns(&self, num_rows: u32, partial: bool) -> f64 {
-        self.item_ns + self.row_bytes(num_rows, partial) * self.byte_ns
+    pub fn fixed_traffic_ns(&self, kind: TileKind, num_rows: u32, partial: bool) -> f64 {
+        self.item_ns(kind, num_rows) + self.row_bytes(num_rows, partial) * self.tile(kind).byte_ns
     }
 
     /// What an item takes besides its columns, if it is not.
-    pub fn fixed_block_ns(&self, kind: TileKind) -> f64 {
-        self.item_ns + self.tile(kind).setup_ns
+    pub fn fixed_block_ns(&self, kind: TileKind, num_rows: u32) -> f64 {
+        self.item_ns(kind, num_rows) + self.tile(kind).setup_ns
     }
 
     /// What it takes to read a column, of which a part of `fresh` is read by no other item of its head group before.
     pub fn read_ns(&self, kind: TileKind, fresh: f32) -> f64 {
         let fresh = self.fresh(kind, fresh);
-        2.0 * self.tile(kind).kv_row_bytes * (fresh * self.byte_ns + (1.0 - fresh) * self.cached_byte_ns)
+        2.0 * self.tile(kind).kv_row_bytes * (fresh * self.tile(kind).byte_ns + (1.0 - fresh) * self.cached_byte_ns)
     }
 
     /// What an item has to do, if a part of `fresh` of its columns is read by no other item of its head group before.
@@ -320,12 +321,21 @@ impl CostModel {
         views.issued_pairs(columns, self.family.column_step(self.head_dim)) as f64 * self.flops_per_pair
     }
 
-    /// What the parts of that take.
-    pub fn times(&self, work: &ItemWork) -> WorkTimes {
+    /// What an item with so many rows takes whatever it does.
+    fn item_ns(&self, kind: TileKind, num_rows: u32) -> f64 {
+        match (self.family, kind) {
+            // The warps of a block exchange results of so many rows at a time.
+            (KernelFamily::Sm90a, TileKind::Narrow) => self.item_ns * f64::from(num_rows.div_ceil(EXCHANGED_ROWS)),
+            _ => self.item_ns,
+        }
+    }
+
+    /// What the parts of that take, with so many rows.
+    fn times(&self, work: &ItemWork, num_rows: u32) -> WorkTimes {
         let tile = self.tile(work.tile);
         WorkTimes {
-            item_ns: self.item_ns,
-            memory_ns: work.memory_bytes * self.byte_ns,
+            item_ns: self.item_ns(work.tile, num_rows),
+            memory_ns: work.memory_bytes * tile.byte_ns,
             cache_ns: work.cached_bytes * self.cached_byte_ns,
             block_ns: tile.setup_ns + f64::from(work.steps) * tile.step_ns + work.flops * tile.flop_ns,
         }
@@ -336,13 +346,13 @@ impl CostModel {
     pub fn shared(&self, division: Division) -> Line {
         let tile = |kind: TileKind, tokens: u32| {
             let rows = tokens * self.heads.heads_per_group;
-            let TileCosts { step_ns, flop_ns, .. } = self.tile(kind);
+            let TileCosts { step_ns, flop_ns, byte_ns, .. } = self.tile(kind);
             let issued_rows = f64::from(rows.next_multiple_of(rows_together(self.family, self.heads, kind)));
             let block_ns =
                 step_ns / f64::from(self.family.column_step(self.head_dim)) + issued_rows * self.flops_per_pair * flop_ns;
             let read_ns = self.read_ns(kind, division.fresh());
-            let merge_ns = f64::from(rows) * self.partial_row_bytes * self.byte_ns;
-            let fixed_ns = self.fixed_traffic_ns(rows, true).max(self.fixed_block_ns(kind));
+            let merge_ns = f64::from(rows) * self.partial_row_bytes * byte_ns;
+            let fixed_ns = self.fixed_traffic_ns(kind, rows, true).max(self.fixed_block_ns(kind, rows));
             Line { fixed_ns: fixed_ns + merge_ns, column_ns: read_ns.max(block_ns) }
         };
         let full = tile(TileKind::Wide, division.tile_tokens);
@@ -378,7 +388,8 @@ impl CostModel {
     /// The same for the rows of a tile.
     pub fn item_of_rows(&self, rows: &TileRows, columns: Range<u32>, fresh: f32, partial: bool) -> WorkTimes {
         let flops = rows.views.as_ref().map_or(0.0, |views| self.flops(views, columns.clone()));
-        self.times(&ItemWork { flops, ..self.work_besides_products(rows.kind, rows.num_rows, columns, fresh, partial) })
+        let work = self.work_besides_products(rows.kind, rows.num_rows, columns, fresh, partial);
+        self.times(&ItemWork { flops, ..work }, rows.num_rows)
     }
 
     /// What an item of a plan has to do.
@@ -422,9 +433,10 @@ pub(crate) fn merged_bytes(shape: AttentionShape, heads: HeadGroups, num_tokens:
 #[cfg(test)]
 mod tests {
     use packinfer_abi::NO_WINDOW;
-    use packinfer_batch::DType;
+    use packinfer_batch::{DType, KvDType};
 
     use super::*;
+    use crate::Fp8Times;
 
     fn heads() -> HeadGroups {
         HeadGroups { num_qo_heads: 8, num_kv_heads: 2, heads_per_group: 4, num_groups: 2, wide_tile_rows: 128 }
@@ -463,21 +475,37 @@ mod tests {
         assert_eq!(hopper(256, 0..192), 3 * 64 * 64);
     }
 
+    /// Each kind of tile has its own times, by the rows of wide ones and by what K and V are stored in.
     #[test]
-    fn converting_takes_time_in_wide_tiles() -> Result<(), packinfer_batch::BatchError> {
-        let shape = AttentionShape::new(8, 2, 128, DType::Bf16)?;
-        let block_ns = |kernel_family, shape, kind| {
-            let model = DeviceModel { kernel_family, ..DeviceModel::H100 };
-            CostModel::new(&model, [shape; 2], heads()).item(kind, &[segment(4, 0, 1024)], 0..1024, 1.0, false).block_ns
+    fn tiles_take_what_their_kernels_do() -> Result<(), packinfer_batch::BatchError> {
+        let times = |step_ns| TileTimes { setup_ns: 0.0, step_ns };
+        let e4m3 = Fp8Times { bytes_per_s: 3e12, wide: times(30e3), narrow: times(40e3) };
+        let model = DeviceModel {
+            kernel_family: KernelFamily::Sm90a,
+            flops_per_s: 1e18,
+            wide: times(10e3),
+            tall: Some(times(15e3)),
+            narrow: times(20e3),
+            e4m3: Some(e4m3),
+            ..DeviceModel::H100
         };
-        for (family, kind, converts) in [
-            (KernelFamily::Sm90a, TileKind::Wide, true),
-            (KernelFamily::Sm90a, TileKind::Narrow, false),
-            (KernelFamily::Sm80, TileKind::Wide, false),
-        ] {
-            let fp8 = block_ns(family, shape.with_kv_dtype(KvDType::E4m3), kind);
-            assert_eq!(fp8 > block_ns(family, shape, kind), converts, "{family} {kind:?}");
-        }
+        let shape = AttentionShape::new(8, 2, 128, DType::Bf16)?;
+        let step_us = |model: &DeviceModel, shape, kind, wide_tile_rows| {
+            let heads = HeadGroups { wide_tile_rows, ..heads() };
+            let item = CostModel::new(model, [shape; 2], heads).item(kind, &[segment(4, 0, 1024)], 0..1024, 1.0, false);
+            (item.block_ns / 8e3).round() // µs: products take next to nothing
+        };
+        let fp8 = shape.with_kv_dtype(KvDType::E4m3);
+        assert_eq!(step_us(&model, shape, TileKind::Wide, WIDE_TILE_ROWS), 10.0);
+        assert_eq!(step_us(&model, shape, TileKind::Wide, TALL_TILE_ROWS), 15.0);
+        assert_eq!(step_us(&model, shape, TileKind::Narrow, WIDE_TILE_ROWS), 20.0);
+        assert_eq!(step_us(&model, fp8, TileKind::Wide, WIDE_TILE_ROWS), 30.0);
+        assert_eq!(step_us(&model, fp8, TileKind::Narrow, WIDE_TILE_ROWS), 40.0);
+        // Nothing is said of them.
+        let plain = DeviceModel { tall: None, e4m3: None, ..model };
+        assert_eq!(step_us(&plain, shape, TileKind::Wide, TALL_TILE_ROWS), 10.0);
+        assert_eq!(step_us(&plain, fp8, TileKind::Wide, WIDE_TILE_ROWS), 10.0);
+        assert_eq!(step_us(&plain, fp8, TileKind::Narrow, WIDE_TILE_ROWS), 20.0);
         Ok(())
     }
 
@@ -493,7 +521,7 @@ mod tests {
         let (q_and_o_bytes, kv_bytes) = (2.0 * 16.0 * 256.0, 1024.0 * 512.0);
         assert_eq!((wide.memory_bytes, wide.cached_bytes), (q_and_o_bytes, kv_bytes));
         assert_eq!((in_bf16.memory_bytes, in_bf16.cached_bytes), (q_and_o_bytes + kv_bytes / 2.0, kv_bytes / 2.0));
-        let block_ns = |shapes: [AttentionShape; 2]| CostModel::new(&model, shapes, heads()).times(&wide).block_ns;
+        let block_ns = |shapes: [AttentionShape; 2]| CostModel::new(&model, shapes, heads()).times(&wide, 16).block_ns;
         assert_eq!(block_ns([shape, fp8]), block_ns([shape; 2]));
         Ok(())
     }

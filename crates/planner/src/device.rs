@@ -2,8 +2,8 @@
 
 use std::ops::RangeInclusive;
 
-use packinfer_abi::ATTENTION_BLOCKS_PER_SM;
-use packinfer_batch::Batch;
+use packinfer_abi::{ATTENTION_BLOCKS_PER_SM, TileKind, WIDE_TILE_ROWS};
+use packinfer_batch::{Batch, KvDType};
 use serde::{Deserialize, Serialize};
 
 use crate::{Calibration, KernelFamily};
@@ -16,6 +16,8 @@ const PLAUSIBLE_RATES: RangeInclusive<f64> = 1e9..=1e18;
 const PLAUSIBLE_FACTORS: RangeInclusive<f64> = 0.5..=10.0;
 /// Nanoseconds of what is not in proportion to an item's work: up to a millisecond.
 const PLAUSIBLE_TIMES: RangeInclusive<f64> = 0.0..=1e6;
+/// Bytes of a cache: up to a gigabyte.
+const PLAUSIBLE_CACHES: RangeInclusive<f64> = 0.0..=1e9;
 
 /// What a device takes for the parts of a work item.
 ///
@@ -37,14 +39,23 @@ pub struct DeviceModel {
     pub bytes_per_s: f64,
     /// Bytes a second from the L2 cache, where a tile finds KV that another tile of the same request has read.
     pub cached_bytes_per_s: f64,
-    /// Floating-point operations a second of the tensor cores, in wide tiles.
+    /// Floating-point operations a second of the tensor cores, in wide tiles, besides what a step takes whatever its rows.
     pub flops_per_s: f64,
+    /// Bytes that others have left in the cache, which are stored in memory when the call begins to read.
+    #[serde(default)]
+    pub displaced_bytes: f64,
     /// Nanoseconds that a work item takes besides, whatever it does and whatever is done beside it.
     pub item_ns: f64,
     /// Times of wide tiles, besides their products.
     pub wide: TileTimes,
+    /// Times of wide tiles of 192 rows, besides their products; those of others if nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tall: Option<TileTimes>,
     /// Times of narrow tiles, with their products.
     pub narrow: TileTimes,
+    /// What is different where K and V are stored in FP8; nothing if nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub e4m3: Option<Fp8Times>,
     /// Nanoseconds from the launch of the attention kernel to its first work item, and from its last to the end.
     pub launch_ns: f64,
     /// Nanoseconds that merging takes besides its traffic: with `sm_80`, one more launch, which waits for the attention kernel.
@@ -52,6 +63,18 @@ pub struct DeviceModel {
     /// How long items take where narrow ones are done beside wide ones; nothing if they cannot be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub beside: Option<BesideTimes>,
+}
+
+/// What tiles take whose K and V are stored in FP8.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fp8Times {
+    /// Bytes a second from memory: fewer where a row is less than what memory gives at a time.
+    pub bytes_per_s: f64,
+    /// Times of wide tiles, besides their products.
+    pub wide: TileTimes,
+    /// Times of narrow tiles, with their products.
+    pub narrow: TileTimes,
 }
 
 /// What items take where a multiprocessor does a narrow one and a wide one at the same time, as parts of what they take where it
@@ -88,9 +111,12 @@ impl DeviceModel {
         bytes_per_s: 3.0e12,
         cached_bytes_per_s: 5.5e12,
         flops_per_s: 3.9e14,
+        displaced_bytes: 0.0,
         item_ns: 500.0,
         wide: TileTimes { setup_ns: 4500.0, step_ns: 200.0 },
-        narrow: TileTimes { setup_ns: 2500.0, step_ns: 500.0 },
+        tall: None,
+        narrow: TileTimes { setup_ns: 1000.0, step_ns: 500.0 },
+        e4m3: None,
         launch_ns: 4000.0,
         merge_ns: 3000.0,
         beside: None,
@@ -124,17 +150,21 @@ impl DeviceModel {
     };
 
     /// The same device with the `sm_90a` kernels instead of the `sm_80` kernels: one block a multiprocessor, which takes items in
-    /// turn and loads for the next while it finishes one; products through `wgmma`.
+    /// turn and loads for the next while it finishes one; products through `wgmma`. Round figures of an H100, head dimension 128.
     fn with_hopper_kernels(self) -> Self {
-        /// What `wgmma` gives the wide tiles, of what `mma` does.
-        const PRODUCTS: f64 = 1.85;
+        /// What `wgmma` gives the wide tiles, of what `mma` does with all that a step takes besides.
+        const PRODUCTS: f64 = 5.0;
+        let times = |setup_ns, step_ns| TileTimes { setup_ns, step_ns };
+        let e4m3 = Fp8Times { bytes_per_s: self.bytes_per_s, wide: times(2800.0, 1130.0), narrow: times(1600.0, 1200.0) };
         Self {
             kernel_family: KernelFamily::Sm90a,
             blocks_per_sm: 1,
             flops_per_s: self.flops_per_s * PRODUCTS,
-            wide: TileTimes { setup_ns: 2500.0, step_ns: 100.0 },
-            narrow: TileTimes { setup_ns: 1500.0, step_ns: 500.0 },
-            beside: Some(BesideTimes { wide: 1.23, narrow: 1.7, stored_step_ns: 4500.0 }),
+            wide: times(1900.0, 790.0),
+            tall: Some(times(1600.0, 1200.0)),
+            narrow: times(1300.0, 1000.0),
+            e4m3: Some(e4m3),
+            beside: Some(BesideTimes { wide: 1.3, narrow: 1.8, stored_step_ns: 5500.0 }),
             ..self
         }
     }
@@ -190,8 +220,40 @@ impl DeviceModel {
             bytes_per_s: self.bytes_per_s * part,
             cached_bytes_per_s: self.cached_bytes_per_s * part,
             flops_per_s: self.flops_per_s * part,
+            e4m3: self.e4m3.map(|times| Fp8Times { bytes_per_s: times.bytes_per_s * part, ..times }),
             ..self
         }
+    }
+
+    /// Times of tiles of a kind, wide ones with so many rows, with K and V of a type.
+    pub(crate) fn tile_times(&self, kind: TileKind, wide_tile_rows: u32, kv_dtype: KvDType) -> TileTimes {
+        let fp8 = self.e4m3.filter(|_| kv_dtype == KvDType::E4m3);
+        match kind {
+            TileKind::Narrow => fp8.map_or(self.narrow, |times| times.narrow),
+            TileKind::Wide if wide_tile_rows > WIDE_TILE_ROWS => self.tall.unwrap_or(self.wide),
+            TileKind::Wide => fp8.map_or(self.wide, |times| times.wide),
+        }
+    }
+
+    /// Bytes a second from memory, with K and V of a type.
+    pub(crate) fn kv_bytes_per_s(&self, kv_dtype: KvDType) -> f64 {
+        self.e4m3.filter(|_| kv_dtype == KvDType::E4m3).map_or(self.bytes_per_s, |times| times.bytes_per_s)
+    }
+
+    /// Bytes a second that narrow tiles read: memory limits them, or their steps.
+    fn narrow_bytes_per_s(&self, kv_dtype: KvDType) -> f64 {
+        let element_bytes = if kv_dtype == KvDType::E4m3 { 1.0 } else { 2.0 };
+        let columns = f64::from(self.kernel_family.column_step(self.head_dim));
+        let step_bytes = 2.0 * columns * f64::from(self.head_dim) * element_bytes * f64::from(self.lanes());
+        let step_ns = self.tile_times(TileKind::Narrow, WIDE_TILE_ROWS, kv_dtype).step_ns;
+        self.kv_bytes_per_s(kv_dtype).min(1e9 * step_bytes / step_ns)
+    }
+
+    /// Floating-point operations a second of full wide tiles, with what their steps take besides.
+    fn full_tile_flops_per_s(&self) -> f64 {
+        let step = WIDE_TILE_ROWS * self.kernel_family.column_step(self.head_dim);
+        let step_flops = 4.0 * f64::from(step) * f64::from(self.head_dim) * f64::from(self.lanes());
+        1e9 * step_flops / (self.wide.step_ns + 1e9 * step_flops / self.flops_per_s)
     }
 
     /// How badly it suits a head dimension: it serves for smaller ones rather than for larger ones, and for those that are close.
@@ -202,17 +264,27 @@ impl DeviceModel {
     /// Its first number that no device has, by name.
     pub(crate) fn implausible(&self) -> Option<(&'static str, f64)> {
         let counts = [("head_dim", self.head_dim), ("num_sms", self.num_sms), ("blocks_per_sm", self.blocks_per_sm)];
+        let tall = self.tall.unwrap_or(self.wide);
+        let Fp8Times { bytes_per_s, wide, narrow } =
+            self.e4m3.unwrap_or(Fp8Times { bytes_per_s: self.bytes_per_s, wide: self.wide, narrow: self.narrow });
         let rates = [
             ("bytes_per_s", self.bytes_per_s),
             ("cached_bytes_per_s", self.cached_bytes_per_s),
             ("flops_per_s", self.flops_per_s),
+            ("e4m3.bytes_per_s", bytes_per_s),
         ];
         let times = [
             ("item_ns", self.item_ns),
             ("wide.setup_ns", self.wide.setup_ns),
             ("wide.step_ns", self.wide.step_ns),
+            ("tall.setup_ns", tall.setup_ns),
+            ("tall.step_ns", tall.step_ns),
             ("narrow.setup_ns", self.narrow.setup_ns),
             ("narrow.step_ns", self.narrow.step_ns),
+            ("e4m3.wide.setup_ns", wide.setup_ns),
+            ("e4m3.wide.step_ns", wide.step_ns),
+            ("e4m3.narrow.setup_ns", narrow.setup_ns),
+            ("e4m3.narrow.step_ns", narrow.step_ns),
             ("launch_ns", self.launch_ns),
             ("merge_ns", self.merge_ns),
             ("beside.stored_step_ns", self.beside.map_or(0.0, |beside| beside.stored_step_ns)),
@@ -223,13 +295,21 @@ impl DeviceModel {
         let mut wrong = counts.filter(|(_, count)| !(1.0..=MOST_COUNT).contains(count));
         let mut wrong_rates = rates.into_iter().filter(|(_, rate)| !PLAUSIBLE_RATES.contains(rate));
         let mut wrong_times = times.into_iter().filter(|(_, time)| !PLAUSIBLE_TIMES.contains(time));
+        let displaced = ("displaced_bytes", self.displaced_bytes);
+        let mut wrong_bytes = Some(displaced).into_iter().filter(|(_, bytes)| !PLAUSIBLE_CACHES.contains(bytes));
         let mut wrong_factors = factors.into_iter().filter(|(_, factor)| !PLAUSIBLE_FACTORS.contains(factor));
-        wrong.next().or_else(|| wrong_rates.next()).or_else(|| wrong_times.next()).or_else(|| wrong_factors.next())
+        let mut others = || wrong_times.next().or_else(|| wrong_factors.next()).or_else(|| wrong_bytes.next());
+        wrong.next().or_else(|| wrong_rates.next()).or_else(&mut others)
     }
 
     /// Nanoseconds that a batch takes at least: its bytes or its products, whichever takes longer.
     pub(crate) fn least_ns(&self, work: LeastWork) -> f64 {
-        1e9 * (work.bytes / self.bytes_per_s).max(work.flops / self.flops_per_s)
+        1e9 * (work.bytes / self.kv_bytes_per_s(work.kv_dtype)).max(work.flops / self.full_tile_flops_per_s())
+    }
+
+    /// About what a batch takes whose bytes are mostly those of narrow tiles, or whose products take longer.
+    pub(crate) fn about_ns(&self, work: LeastWork) -> f64 {
+        self.least_ns(work).max(1e9 * work.bytes / self.narrow_bytes_per_s(work.kv_dtype))
     }
 
     /// Blocks that the device works on at a time.
@@ -252,6 +332,7 @@ impl DeviceModel {
 pub(crate) struct LeastWork {
     bytes: f64,
     flops: f64,
+    kv_dtype: KvDType,
 }
 
 impl LeastWork {
@@ -262,7 +343,7 @@ impl LeastWork {
         let kv_tokens: u64 = batch.requests().iter().map(|request| request.seen(batch.mask()).len() as u64).sum();
         let qo_bytes = u64::from(batch.num_query_tokens()) * shape.qo_bytes_per_token();
         let kv_bytes = kv_tokens.saturating_sub(repeated_tokens) as f64 * shape.kv_bytes_per_slot() as f64;
-        Self { bytes: kv_bytes + qo_bytes as f64, flops: batch.flops() }
+        Self { bytes: kv_bytes + qo_bytes as f64, flops: batch.flops(), kv_dtype: shape.kv_dtype() }
     }
 }
 

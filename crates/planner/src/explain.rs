@@ -117,8 +117,10 @@ impl Plan {
         // The last item to end begins when lanes are free on average, or before.
         let full_ns = || times.iter().map(|times| times.full());
         let average_ns = full_ns().sum::<f64>() * f64::from(self.heads.num_groups) / f64::from(model.lanes());
-        let factor = [TileKind::Wide, TileKind::Narrow].map(|tile| self.factor_of(tile, model)).into_iter().fold(1.0, f64::max);
-        factor * (average_ns + full_ns().fold(0.0, f64::max)) + self.besides_items_ns(model)
+        let greatest = |of: &dyn Fn(TileKind) -> f64| [TileKind::Wide, TileKind::Narrow].map(of).into_iter().fold(0.0, f64::max);
+        let (factor, displacing_ns) =
+            (greatest(&|tile| self.factor_of(tile, model)), greatest(&|tile| self.displacing_ns(tile, model)));
+        factor * (average_ns + full_ns().fold(0.0, f64::max)) + displacing_ns + self.besides_items_ns(model)
     }
 
     /// What `model` expects of the launch, of what comes before it, and of merging.

@@ -58,7 +58,7 @@ impl KernelFamily {
 
     /// Whether there is a kernel that does narrow tiles beside wide ones, on the same multiprocessor at the same time, where wide
     /// ones read K and V in this shape: those of narrow ones may be in FP8 even so.
-    pub(crate) fn does_narrow_beside_wide(self, shape: AttentionShape) -> bool {
+    pub fn does_narrow_beside_wide(self, shape: AttentionShape) -> bool {
         self == Self::Sm90a && matches!(shape.head_dim(), 64 | 128) && shape.kv_dtype() == KvDType::Same
     }
 

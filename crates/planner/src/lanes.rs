@@ -1,5 +1,8 @@
 //! List scheduling: each item goes to the lane that is free first, as a device issues thread blocks.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
 use crate::cost::Ns;
 
 /// The loads of lanes that work side by side, one block at a time each.
@@ -14,6 +17,8 @@ pub(crate) struct Lanes {
     /// Who won each pair, then the lanes, while the tree is made.
     winners: Vec<Lane>,
     max: Ns,
+    /// When items end that are watched, the first to do so on top.
+    watched: BinaryHeap<Reverse<Ns>>,
 }
 
 /// A lane's load, and its number in the lower half: the first to be free is the least.
@@ -32,7 +37,8 @@ impl Lanes {
 
     /// A lane for each load that it has already.
     pub fn reset_to(&mut self, loads: impl Iterator<Item = Ns>) {
-        let Self { lanes, winners, max } = self;
+        let Self { lanes, winners, max, watched } = self;
+        watched.clear();
         lanes.clear();
         lanes.extend((0..).zip(loads).map(|(number, load): (u32, Ns)| Lane::from(load) << 32 | Lane::from(number)));
         let count = lanes.len();
@@ -66,11 +72,6 @@ impl Lanes {
         kept.min().map_or(self.least(), |lane| load_and_number(lane).0)
     }
 
-    /// Has [`Self::max`] be at least the load of a lane that is not among these.
-    pub fn raise_max(&mut self, load: Ns) {
-        self.max = self.max.max(load);
-    }
-
     /// When all lanes are free that were given an item.
     pub fn max(&self) -> Ns {
         self.max
@@ -94,6 +95,20 @@ impl Lanes {
             }
             self.lanes[0] = winner;
         }
+    }
+
+    /// Watches an item, which a lane was given, until it ends.
+    pub fn watch(&mut self, end_ns: Ns) {
+        self.watched.push(Reverse(end_ns));
+    }
+
+    /// Watched items that have not ended when the first lane is free.
+    pub fn watched(&mut self) -> usize {
+        let now = self.least();
+        while self.watched.peek().is_some_and(|&Reverse(end_ns)| end_ns <= now) {
+            self.watched.pop();
+        }
+        self.watched.len()
     }
 
     /// The pairs that a lane meets others in if it wins, from the first to the last.
@@ -176,6 +191,22 @@ mod tests {
             lanes.add(cost);
         }
         assert_eq!((lanes.least(), lanes.second(), lanes.mean()), (2, 3, 23.0 / 5.0));
+    }
+
+    #[test]
+    fn watched_items_end() {
+        let mut lanes = Lanes::default();
+        lanes.reset(2);
+        for cost in [5, 3] {
+            lanes.add(cost);
+            lanes.watch(cost);
+        }
+        assert_eq!((lanes.least(), lanes.watched()), (3, 1));
+        lanes.add(9);
+        assert_eq!((lanes.least(), lanes.watched()), (5, 0));
+        lanes.watch(20);
+        lanes.reset(2);
+        assert_eq!(lanes.watched(), 0);
     }
 
     #[test]

@@ -6,15 +6,16 @@
 //! round. Several numbers of lanes are therefore tried, near the one that balances both kinds. For each, wide items are given to
 //! lanes one after the other, and narrow ones, many and short, are taken for a fluid that fills whatever time is left.
 
-use std::iter::{once, repeat_n};
+use std::iter::repeat_n;
 
 use packinfer_abi::TileKind;
 
 use crate::cost::{Ns, WorkTimes, memory_need, memory_needed};
 use crate::device::{BesideTimes, LanesOfGroups};
 use crate::lanes::Lanes;
+use crate::schedule::time_beside;
 
-/// Below this part of the time of all items, one kind hardly matters.
+/// Below this part of the time of all items, one kind hardly matters, nor does how the device goes about them.
 const WORTHWHILE: f64 = 0.05;
 /// How many numbers of lanes are tried at most …
 const MOST_TRIES: u32 = 16;
@@ -87,11 +88,14 @@ impl Queues {
             return Some(Arrangement { back_lanes: 0, beside: true });
         }
         self.wide_need = memory_need(self.wide.iter().copied());
+        // All begin with wide items, and narrow ones come last, unless something else is worth it.
+        let back_load = self.back_load(0, device);
+        let wide_first_end_ns = self.in_turn_end_ns(0, back_load, device);
+        let (mut best, mut best_end_ns) = (0, wide_first_end_ns * (1.0 - WORTHWHILE));
         // The fewest of those that end at the same time: one too many may cost a round of wide items.
-        let (mut best, mut best_end_ns) = (0, f64::INFINITY);
-        for back_lanes in once(0).chain(self.numbers_to_try(device)) {
+        for back_lanes in self.numbers_to_try(device) {
             let back_load = self.back_load(back_lanes, device);
-            if back_lanes > 0 && self.least_wide_end_ns(back_lanes, back_load, device) >= best_end_ns {
+            if self.least_wide_end_ns(back_lanes, back_load, device) >= best_end_ns {
                 continue;
             }
             let end_ns = self.in_turn_end_ns(back_lanes, back_load, device);
@@ -103,8 +107,9 @@ impl Queues {
             Beside::IfFaster(times) => self.beside_end_ns(times, device),
             Beside::Never | Beside::Always(_) => f64::INFINITY,
         };
-        self.end_ns = best_end_ns.min(beside_end_ns);
-        Some(Arrangement { back_lanes: device.of_device(best), beside: beside_end_ns < best_end_ns })
+        let beside = beside_end_ns < best_end_ns;
+        self.end_ns = if beside || best > 0 { best_end_ns.min(beside_end_ns) } else { wide_first_end_ns };
+        Some(Arrangement { back_lanes: device.of_device(best), beside })
     }
 
     /// When the call ends as it was last arranged, in nanoseconds, without what comes before and after all items.
@@ -115,10 +120,13 @@ impl Queues {
     /// When the call ends, in nanoseconds, if narrow items are done beside wide ones.
     fn beside_end_ns(&mut self, times: BesideTimes, device: LanesOfGroups) -> f64 {
         self.give_out_wide(0, 0, device);
-        let wide_ns = self.lanes.max() as f64 * times.wide;
+        let wide_ns = self.lanes.max() as f64;
         let mean_narrow_ns = f64::from(device.copies) * self.narrow_full_ns() / f64::from(device.lanes);
         let longest_ns = self.narrow.iter().map(|times| times.full()).fold(0.0, f64::max);
-        wide_ns.max(mean_narrow_ns.max(longest_ns) * times.narrow)
+        let narrow_ns = mean_narrow_ns.max(longest_ns);
+        // Whichever kind ends first has others beside it to its end.
+        let first_end_ns = (wide_ns * times.wide).min(narrow_ns * times.narrow);
+        time_beside(wide_ns, times.wide, first_end_ns).max(time_beside(narrow_ns, times.narrow, first_end_ns))
     }
 
     /// What narrow items take if there are no others.
@@ -250,13 +258,14 @@ mod tests {
     }
 
     #[test]
-    fn hardly_any_of_one_kind_needs_no_queue() {
+    fn hardly_any_of_one_kind_needs_no_queue_and_little_no_lanes() {
         assert_eq!(filled(&[], &[]).back_lanes(device(132, 8)), None);
         assert_eq!(filled(&[50e3; 100], &[]).back_lanes(device(132, 8)), None);
         assert_eq!(filled(&[], &[50e3; 100]).back_lanes(device(132, 8)), None);
         assert_eq!(filled(&[50e3; 100], &[50e3; 4]).back_lanes(device(132, 8)), None);
         assert_eq!(filled(&[50e3; 4], &[50e3; 100]).back_lanes(device(132, 8)), None);
-        assert!(filled(&[5e3; 1000], &[5e3; 100]).back_lanes(device(132, 8)).is_some_and(|back_lanes| back_lanes > 0));
+        assert_eq!(filled(&[5e3; 1000], &[5e3; 60]).back_lanes(device(132, 8)), Some(0));
+        assert!(filled(&[5e3; 1000], &[5e3; 300]).back_lanes(device(132, 8)).is_some_and(|back_lanes| back_lanes > 0));
     }
 
     #[test]

@@ -142,15 +142,35 @@ impl Schedule {
     /// The tasks that were done while every lane had one, with their numbers: they had their share of the device. The first of
     /// each lane is left out, which found the device empty.
     pub fn tasks_of_full_device(&self) -> impl Iterator<Item = (usize, &TaskTime)> {
-        let last_begin = self.tasks.iter().map(|task| task.begin_ns).max().unwrap_or(0);
-        let mut is_used = vec![u64::MAX; (self.num_sms * self.lanes_per_sm) as usize];
-        let lane = |task: &TaskTime| (task.sm * self.lanes_per_sm + task.lane) as usize;
+        self.later_tasks(self.tasks.iter().map(|task| task.begin_ns).max().unwrap_or(0))
+    }
+
+    /// The tasks that ended until then, without the first of each lane, with their numbers.
+    pub fn later_tasks(&self, until_ns: u64) -> impl Iterator<Item = (usize, &TaskTime)> {
+        let first_begins = self.first_begins();
+        let all = self.tasks.iter().enumerate();
+        all.filter(move |(_, task)| task.begin_ns > first_begins[self.lane_of(task)] && task.begin_ns + task.taken_ns <= until_ns)
+    }
+
+    /// The first task of each lane that had one, with their numbers.
+    pub fn first_tasks(&self) -> impl Iterator<Item = (usize, &TaskTime)> {
+        let first_begins = self.first_begins();
+        self.tasks.iter().enumerate().filter(move |(_, task)| task.begin_ns == first_begins[self.lane_of(task)])
+    }
+
+    /// The number of a task's lane among those of all multiprocessors.
+    fn lane_of(&self, task: &TaskTime) -> usize {
+        (task.sm * self.lanes_per_sm + task.lane) as usize
+    }
+
+    /// When the first task of each lane began.
+    fn first_begins(&self) -> Vec<u64> {
+        let mut first_begins = vec![u64::MAX; (self.num_sms * self.lanes_per_sm) as usize];
         for task in &self.tasks {
-            let first = &mut is_used[lane(task)];
+            let first = &mut first_begins[self.lane_of(task)];
             *first = task.begin_ns.min(*first);
         }
-        let all = self.tasks.iter().enumerate();
-        all.filter(move |(_, task)| task.begin_ns > is_used[lane(task)] && task.begin_ns + task.taken_ns <= last_begin)
+        first_begins
     }
 
     /// What each multiprocessor does.
@@ -169,7 +189,7 @@ impl Schedule {
     fn mean_lane_end_ns(&self) -> f64 {
         let mut ends = vec![0; (self.num_sms * self.lanes_per_sm) as usize];
         for task in &self.tasks {
-            let end = &mut ends[(task.sm * self.lanes_per_sm + task.lane) as usize];
+            let end = &mut ends[self.lane_of(task)];
             *end = task.end_ns.max(*end);
         }
         ends.iter().sum::<u64>() as f64 / ends.len().max(1) as f64
@@ -210,7 +230,7 @@ pub(crate) struct Given {
 
 impl Plan {
     /// Gives all tasks to the lanes of a device, as [`Schedule::predicted`] says, and tells of each. Leaves the loads of the
-    /// device's blocks in `lanes`.
+    /// device's blocks in `lanes`: of lanes for either kind those that end last.
     pub(crate) fn give_out(&self, model: &DeviceModel, lanes: &mut Lanes, tell: impl FnMut(usize, Given)) {
         if self.beside {
             self.give_out_beside(model, lanes, tell);
@@ -222,22 +242,44 @@ impl Plan {
     /// The same where a lane does narrow tasks beside wide ones: they have lanes of their own, behind the others.
     fn give_out_beside(&self, model: &DeviceModel, lanes: &mut Lanes, mut tell: impl FnMut(usize, Given)) {
         let num_lanes = model.lanes();
-        let front_items = self.num_front_items as usize;
-        let mut latest_end = 0;
-        for (items, first_lane, tile) in
-            [(front_items..self.items.len(), num_lanes, TileKind::Narrow), (0..front_items, 0, TileKind::Wide)]
-        {
-            let factor = self.factor_of(tile, model);
-            lanes.reset(num_lanes);
-            for (index, times) in self.tasks_in_order(items, model) {
-                let Some((begin_ns, lane)) = lanes.first() else { break };
-                let taken_ns = (times.full() * factor) as Ns;
-                tell(index, Given { lane: first_lane + lane, begin_ns, taken_ns });
-                lanes.add(taken_ns);
-            }
-            latest_end = lanes.max().max(latest_end);
+        let num_front = self.num_front_items as usize;
+        let (wide, narrow) = ((TileKind::Wide, 0..num_front), (TileKind::Narrow, num_front..self.items.len()));
+        let [wide_end, narrow_end] =
+            [&wide, &narrow].map(|(tile, items)| self.give_out_kind(*tile, items.clone(), Ns::MAX, model, lanes, |_, _| {}));
+        // Whichever kind ends first has others beside it to its end.
+        let first_end = wide_end.min(narrow_end);
+        let mut of_kinds = [(wide, 0), (narrow, num_lanes)];
+        // The kind that ends last comes last: its loads are those of the blocks.
+        if wide_end > narrow_end {
+            of_kinds.reverse();
         }
-        lanes.raise_max(latest_end);
+        for ((tile, items), first_lane) in of_kinds {
+            self.give_out_kind(tile, items, first_end, model, lanes, |index, given| {
+                tell(index, Given { lane: first_lane + given.lane, ..given });
+            });
+        }
+    }
+
+    /// Gives the tasks of a kind to lanes, which have the other kind beside them until some time; and returns when they end.
+    fn give_out_kind(
+        &self,
+        tile: TileKind,
+        items: Range<usize>,
+        beside_until: Ns,
+        model: &DeviceModel,
+        lanes: &mut Lanes,
+        mut tell: impl FnMut(usize, Given),
+    ) -> Ns {
+        let (factor, displacing_ns) = (self.factor_of(tile, model), self.displacing_ns(tile, model));
+        lanes.reset(model.lanes());
+        for (index, times) in self.tasks_in_order(items, model) {
+            let Some((begin_ns, lane)) = lanes.first() else { break };
+            let times = if begin_ns == 0 { times.after(displacing_ns / factor) } else { times };
+            let taken_ns = time_beside(times.full(), factor, beside_until.saturating_sub(begin_ns) as f64) as Ns;
+            tell(index, Given { lane, begin_ns, taken_ns });
+            lanes.add(taken_ns);
+        }
+        lanes.max()
     }
 
     /// The tasks of a queue, in the order in which they are begun, and what they take.
@@ -252,32 +294,48 @@ impl Plan {
         })
     }
 
+    /// What a block's first item waits for, if its tile is of a kind: the memory stores what others have left in the cache, unless
+    /// the call leaves it there.
+    pub(crate) fn displacing_ns(&self, tile: TileKind, model: &DeviceModel) -> f64 {
+        if self.settled_bytes[tile as usize] == 0 { 0.0 } else { 1e9 * model.displaced_bytes / model.bytes_per_s }
+    }
+
     /// The same where a lane does one task at a time.
     fn give_out_in_turn(&self, model: &DeviceModel, lanes: &mut Lanes, mut tell: impl FnMut(usize, Given)) {
         let num_lanes = model.lanes();
         let back_lanes = self.back_lanes.min(num_lanes);
         let front_items = self.num_front_items as usize;
-        let memory_needed = if back_lanes == 0 {
-            1.0
-        } else {
-            let front_need = memory_need(self.times_of(0..front_items, model));
-            memory_needed(f64::from(back_lanes) / f64::from(num_lanes), front_need)
-        };
+        let has_queues = front_items < self.items.len();
+        let front_need = if has_queues { memory_need(self.times_of(0..front_items, model)) } else { 1.0 };
         let groups = self.heads.num_groups as usize;
         let mut queues = [0..front_items, front_items..self.items.len()].map(|items| self.tasks_in_order(items, model));
-        let mut front_is_empty = back_lanes == 0;
+        let displacing_ns = [TileKind::Wide, TileKind::Narrow].map(|tile| self.displacing_ns(tile, model));
         lanes.reset(num_lanes);
         while let Some((begin_ns, lane)) = lanes.first() {
             let own = usize::from(lane >= num_lanes - back_lanes);
             let Some((index, times)) = queues[own].next().or_else(|| queues[1 - own].next()) else { break };
             let is_front = index < front_items * groups;
-            front_is_empty |= own == 0 && !is_front;
-            let is_beside_wide = !is_front && !front_is_empty;
-            let taken_ns = if is_beside_wide { times.with_memory_for(memory_needed) as Ns } else { times.full_ns() };
+            let times = if begin_ns == 0 { times.after(displacing_ns[self.items[index / groups].tile as usize]) } else { times };
+            let taken_ns = if is_front {
+                times.full_ns()
+            } else {
+                let front_lanes = lanes.watched() as f64 / f64::from(num_lanes);
+                times.with_memory_for(memory_needed(1.0 - front_lanes, front_need)) as Ns
+            };
             tell(index, Given { lane, begin_ns, taken_ns });
             lanes.add(taken_ns);
+            if has_queues && is_front {
+                lanes.watch(begin_ns.saturating_add(taken_ns));
+            }
         }
     }
+}
+
+/// What something takes that takes `full_ns` by itself, and `factor` times as long while others are beside it, which they are for
+/// `beside_ns`.
+pub(crate) fn time_beside(full_ns: f64, factor: f64, beside_ns: f64) -> f64 {
+    let is_done = full_ns * factor <= beside_ns;
+    if is_done { full_ns * factor } else { full_ns + beside_ns - beside_ns / factor }
 }
 
 /// What a multiprocessor does in a call.
@@ -406,7 +464,7 @@ mod tests {
             schedule.tasks.iter().map(|task| task.lane).collect::<Vec<_>>()
         );
         // Not if it takes too long, nor where there is hardly anything to be done beside.
-        assert!(!mixed_plan_beside(Some(BesideTimes { wide: 3.0, narrow: 1.0, stored_step_ns: 0.0 })).0.is_beside());
+        assert!(!mixed_plan_beside(Some(BesideTimes { wide: 3.0, narrow: 3.0, stored_step_ns: 0.0 })).0.is_beside());
         assert!(!mixed_plan_beside(Some(BesideTimes { wide: 1.0, narrow: 9.0, stored_step_ns: 0.0 })).0.is_beside());
         assert!(!self::plan(100).is_beside());
     }
@@ -442,16 +500,35 @@ mod tests {
         let at_begin = |tasks: &[TaskTime]| tasks.iter().filter(|task| task.begin_ns == 0).count() as u32;
         let (front, back) = schedule.tasks.split_at(front.len() * 8);
         assert_eq!((at_begin(front), at_begin(back)), (132 - plan.back_lanes(), plan.back_lanes()));
-        // Beside wide items, narrow ones have more of the memory.
+        // The more lanes have wide items, the more of the memory narrow ones have.
         let full_ns = plan.item_times(&model).last().expect("there are items") * 1e3;
         let taken_ns = |task: Option<&TaskTime>| task.map_or(0.0, |task| task.taken_ns as f64);
         let first_full_ns = plan.item_times(&model).nth(front.len() / 8).expect("there are narrow items") * 1e3;
-        assert!(taken_ns(back.first()) < 0.8 * first_full_ns);
-        assert_eq!(taken_ns(back.last()), full_ns.round());
+        let (first, last) = (taken_ns(back.first()) / first_full_ns, taken_ns(back.last()) / full_ns);
+        assert!(first < 0.8 && first < last && last < 1.001, "{first}, {last}");
         // Whoever has done with the one kind helps with the other.
         assert!(schedule.summary().utilization > 0.9, "{:?}", schedule.summary());
         let decodes = self::plan(100);
         assert_eq!((decodes.num_front_items() as usize, decodes.back_lanes()), (decodes.items().len(), 0));
+    }
+
+    #[test]
+    fn what_ends_first_has_others_beside_it() {
+        assert_eq!(time_beside(10.0, 1.5, f64::MAX), 15.0);
+        assert_eq!(time_beside(10.0, 1.5, 15.0), 15.0);
+        // 4 of 10 are done by then.
+        assert_eq!(time_beside(10.0, 1.5, 6.0), 12.0);
+        assert_eq!(time_beside(10.0, 1.5, 0.0), 10.0);
+    }
+
+    #[test]
+    fn first_items_wait_for_what_others_left_in_the_cache() {
+        let (plan, with) = (plan(132), DeviceModel { displaced_bytes: 3e7, ..DeviceModel::H100 });
+        let [without, with] = [DeviceModel::H100, with].map(|model| Schedule::predicted(&plan, &model));
+        for (number, task) in with.first_tasks() {
+            assert_eq!(task.taken_ns - without.tasks[number].taken_ns, 10_000, "{task:?}"); // at 3 TB/s
+        }
+        assert_eq!(with.span_ns() - without.span_ns(), 10_000);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::ops::Range;
 use packinfer_abi::{COLUMN_STEP, TileKind};
 use packinfer_batch::Batch;
 
-use crate::cost::{self, CostModel, Ns, WorkTimes, num_rows};
+use crate::cost::{self, CostModel, Ns, WorkTimes, memory_need, num_rows};
 use crate::device::LanesOfGroups;
 use crate::lanes::{Lanes, total_and_latest_end};
 use crate::tile::{Tile, siblings};
@@ -18,8 +18,12 @@ use crate::{DeviceModel, KernelFamily, Plan};
 
 /// Splits are at multiples of so many columns: whole steps of every kernel.
 const SPLIT_STEP: u32 = 2 * COLUMN_STEP;
-/// The columns of a part take at least so many times what it takes besides.
-const LEAST_PART: f64 = 1.0;
+/// The columns of a part of a wide tile take at least so many times what it takes besides …
+const LEAST_WIDE_PART: f64 = 1.0;
+/// … and those of a narrow one so many times what one of few rows does, as there is more to merge for every part …
+const LEAST_NARROW_PART: f64 = 2.0;
+/// … which is done in the same launch on Hopper.
+const LEAST_NARROW_PART_OF_HOPPER: f64 = 3.5;
 /// A part takes at most this share of what a lane has to do, so that lanes that fall behind can be helped out …
 const LONGEST_PART: f64 = 0.5;
 /// … which for decodes is better done after one long part than after two, with what is short; but there must be enough of that
@@ -27,6 +31,9 @@ const LONGEST_PART: f64 = 0.5;
 const LONGEST_NARROW_PART_OF_HOPPER: f64 = 0.75;
 /// … or so many times what it takes besides its columns, so that tiles of many rows do not leave too many partials.
 const WORTHWHILE_PART: f64 = 6.0;
+/// Tiles are split even if they are predicted to end so many times as late: lanes are taken to end with whole parts, where whoever
+/// is free first has the next one.
+const NO_LONGER: f64 = 1.01;
 /// Lanes that end this close together, as a share of the whole, are not worth a split.
 const BALANCED: f64 = 0.02;
 
@@ -87,7 +94,13 @@ impl Splitter {
         self.times.clear();
         self.times.extend(times);
         self.order.clear();
-        self.order.extend(self.times.iter().zip(0..).map(|(times, index)| (Reverse(times.full_ns()), index)));
+        // While some lanes do wide tiles, which need less of the memory, those with narrow ones have more of it.
+        let memory_need = memory_need(self.times.iter().copied());
+        let tiles_ns = tiles.iter().zip(&self.times).map(|(tile, times)| match tile.kind {
+            TileKind::Wide => times.full_ns(),
+            TileKind::Narrow => times.with_memory_for(memory_need) as Ns,
+        });
+        self.order.extend(tiles_ns.zip(0..).map(|(tile_ns, index)| (Reverse(tile_ns), index)));
         // As numbers, which are sorted faster than pairs.
         self.order.sort_unstable_by_key(|&(Reverse(item), index)| u128::from(!item) << 32 | u128::from(index));
         let longest_first = self.order.iter().map(|&(Reverse(item), _)| item);
@@ -101,8 +114,12 @@ impl Splitter {
             let unsplit = unsplit + self.merge_ns(tiles, plan, model);
             // The first pass shows how much more work the parts are, the second divides that too.
             let with_splits = self.fill_lanes(tiles, plan, cost, num_lanes, total);
+            let first_end = self.lanes.max();
             self.fill_lanes(tiles, plan, cost, num_lanes, with_splits.max(total));
-            if self.lanes.max() as f64 + self.merge_ns(tiles, plan, model) < unsplit {
+            if self.lanes.max() > first_end {
+                self.fill_lanes(tiles, plan, cost, num_lanes, total);
+            }
+            if self.lanes.max() as f64 + self.merge_ns(tiles, plan, model) < unsplit * NO_LONGER {
                 return &self.parts;
             }
         }
@@ -202,15 +219,20 @@ struct TileCost {
 impl TileCost {
     fn of(tile: &Tile, plan: &Plan, cost: &CostModel, whole: Ns) -> Self {
         let rows = num_rows(plan.heads, tile.segments(&plan.segments));
-        let (block_ns, whole) = (cost.fixed_block_ns(tile.kind), whole as f64);
-        let of_traffic = |partial| cost.fixed_traffic_ns(rows, partial);
+        let (block_ns, whole) = (cost.fixed_block_ns(tile.kind, rows), whole as f64);
+        let of_traffic = |partial| cost.fixed_traffic_ns(tile.kind, rows, partial);
         let read_ns = f64::from(tile.columns) * cost.read_ns(tile.kind, tile.fresh);
         // Costs are rounded to whole nanoseconds.
         let is_traffic = of_traffic(tile.partial) + read_ns + 1.0 > whole;
         let fixed_ns = if is_traffic { of_traffic(tile.partial) } else { block_ns };
         let fixed_partial_ns = if is_traffic { of_traffic(true) } else { block_ns };
         let column_ns = ((whole - fixed_ns) / f64::from(tile.columns)).max(f64::MIN_POSITIVE);
-        let least_columns = (LEAST_PART * fixed_partial_ns.max(block_ns) / column_ns) as u32; // saturates
+        let least_ns = match (plan.model.kernel_family, tile.kind) {
+            (_, TileKind::Wide) => LEAST_WIDE_PART * fixed_partial_ns.max(block_ns),
+            (KernelFamily::Sm80, TileKind::Narrow) => LEAST_NARROW_PART * cost.fixed_block_ns(tile.kind, 1),
+            (KernelFamily::Sm90a, TileKind::Narrow) => LEAST_NARROW_PART_OF_HOPPER * cost.fixed_block_ns(tile.kind, 1),
+        };
+        let least_columns = (least_ns / column_ns) as u32; // saturates
         let least_columns = least_columns.clamp(1, Batch::MAX_SLOTS).next_multiple_of(SPLIT_STEP);
         Self { fixed_ns, fixed_partial_ns, column_ns, least_columns }
     }

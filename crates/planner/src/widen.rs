@@ -10,7 +10,7 @@ use packinfer_abi::{
 };
 use packinfer_batch::{AttentionShape, Batch, KvDType};
 
-use crate::cost::converting_ns;
+use crate::device::TileTimes;
 use crate::items::RunCursor;
 use crate::tile::wide_tile_rows;
 use crate::{DeviceModel, Plan};
@@ -386,18 +386,18 @@ fn has_tall_tiles(batch: &Batch, shape: AttentionShape, model: &DeviceModel) -> 
 /// What it takes longer, about, if K and V are converted in every tile of so many query tokens, which see so many KV tokens
 /// together.
 fn converters_ns(model: &DeviceModel, shape: AttentionShape, tokens: f64, pairs: f64) -> f64 {
-    /// For each tile, besides its steps: by hand, from 20 chat prompts and 512 short ones on an H100.
-    const TILE_NS: f64 = 900.0;
-    let family = model.kernel_family;
+    let [stored, widened] = [KvDType::E4m3, KvDType::Same].map(|dtype| model.tile_times(TileKind::Wide, WIDE_TILE_ROWS, dtype));
+    let longer = |time: fn(TileTimes) -> f64| (time(stored) - time(widened)).max(0.0);
+    let (tile_ns, step_ns) = (longer(|times| times.setup_ns), longer(|times| times.step_ns));
     let rows_of_token = f64::from(shape.num_qo_heads());
     let tokens_of_tile = f64::from(WIDE_TILE_ROWS / shape.packed_head_groups().heads_per_group);
-    let step = f64::from(family.column_step(shape.head_dim()));
+    let step = f64::from(model.kernel_family.column_step(shape.head_dim()));
     // Of a tile's last step, half is not seen on average; under a causal mask, nor is half of what its last token sees more than
     // its first.
     let pairs = pairs + tokens * (step + tokens_of_tile) / 2.0;
     let tiles = tokens * rows_of_token / f64::from(WIDE_TILE_ROWS);
     let steps = pairs * rows_of_token / (f64::from(WIDE_TILE_ROWS) * step);
-    (tiles * TILE_NS + steps * converting_ns(family, shape)) / f64::from(model.lanes())
+    (tiles * tile_ns + steps * step_ns) / f64::from(model.lanes())
 }
 
 #[cfg(test)]

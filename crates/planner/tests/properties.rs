@@ -226,7 +226,8 @@ fn wide_tiles_have_as_many_rows_as_the_kernels_take() {
 
 #[test]
 fn tiles_of_prompts_are_tall_where_there_are_kernels_for_that() {
-    let hopper = DeviceModel { kernel_family: KernelFamily::Sm90a, ..DeviceModel::H100 };
+    let mut models = DeviceModel::estimates_for_device("NVIDIA H100 80GB HBM3", (9, 0), 132).into_iter();
+    let hopper = models.find(|model| model.kernel_family == KernelFamily::Sm90a).expect("it has such kernels");
     let prompts = || (0..40).map(|i| (100 + 50 * i, 100 + 50 * i));
     let decodes = |count: u32| (0..count).map(|i| (1, 1000 + i));
     let rows = |model, shape, lengths: &mut dyn Iterator<Item = (u32, u32)>| {

@@ -122,7 +122,7 @@ fn without_a_mask_everything_is_shared() {
 /// What a step reads decides on the kernels, not what its requests have together.
 #[test]
 fn shared_kv_counts_once_for_the_kernels() {
-    let fast_memory = DeviceModel { bytes_per_s: 1.1 * DeviceModel::H100.bytes_per_s, ..DeviceModel::H100 };
+    let fast_memory = DeviceModel { bytes_per_s: 1.5 * DeviceModel::H100.bytes_per_s, ..DeviceModel::H100 };
     let models = DeviceModel::estimates_for_device("H100", (9, 0), 132);
     let fast_products = *models.iter().find(|model| model.kernel_family == KernelFamily::Sm90a).expect("an H100 runs them");
     let mut planner = Planner::choosing(vec![fast_memory, fast_products]);

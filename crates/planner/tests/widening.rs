@@ -174,7 +174,7 @@ fn for_wide_tiles_slots_follow_each_other() {
     assert_eq!(explanation.distinct_kv_bytes, batch.distinct_slots() * batch.shape().kv_bytes_per_slot());
     let before_us = explanation.predicted_us - Schedule::predicted(&plan, model).summary().span_us;
     let widening_us = 1e-3 * model.launch_ns + 1e6 * explanation.widening_bytes as f64 / model.bytes_per_s;
-    assert!(before_us >= 1e-3 * model.launch_ns + widening_us, "{before_us} µs");
+    assert!(before_us + 0.01 >= 1e-3 * model.launch_ns + widening_us, "{before_us} µs"); // schedules are in whole ns
     let converting = plan_by(&mut planner().with_widening(0), &batch);
     assert!(explanation.predicted_us < converting.explain(model).predicted_us);
     assert!(explanation.upload_bytes > converting.explain(model).upload_bytes);

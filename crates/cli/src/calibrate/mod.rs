@@ -64,19 +64,31 @@ fn table_of_models(models: &[DeviceModel]) -> comfy_table::Table {
     let names = models.iter().map(|model| format!("{}, {}", model.kernel_family, model.head_dim));
     let header: Vec<_> = std::iter::once("kernels, head dimension".to_owned()).chain(names).collect();
     let mut table = table::new(&header.iter().map(String::as_str).collect::<Vec<_>>());
-    let mut row = |name: &str, value: fn(&DeviceModel) -> f64| {
-        table.add_row(std::iter::once(name.to_owned()).chain(models.iter().map(value).map(significant)));
+    let mut row = |name: &str, value: fn(&DeviceModel) -> Option<f64>| {
+        let cell = |model| value(model).map_or_else(String::new, significant);
+        table.add_row(std::iter::once(name.to_owned()).chain(models.iter().map(cell)));
     };
-    row("memory, GB/s", |model| model.bytes_per_s * 1e-9);
-    row("L2 cache, GB/s", |model| model.cached_bytes_per_s * 1e-9);
-    row("wide tiles, TFLOP/s", |model| model.flops_per_s * 1e-12);
-    row("a work item, ns", |model| model.item_ns);
-    row("a wide one by itself, ns", |model| model.wide.setup_ns);
-    row("a step of it, ns", |model| model.wide.step_ns);
-    row("a narrow one by itself, ns", |model| model.narrow.setup_ns);
-    row("a step of it, ns", |model| model.narrow.step_ns);
-    row("launch, ns", |model| model.launch_ns);
-    row("merge, ns", |model| model.merge_ns);
+    row("memory, GB/s", |model| Some(model.bytes_per_s * 1e-9));
+    row("the same, FP8", |model| model.e4m3.map(|times| times.bytes_per_s * 1e-9));
+    row("L2 cache, GB/s", |model| Some(model.cached_bytes_per_s * 1e-9));
+    row("left in it by others, MB", |model| Some(model.displaced_bytes * 1e-6));
+    row("wide tiles, TFLOP/s", |model| Some(model.flops_per_s * 1e-12));
+    row("a work item, ns", |model| Some(model.item_ns));
+    row("a wide one by itself, ns", |model| Some(model.wide.setup_ns));
+    row("a step of it, ns", |model| Some(model.wide.step_ns));
+    row("a tall one by itself, ns", |model| model.tall.map(|times| times.setup_ns));
+    row("a step of it, ns", |model| model.tall.map(|times| times.step_ns));
+    row("a narrow one by itself, ns", |model| Some(model.narrow.setup_ns));
+    row("a step of it, ns", |model| Some(model.narrow.step_ns));
+    row("a wide one by itself, FP8, ns", |model| model.e4m3.map(|times| times.wide.setup_ns));
+    row("a step of it, ns", |model| model.e4m3.map(|times| times.wide.step_ns));
+    row("a narrow one by itself, FP8, ns", |model| model.e4m3.map(|times| times.narrow.setup_ns));
+    row("a step of it, ns", |model| model.e4m3.map(|times| times.narrow.step_ns));
+    row("wide ones beside narrow ones, times", |model| model.beside.map(|times| times.wide));
+    row("narrow ones beside wide ones, times", |model| model.beside.map(|times| times.narrow));
+    row("a step of these, FP8, ns", |model| model.beside.map(|times| times.stored_step_ns));
+    row("launch, ns", |model| Some(model.launch_ns));
+    row("merge, ns", |model| Some(model.merge_ns));
     table
 }
 
