@@ -104,7 +104,7 @@ pub use packinfer_kv::{
 };
 pub use packinfer_planner::{
     AppendError, BesideTimes, Calibration, CalibrationError, DeviceModel, Explanation, Fp8Times, Headroom, KernelFamily,
-    KvTensors, Packing, Plan, PlanError, Planner, TileTimes, WideTileWidening, Widening,
+    KvTensors, NarrowItems, Packing, Plan, PlanError, Planner, TileTimes, WideTileWidening, Widening,
 };
 pub use run::{RunOptions, Tensors};
 pub use stamps::{RunStamps, Stamps};

@@ -9,7 +9,7 @@ use packinfer_cpu::{
     CpuError, Element, Inputs, KvElement, Options, Outputs, execute, largest_difference, random_elements, reference,
     relative_error,
 };
-use packinfer_planner::{BesideTimes, DeviceModel, Fp8Times, KernelFamily, Packing, Plan, Planner, TileTimes};
+use packinfer_planner::{BesideTimes, DeviceModel, Fp8Times, KernelFamily, NarrowItems, Packing, Plan, Planner, TileTimes};
 use proptest::prelude::*;
 
 /// A plan for a device of so many multiprocessors: many of them split requests, few of them pack.
@@ -69,27 +69,20 @@ fn assert_exact<E: Element, K: KvElement<E>>(batch: &Batch, plan: &Plan, options
     assert!(error <= 1e-4, "LSE is off by {error}");
 }
 
-/// A device whose wide tiles take longer if K and V are in FP8.
-fn slow_in_fp8(model: DeviceModel) -> DeviceModel {
-    let DeviceModel { bytes_per_s, wide, narrow, .. } = model;
-    let e4m3 = Fp8Times { bytes_per_s, wide: TileTimes { setup_ns: 2.0 * wide.setup_ns, ..wide }, narrow };
-    DeviceModel { e4m3: Some(e4m3), ..model }
-}
-
 /// A plan for a device with kernels for Hopper where bytes cost nothing: K and V in FP8 are made what Q is wherever they can be.
 fn widened(batch: &Batch) -> Plan {
-    let model = DeviceModel { kernel_family: KernelFamily::Sm90a, bytes_per_s: 1e18, launch_ns: 0.0, ..DeviceModel::H100 };
-    Planner::new(slow_in_fp8(model)).plan(batch).expect("a plan")
+    let DeviceModel { wide, narrow, .. } = DeviceModel::H100;
+    let wide = TileTimes { setup_ns: 2.0 * wide.setup_ns, ..wide };
+    let e4m3 = Some(Fp8Times { bytes_per_s: 1e18, wide, narrow });
+    let model = DeviceModel { kernel_family: KernelFamily::Sm90a, bytes_per_s: 1e18, launch_ns: 0.0, e4m3, ..DeviceModel::H100 };
+    Planner::new(model).plan(batch).expect("a plan")
 }
 
-/// The same where products cost even less, and narrow tiles are done beside wide ones: K and V in FP8 are made what Q is for wide
-/// tiles wherever they can be, which is nothing to the CPU.
+/// The same where narrow tiles are done beside wide ones: K and V in FP8 are made what Q is for wide tiles alone.
 fn widened_for_wide_tiles(batch: &Batch) -> Plan {
-    let beside = Some(BesideTimes { wide: 0.5, narrow: 0.5, stored_step_ns: 0.0 });
-    let model = DeviceModel { kernel_family: KernelFamily::Sm90a, launch_ns: 0.0, beside, ..DeviceModel::H100 };
-    let wide = TileTimes { step_ns: 0.0, ..model.wide };
-    let model = slow_in_fp8(DeviceModel { bytes_per_s: 1e17, flops_per_s: 1e20, wide, ..model });
-    Planner::new(model).plan(batch).expect("a plan")
+    let beside = Some(BesideTimes { wide: 1.0, narrow: 1.0, stored_step_ns: 0.0 });
+    let model = DeviceModel { kernel_family: KernelFamily::Sm90a, beside, ..DeviceModel::H100 };
+    Planner::new(model).with_narrow_items(NarrowItems::Beside).plan(batch).expect("a plan")
 }
 
 /// A plan for a device of one multiprocessor, so slow to read that requests share nearly whatever they can.

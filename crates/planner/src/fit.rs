@@ -9,10 +9,10 @@
 use packinfer_abi::{TileKind, WIDE_TILE_ROWS};
 use serde::{Deserialize, Serialize};
 
-use crate::KernelFamily;
 use crate::cost::ItemWork;
 use crate::device::{BesideTimes, DeviceModel, Fp8Times, TileTimes};
 use crate::least_squares::NonNegative;
+use crate::{KernelFamily, NarrowItems};
 
 /// How much the estimate of an unknown counts, as the error of one batch would: next to nothing where batches say what it is.
 const ESTIMATE_WEIGHT: f64 = 0.01;
@@ -24,25 +24,6 @@ const MAX_ROUNDS: u32 = 100;
 const BELIEVED: f64 = 8.0;
 /// Work items that take so long show what the memory did before: shorter ones share that.
 const LONG_NS: f64 = 20_000.0;
-
-/// How the narrow items of a call are done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum NarrowItems {
-    /// By themselves, or there are none.
-    #[default]
-    Alone,
-    /// While other multiprocessors do wide ones.
-    InTurn,
-    /// Beside wide ones, on the same multiprocessors.
-    Beside,
-}
-
-impl NarrowItems {
-    fn are_alone(&self) -> bool {
-        *self == Self::Alone
-    }
-}
 
 /// One batch that was run, with what its work items took.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -5,6 +5,7 @@ use std::mem;
 
 use packinfer_abi::{HeadGroups, MOST_NARROW_LOADERS, TileKind};
 use packinfer_batch::{AttentionShape, Batch, KvDType};
+use serde::{Deserialize, Serialize};
 
 use crate::cost::{CostModel, WorkTimes};
 use crate::device::{LanesOfGroups, LeastWork};
@@ -34,6 +35,25 @@ pub enum Packing {
     PerRequest,
 }
 
+/// How narrow items are done where there are wide ones, too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NarrowItems {
+    /// By themselves: there are none of the other kind, or nothing else is worth it.
+    #[default]
+    Alone,
+    /// While other multiprocessors do wide ones.
+    InTurn,
+    /// Beside wide ones, on the same multiprocessors.
+    Beside,
+}
+
+impl NarrowItems {
+    pub(crate) fn are_alone(&self) -> bool {
+        *self == Self::Alone
+    }
+}
+
 /// Makes plans. It keeps its memory from plan to plan.
 ///
 /// Planning goes through four steps: it is chosen what requests read together, their query tokens are put into tiles, the tiles'
@@ -43,6 +63,8 @@ pub struct Planner {
     /// At least one.
     models: Vec<DeviceModel>,
     packing: Packing,
+    /// How narrow items are to be done; if nothing is said, so that the call is predicted to end first.
+    narrow_items: Option<NarrowItems>,
     headroom: Headroom,
     widener: Widener,
     /// A plan of the same batch that was not taken.
@@ -84,6 +106,7 @@ impl Planner {
         Self {
             models,
             packing: Packing::default(),
+            narrow_items: None,
             headroom: Headroom::default(),
             widener: Widener::default(),
             other: None,
@@ -103,6 +126,13 @@ impl Planner {
     /// The same planner, with another way of putting requests into tiles.
     pub fn with_packing(self, packing: Packing) -> Self {
         Self { packing, ..self }
+    }
+
+    /// The same planner, whose plans have narrow items done so wherever there are kernels for that and wide items beside which
+    /// they can be, whatever is faster: to compare and to calibrate. Tiles of prompts are not tall then, as there are no narrow
+    /// ones with these.
+    pub fn with_narrow_items(self, narrow_items: NarrowItems) -> Self {
+        Self { narrow_items: Some(narrow_items), ..self }
     }
 
     /// The same planner, whose plans of decodes have room for further steps.
@@ -141,7 +171,8 @@ impl Planner {
         plan.growth.reset(batch, self.headroom);
         let mut widener = mem::take(&mut self.widener);
         let is_packed = self.packing != Packing::PerRequest;
-        let widened = if is_packed { widener.widen(batch, &plan.model, &mut plan.widening) } else { None };
+        let is_free = self.narrow_items.is_none();
+        let widened = if is_packed && is_free { widener.widen(batch, &plan.model, &mut plan.widening) } else { None };
         let planned = match widened {
             Some(widened) => {
                 self.find_shared(widened);
@@ -150,8 +181,12 @@ impl Planner {
             None => self.plan_as_it_is(batch, plan),
         };
         let has_queues = plan.num_front_items() < plan.items.len() as u32;
-        if planned.is_ok() && is_packed && has_queues && widener.may_widen_wide_tiles(batch, plan, repeated_tokens) {
-            self.widen_wide_tiles_if_faster(batch, plan, &mut widener);
+        let may_pay = match self.narrow_items {
+            None => has_queues && widener.may_widen_wide_tiles(batch, plan, repeated_tokens),
+            Some(narrow_items) => narrow_items == NarrowItems::Beside,
+        };
+        if planned.is_ok() && is_packed && may_pay && Widener::can_widen_wide_tiles(plan) {
+            self.widen_wide_tiles(batch, plan, &mut widener);
         }
         self.widener = widener;
         planned.inspect_err(|_| *plan = Plan::empty(batch.shape()))
@@ -172,7 +207,10 @@ impl Planner {
             Packing::Packed | Packing::Unshared => shape.packed_head_groups(),
             Packing::PerRequest => shape.single_head_groups(),
         };
-        let wide_tile_rows = tile::wide_tile_rows(batch, shape, &plan.model, heads.heads_per_group);
+        let wide_tile_rows = match self.narrow_items {
+            None => tile::wide_tile_rows(batch, shape, &plan.model, heads.heads_per_group),
+            Some(_) => plan.model.kernel_family.wide_tile_rows(shape.head_dim()),
+        };
         let heads = HeadGroups { wide_tile_rows, ..heads };
         (plan.attended, plan.heads) = (KvTensors::of(batch), heads);
         let cost = plan.cost_model(&plan.model);
@@ -184,18 +222,20 @@ impl Planner {
     }
 
     /// Plans a batch again, now with wide tiles that read what K and V are made before; and takes that plan instead, if it is
-    /// faster and there is room for what is made.
-    fn widen_wide_tiles_if_faster(&mut self, batch: &Batch, plan: &mut Plan, widener: &mut Widener) {
+    /// faster, or is to be taken, and there is room for what is made.
+    fn widen_wide_tiles(&mut self, batch: &Batch, plan: &mut Plan, widener: &mut Widener) {
         let mut other = self.other.take().unwrap_or_else(|| Plan::empty(batch.shape()));
         (other.model, other.stored, other.widens_for_wide_tiles) = (plan.model, None, true);
         other.widening.clear();
         other.growth.reset(batch, Headroom::default());
-        let end_ns = self.queues.end_ns();
+        let is_faster_anyway = self.narrow_items.is_some();
+        let end_ns = if is_faster_anyway { f64::INFINITY } else { self.queues.end_ns() };
         let is_better = self.plan_as_it_is(batch, &mut other).is_ok()
             && other.beside
             && widener.widen_wide_tiles(&mut other, end_ns - self.queues.end_ns())
             && other.check(other.num_partial_rows.into()).is_ok()
-            && other.predicted_ns(&other.model, &mut self.lanes) < plan.predicted_ns(&plan.model, &mut self.lanes);
+            && (is_faster_anyway
+                || other.predicted_ns(&other.model, &mut self.lanes) < plan.predicted_ns(&plan.model, &mut self.lanes));
         if is_better {
             // For a run with a soft-cap.
             other.back_lanes = plan.back_lanes;
@@ -304,7 +344,8 @@ impl Planner {
             if plan.model.kernel_family == KernelFamily::Sm90a {
                 let can_be_beside = plan.model.kernel_family.does_narrow_beside_wide(plan.shape_of(TileKind::Wide));
                 let beside = match plan.model.beside.filter(|_| can_be_beside) {
-                    Some(times) if plan.widens_for_wide_tiles => Beside::Always(times),
+                    Some(_) if self.narrow_items.is_some_and(|narrow_items| narrow_items != NarrowItems::Beside) => Beside::Never,
+                    Some(times) if plan.widens_for_wide_tiles || self.narrow_items.is_some() => Beside::Always(times),
                     Some(times) => Beside::IfFaster(times),
                     None => Beside::Never,
                 };

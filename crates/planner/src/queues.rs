@@ -79,13 +79,14 @@ impl Queues {
     /// How the device should go about both kinds of items so that the call ends first; nothing if there is hardly any work of one
     /// kind, so that queues do not matter.
     pub fn arrange(&mut self, device: LanesOfGroups, beside: Beside) -> Option<Arrangement> {
+        if let Beside::Always(times) = beside {
+            self.end_ns = self.beside_end_ns(times, device);
+            let has_both = !self.wide.is_empty() && !self.narrow.is_empty();
+            return has_both.then_some(Arrangement { back_lanes: 0, beside: true });
+        }
         let narrow_ns = self.narrow_full_ns();
         if self.wide_ns.min(narrow_ns) <= WORTHWHILE * (self.wide_ns + narrow_ns) {
             return None;
-        }
-        if let Beside::Always(times) = beside {
-            self.end_ns = self.beside_end_ns(times, device);
-            return Some(Arrangement { back_lanes: 0, beside: true });
         }
         self.wide_need = memory_need(self.wide.iter().copied());
         // All begin with wide items, and narrow ones come last, unless something else is worth it.

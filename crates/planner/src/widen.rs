@@ -178,13 +178,20 @@ impl Widener {
         Some(moved)
     }
 
+    /// Whether K and V of a plan's wide tiles alone can be made.
+    pub fn can_widen_wide_tiles(plan: &Plan) -> bool {
+        let (shape, model) = (plan.attended.shape, &plan.model);
+        let widened = shape.with_kv_dtype(KvDType::Same);
+        let has_kernel = model.beside.is_some() && model.kernel_family.does_narrow_beside_wide(widened);
+        shape != widened && has_kernel && !plan.growth.is_planned()
+    }
+
     /// Whether it may pay to make K and V of wide tiles alone, as far as that is seen without planning for it, if so many KV
     /// tokens need not be read again: most decodes are left out.
     pub fn may_widen_wide_tiles(&self, batch: &Batch, plan: &Plan, repeated_tokens: u64) -> bool {
         let (shape, model) = (batch.shape(), &plan.model);
         let widened = shape.with_kv_dtype(KvDType::Same);
-        let has_kernel = model.beside.is_some() && model.kernel_family.does_narrow_beside_wide(widened);
-        if plan.attended.shape == widened || !has_kernel || plan.growth.is_planned() {
+        if !Self::can_widen_wide_tiles(plan) {
             return false;
         }
         let heads_per_group = u64::from(shape.packed_head_groups().heads_per_group);

@@ -6,7 +6,7 @@ use std::num::NonZeroU32;
 
 use packinfer_abi::{KvRun, TileKind};
 use packinfer_batch::{AttentionShape, Batch, DType, KvDType, KvLayout, Mask, PageOrder, PagedLayout};
-use packinfer_planner::{DeviceModel, Headroom, KvTensors, Packing, Plan, Planner, Schedule};
+use packinfer_planner::{DeviceModel, Headroom, KvTensors, NarrowItems, Packing, Plan, Planner, Schedule};
 
 /// A batch in FP8, each request with pages of its own, after `shared` pages of 16 slots that all begin with.
 fn batch(head_dim: u32, mask: Mask, shared: u32, lengths: &[(u32, u32)]) -> Batch {
@@ -226,5 +226,33 @@ fn for_wide_tiles_in_any_layout() {
         let plan = plan_by(&mut planner(), &batch);
         assert_eq!(made_for_wide_tiles(&plan), Some(6500));
         assert_eq!(plan.stored(), KvTensors { shape, layout: KvLayout::Paged(pages), num_slots: batch.num_slots() });
+    }
+}
+
+/// Whatever is predicted, and whatever K and V are stored in.
+#[test]
+fn narrow_items_are_done_as_was_said() {
+    let few_narrow = [vec![(900, 4000); 4], vec![(1, 200); 3]].concat();
+    for lengths in [mixed_lengths(), few_narrow] {
+        for head_dim in AttentionShape::HEAD_DIMS {
+            let fp8 = batch(head_dim, Mask::Causal, 0, &lengths);
+            let mut same = Batch::new(fp8.shape().with_kv_dtype(KvDType::Same), Mask::Causal);
+            for request in fp8.requests() {
+                let runs = fp8.runs_of(request).iter().copied();
+                same.push_runs(request.query_len, request.kv_len, runs).expect("a good request");
+            }
+            for batch in [fp8, same] {
+                let plan = |narrow_items| plan_by(&mut planner().with_narrow_items(narrow_items), &batch);
+                let has_kernel = matches!(head_dim, 64 | 128);
+                let beside = plan(NarrowItems::Beside);
+                assert_eq!(beside.is_beside(), has_kernel, "{:?}", batch.shape());
+                let is_fp8 = batch.shape().kv_dtype() == KvDType::E4m3;
+                assert_eq!(beside.wide_tile_widening().is_some(), has_kernel && is_fp8, "{:?}", batch.shape());
+                assert!(!plan(NarrowItems::InTurn).is_beside());
+                for plan in [beside, plan(NarrowItems::InTurn)] {
+                    assert!(plan.items().iter().any(|item| item.tile == TileKind::Narrow));
+                }
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Narrow work items beside wide ones, on the same multiprocessor at the same time.
 
 use half::{bf16, f16};
-use packinfer::{BesideTimes, DeviceModel, Engine, Mask, Packing, Plan};
+use packinfer::{DeviceModel, Engine, Mask, Packing};
 use packinfer_abi::{DIRECT, KvRun, TileKind};
 
 use crate::case::{self, Case, Element, contiguous, engine, paged, shape};
@@ -17,17 +17,8 @@ fn lengths() -> Vec<(u32, u32)> {
     [(300, 900), (128, 128), (700, 1500), (64, 64)].into_iter().chain(decodes).collect()
 }
 
-/// A plan with the kernels for Hopper, if the engine has them; it does narrow items beside wide ones.
-fn plan_beside<E: Element>(engine: &Engine, case: &Case<E>, change: impl Fn(DeviceModel) -> DeviceModel) -> Option<Plan> {
-    // Whether it is faster is not what is tested.
-    let beside = Some(BesideTimes { wide: 0.5, narrow: 0.5, stored_step_ns: 0.0 });
-    let plan = case.plan_for_hopper(engine, |model| DeviceModel { beside, ..change(model) })?;
-    assert!(plan.is_beside(), "{:?}", case.batch.shape());
-    Some(plan)
-}
-
 fn check_shapes<E: Element + PartialEq>() {
-    let plan = |engine: &Engine, case: &Case<E>| plan_beside(engine, case, |model| model);
+    let plan = |engine: &Engine, case: &Case<E>| case.plan_beside(engine, |model| model);
     case::check_shapes(&HEAD_DIMS, &GQA_RATIOS, &[1, 3, 16, 100], &lengths(), Case::new, plan);
 }
 
@@ -52,7 +43,7 @@ fn several_tokens_windows_and_sinks() {
             let shape = shape::<bf16>(4, head_dim);
             let mut case = Case::<bf16>::new(paged(shape, mask, &lengths, 16));
             case.sinks = Some((0..shape.num_qo_heads()).map(|head| 3.0 * head as f32 - 9.0).collect());
-            let Some(plan) = plan_beside(engine, &case, |model| model) else { return };
+            let Some(plan) = case.plan_beside(engine, |model| model) else { return };
             case.check_plan(engine, &plan);
         }
     }
@@ -70,7 +61,7 @@ fn partials_are_merged() {
             batch.push_runs(1, runs.iter().map(|run| run.num_slots).sum(), runs).expect("good runs");
             let case = Case::<f16>::new(batch);
             let slow_memory = |model| DeviceModel { bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..model };
-            let Some(plan) = plan_beside(engine, &case, slow_memory) else { return };
+            let Some(plan) = case.plan_beside(engine, slow_memory) else { return };
             let splits = |kind| plan.items().iter().any(|item| item.partial_row != DIRECT && item.tile == kind);
             assert!(splits(TileKind::Narrow), "no narrow item is split");
             case.check_plan(engine, &plan);
@@ -86,7 +77,7 @@ fn other_kernels_take_turns_with_it() {
     let shape = shape::<bf16>(4, 128);
     let decodes: Vec<_> = (1..50).map(|request| (1, 40 * request)).collect();
     let mut mixed = Case::<bf16>::new(paged(shape, Mask::Causal, &lengths(), 16));
-    let Some(plan) = plan_beside(engine, &mixed, |model| model) else { return };
+    let Some(plan) = mixed.plan_beside(engine, |model| model) else { return };
     let decode = Case::<bf16>::new(paged(shape, Mask::Causal, &decodes, 16));
     let stream = engine.stream().expect("a stream");
     let mut workspace = engine.workspace().expect("there is room");

@@ -7,7 +7,7 @@ use packinfer::{
     AttentionShape, Batch, DeviceModel, DevicePlan, Engine, EngineError, EngineOptions, KernelFamily, Mask, Plan, Planner,
     RunOptions, Stamps, Stream, Tensors, Workspace,
 };
-use packinfer::{DeviceBuffer, Packing};
+use packinfer::{DeviceBuffer, NarrowItems, Packing};
 use packinfer_cpu::reference::{self, Reference};
 use packinfer_cpu::{Inputs, Options, largest_difference, random_elements, relative_error};
 
@@ -93,12 +93,18 @@ impl<E: Element, K: KvElement<E>> Case<E, K> {
 
     /// A plan for the Hopper kernels by changed models, if the engine has them.
     pub fn plan_for_hopper(&self, engine: &Engine, change: impl Fn(DeviceModel) -> DeviceModel) -> Option<Plan> {
-        let models = engine.device().models().into_iter().filter(|model| model.kernel_family == KernelFamily::Sm90a);
-        let models: Vec<_> = models.map(change).collect();
-        if models.is_empty() || !engine.kernel_families().contains(&KernelFamily::Sm90a) {
-            return None;
-        }
-        Some(Planner::choosing(models).plan(&self.batch).expect("the batch can be planned"))
+        Some(self.plan_of(hopper_planner(engine, change)?))
+    }
+
+    /// A plan that has narrow items done beside wide ones, if the engine has the kernels for Hopper.
+    pub fn plan_beside(&self, engine: &Engine, change: impl Fn(DeviceModel) -> DeviceModel) -> Option<Plan> {
+        let plan = self.plan_of(hopper_planner(engine, change)?.with_narrow_items(NarrowItems::Beside));
+        assert!(plan.is_beside(), "{:?}", self.batch.shape());
+        Some(plan)
+    }
+
+    fn plan_of(&self, mut planner: Planner) -> Plan {
+        planner.plan(&self.batch).expect("the batch can be planned")
     }
 
     pub fn on_device(&self, engine: &Engine) -> DeviceCase<E, K> {
@@ -295,6 +301,14 @@ pub fn check_shapes<E: Element + PartialEq, K: KvElement<E>>(
             }
         }
     }
+}
+
+/// A planner by changed models of the kernels for Hopper, if the engine has them.
+fn hopper_planner(engine: &Engine, change: impl Fn(DeviceModel) -> DeviceModel) -> Option<Planner> {
+    let models = engine.device().models().into_iter().filter(|model| model.kernel_family == KernelFamily::Sm90a);
+    let models: Vec<_> = models.map(change).collect();
+    let has_kernels = !models.is_empty() && engine.kernel_families().contains(&KernelFamily::Sm90a);
+    has_kernels.then(|| Planner::choosing(models))
 }
 
 /// A shape of two KV heads.

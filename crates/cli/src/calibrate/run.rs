@@ -5,9 +5,7 @@ use half::bf16;
 use packinfer::Engine;
 use packinfer_abi::{TileKind, WorkItem};
 use packinfer_batch::{AttentionShape, DType, KvDType};
-use packinfer_planner::{
-    BesideTimes, DeviceModel, ItemTime, ItemWork, Measurement, NarrowItems, Packing, Plan, Planner, Schedule, TaskTime,
-};
+use packinfer_planner::{DeviceModel, ItemTime, ItemWork, Measurement, NarrowItems, Packing, Plan, Planner, Schedule, TaskTime};
 
 use super::designs::{self, Design};
 use crate::backend::{BackendKv, Cuda, DeviceTensors, StampedCall, random};
@@ -110,12 +108,10 @@ fn measure_design<K: BackendKv<bf16>>(
 
 /// A planner that has narrow items done so, if there are kernels for that, and K and V in FP8 made bf16 only where they must be.
 fn planner(model: &DeviceModel, narrow_items: NarrowItems) -> Planner {
-    /// Whatever is predicted.
-    const PREFERRED: BesideTimes = BesideTimes { wide: 0.5, narrow: 0.5, stored_step_ns: 0.0 };
-    let planner = |beside| Planner::new(DeviceModel { beside, ..*model }).with_packing(Packing::Unshared);
+    let planner = Planner::new(*model).with_packing(Packing::Unshared);
     match narrow_items {
-        NarrowItems::Alone | NarrowItems::InTurn => planner(None).with_widening(0),
-        NarrowItems::Beside => planner(Some(PREFERRED)),
+        NarrowItems::Alone => planner.with_widening(0),
+        NarrowItems::InTurn | NarrowItems::Beside => planner.with_narrow_items(narrow_items),
     }
 }
 
