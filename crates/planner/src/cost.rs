@@ -104,6 +104,12 @@ pub(crate) struct TileRows {
     views: Option<PartViews>,
 }
 
+impl TileRows {
+    pub fn num_rows(&self) -> u32 {
+        self.num_rows
+    }
+}
+
 /// Rows of a head group in a tile.
 pub(crate) fn num_rows(heads: HeadGroups, segments: &[RowSegment]) -> u32 {
     segments.iter().map(|segment| segment.num_tokens).sum::<u32>() * heads.heads_per_group
@@ -143,6 +149,11 @@ impl WorkTimes {
     /// What the item takes if all blocks need their share of the memory.
     pub fn full(self) -> f64 {
         self.with_memory_for(1.0)
+    }
+
+    /// Whether that is what its traffic takes.
+    pub fn is_traffic(self) -> bool {
+        self.memory_ns + self.cache_ns >= self.block_ns
     }
 
     /// The same in whole nanoseconds.
@@ -319,6 +330,11 @@ impl CostModel {
     /// Floating-point operations of an item.
     fn flops(&self, views: &PartViews, columns: Range<u32>) -> f64 {
         views.issued_pairs(columns, self.family.column_step(self.head_dim)) as f64 * self.flops_per_pair
+    }
+
+    /// Whether two items of a kind, with so many rows, take less of that in one.
+    pub fn shares_item_time(&self, kind: TileKind, [a, b]: [u32; 2]) -> bool {
+        self.item_ns(kind, a + b) < self.item_ns(kind, a) + self.item_ns(kind, b)
     }
 
     /// What an item with so many rows takes whatever it does.

@@ -7,7 +7,7 @@
 use packinfer_abi::{HeadGroups, TileKind, WIDE_TILE_ROWS};
 use packinfer_batch::{Batch, Mask};
 
-use crate::cost::{CostModel, Ns};
+use crate::cost::{CostModel, Ns, WorkTimes};
 use crate::share::Sharing;
 use crate::tile::{Content, kind_for, last_column_end, tokens_per_tile};
 
@@ -24,7 +24,21 @@ pub(crate) struct Packer {
     packs: Vec<Pack>,
     remainders: Remainders,
     /// What a request's remainder takes in a tile of its own.
-    alone: Vec<Ns>,
+    alone: Vec<TileTime>,
+}
+
+/// What a tile takes.
+#[derive(Clone, Copy, Debug, Default)]
+struct TileTime {
+    ns: Ns,
+    /// Whether that is what its traffic takes.
+    is_traffic: bool,
+}
+
+impl TileTime {
+    fn of(times: WorkTimes) -> Self {
+        Self { ns: times.full_ns(), is_traffic: times.is_traffic() }
+    }
 }
 
 /// Requests whose remainders share a tile.
@@ -98,7 +112,7 @@ impl Packer {
             let tokens = division.remainder;
             // Of a request with a sliding window, the remainder does not see all of the columns that come before it.
             let sees_all = division.full_tiles == 0 || !matches!(batch.mask(), Mask::Window(_));
-            let may_join = tokens <= Remainders::MOST_TOKENS && sees_all && self.alone[index] < longest_pack;
+            let may_join = tokens <= Remainders::MOST_TOKENS && sees_all && self.alone[index].ns < longest_pack;
             if tokens > 0 && may_join {
                 self.remainders.push(tokens, index as u32);
             } else if tokens > 0 || division.full_tiles > 0 {
@@ -131,17 +145,17 @@ impl Packer {
             let division = own.division(heads);
             let item = |kind, tokens| {
                 let segment = own.segment(batch.mask(), tokens, 0);
-                cost.item(kind, &[segment], 0..last_column_end(&segment), division.fresh(), own.is_partial()).full_ns()
+                cost.item(kind, &[segment], 0..last_column_end(&segment), division.fresh(), own.is_partial())
             };
             let alone = match division.remainder {
-                0 => 0,
-                tokens => item(kind_for(tokens, heads), division.remainder_tokens()),
+                0 => TileTime::default(),
+                tokens => TileTime::of(item(kind_for(tokens, heads), division.remainder_tokens())),
             };
             if division.full_tiles > 0 {
-                let middle = item(TileKind::Wide, division.full_tile(division.full_tiles / 2));
+                let middle = item(TileKind::Wide, division.full_tile(division.full_tiles / 2)).full_ns();
                 total = middle.saturating_mul(Ns::from(division.full_tiles)).saturating_add(total);
             }
-            total = alone.saturating_add(total);
+            total = alone.ns.saturating_add(total);
             self.alone.push(alone);
         }
         total
@@ -162,19 +176,25 @@ impl Packer {
         let mut free = tokens_per_tile(kind, heads) - tokens;
         let (mut content, mut rows) = (Content::default(), cost.no_rows(kind));
         content.add(sharing.own(batch, first), batch.mask(), heads).iter().for_each(|segment| cost.add(&mut rows, segment));
-        let mut pack_cost = self.alone[first as usize];
+        let mut pack = self.alone[first as usize];
         self.members.push(first);
         while let Some((tokens, next)) = self.remainders.longest(free) {
+            let alone = self.alone[next as usize];
+            // Traffic only adds up: that is soon seen of most decodes.
+            let num_rows = [rows.num_rows(), tokens * heads.heads_per_group];
+            if pack.is_traffic && alone.is_traffic && !cost.shares_item_time(kind, num_rows) {
+                break;
+            }
             let own = sharing.own(batch, next);
             if content.columns.saturating_add(own.kv_len()) > Batch::MAX_SLOTS {
                 break;
             }
             content.add(own, batch.mask(), heads).iter().for_each(|segment| cost.add(&mut rows, segment));
-            let joined = cost.item_of_rows(&rows, 0..content.columns, content.fresh(), content.partial).full_ns();
-            if joined > longest_pack || joined >= self.alone[next as usize].saturating_add(pack_cost) {
+            let joined = TileTime::of(cost.item_of_rows(&rows, 0..content.columns, content.fresh(), content.partial));
+            if joined.ns > longest_pack || joined.ns >= alone.ns.saturating_add(pack.ns) {
                 break;
             }
-            pack_cost = joined;
+            pack = joined;
             free -= tokens;
             self.remainders.pop(tokens);
             self.members.push(next);

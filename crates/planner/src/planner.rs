@@ -267,7 +267,9 @@ impl Planner {
         /// What sharing must save, as part of the time, to be worth its merges: predictions are not better than that.
         const WORTHWHILE: f64 = 0.01;
         let planned = self.lay_out(batch, plan, heads, cost);
-        let apart_ns = plan.model.least_ns(LeastWork::of(batch, 0)) * (1.0 - WORTHWHILE);
+        // Who reads more displaces no less.
+        let besides_ns = plan.model.launch_ns + plan.least_displacing_ns();
+        let apart_ns = (plan.model.least_ns(LeastWork::of(batch, 0)) + besides_ns) * (1.0 - WORTHWHILE);
         if planned.is_ok() && plan.predicted_at_most_ns(&plan.model, &self.times) < apart_ns {
             return planned;
         }

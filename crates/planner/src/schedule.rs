@@ -300,6 +300,12 @@ impl Plan {
         if self.settled_bytes[tile as usize] == 0 { 0.0 } else { 1e9 * model.displaced_bytes / model.bytes_per_s }
     }
 
+    /// What the first item of every block waits for at least.
+    pub(crate) fn least_displacing_ns(&self) -> f64 {
+        let of_kind = |tile| self.displacing_ns(tile, &self.model);
+        of_kind(TileKind::Wide).min(of_kind(TileKind::Narrow))
+    }
+
     /// The same where a lane does one task at a time.
     fn give_out_in_turn(&self, model: &DeviceModel, lanes: &mut Lanes, mut tell: impl FnMut(usize, Given)) {
         let num_lanes = model.lanes();
