@@ -228,13 +228,13 @@ impl Planner {
         (other.model, other.stored, other.widens_for_wide_tiles) = (plan.model, None, true);
         other.widening.clear();
         other.growth.reset(batch, Headroom::default());
-        let is_faster_anyway = self.narrow_items.is_some();
-        let end_ns = if is_faster_anyway { f64::INFINITY } else { self.queues.end_ns() };
+        let is_asked_for = self.narrow_items.is_some();
+        let end_ns = if is_asked_for { f64::INFINITY } else { self.queues.end_ns() };
         let is_better = self.plan_as_it_is(batch, &mut other).is_ok()
             && other.beside
             && widener.widen_wide_tiles(&mut other, end_ns - self.queues.end_ns())
             && other.check(other.num_partial_rows.into()).is_ok()
-            && (is_faster_anyway
+            && (is_asked_for
                 || other.predicted_ns(&other.model, &mut self.lanes) < plan.predicted_ns(&plan.model, &mut self.lanes));
         if is_better {
             // For a run with a soft-cap.
