@@ -78,7 +78,7 @@ pub struct Fp8Times {
 }
 
 /// What items take where a multiprocessor does a narrow one and a wide one at the same time, as parts of what they take where it
-/// does one at a time. They are by hand, from the times of whole batches: `packinfer calibrate` leaves them as they were.
+/// does one at a time: until all of either kind have ended.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BesideTimes {

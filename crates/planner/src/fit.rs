@@ -368,27 +368,23 @@ fn fit_displaced(model: &mut DeviceModel, measurements: &[&Measurement], notes: 
 /// What items take beside others, as a part of what they take otherwise; and a step of narrow ones in FP8.
 fn fit_beside(model: &mut DeviceModel, measurements: &[&Measurement]) {
     let unknowns = unknowns_of(model);
-    let items = |is_fp8: bool, tile: TileKind| {
-        let of_type = measurements.iter().filter(move |measurement| measurement.is_fp8 == is_fp8);
-        let of_measurement = |m: &'_ &Measurement| m.items.iter().map(|&item| (item, Work::of(item.work, m))).collect::<Vec<_>>();
-        of_type.flat_map(of_measurement).filter(move |(item, _)| item.work.tile == tile)
+    // What all items of a kind took, for each unit of what is counted.
+    let mean = |is_fp8: bool, tile: TileKind, count: &dyn Fn(&Work) -> f64| {
+        let (mut taken_ns, mut counted) = (0.0, 0.0);
+        for measurement in measurements.iter().filter(|measurement| measurement.is_fp8 == is_fp8) {
+            for ItemTime { work, tasks, ns } in measurement.items.iter().filter(|item| item.work.tile == tile) {
+                taken_ns += f64::from(*tasks) * ns;
+                counted += f64::from(*tasks) * count(&Work::of(*work, measurement));
+            }
+        }
+        (counted > 0.0).then(|| taken_ns / counted)
     };
-    let factor = |tile: TileKind| {
-        let times = items(false, tile)
-            .map(|(ItemTime { tasks, ns, .. }, work)| [ns, predict(&work, &unknowns)].map(|ns| f64::from(tasks) * ns));
-        let [taken, predicted] = times.fold([0.0; 2], |sum, times| [sum[0] + times[0], sum[1] + times[1]]);
-        (predicted > 0.0).then(|| taken / predicted)
-    };
-    let step_ns = || {
-        let narrow = items(true, TileKind::Narrow)
-            .map(|(ItemTime { tasks, ns, work }, _)| [ns, f64::from(work.steps)].map(|part| f64::from(tasks) * part));
-        let [taken, steps] = narrow.fold([0.0; 2], |sum, item| [sum[0] + item[0], sum[1] + item[1]]);
-        (steps > 0.0).then(|| taken / steps)
-    };
+    let predicted_ns = |work: &Work| predict(work, &unknowns);
+    let steps = |work: &Work| f64::from(work.item.steps);
     if let Some(times) = &mut model.beside {
-        times.wide = factor(TileKind::Wide).unwrap_or(times.wide);
-        times.narrow = factor(TileKind::Narrow).unwrap_or(times.narrow);
-        times.stored_step_ns = step_ns().unwrap_or(times.stored_step_ns);
+        times.wide = mean(false, TileKind::Wide, &predicted_ns).unwrap_or(times.wide);
+        times.narrow = mean(false, TileKind::Narrow, &predicted_ns).unwrap_or(times.narrow);
+        times.stored_step_ns = mean(true, TileKind::Narrow, &steps).unwrap_or(times.stored_step_ns);
     }
 }
 

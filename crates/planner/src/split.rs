@@ -116,6 +116,7 @@ impl Splitter {
             let with_splits = self.fill_lanes(tiles, plan, cost, num_lanes, total);
             let first_end = self.lanes.max();
             self.fill_lanes(tiles, plan, cost, num_lanes, with_splits.max(total));
+            // Where that leaves room for what was cut before, lanes may end further apart than they did.
             if self.lanes.max() > first_end {
                 self.fill_lanes(tiles, plan, cost, num_lanes, total);
             }
