@@ -31,5 +31,6 @@ pub use error::BatchError;
 pub use file::{BatchFile, BatchFileError, RequestLengths};
 pub use layout::{KvLayout, KvStrides, PageOrder, PagedLayout};
 pub use packinfer_abi::KvRun;
+pub use pages::KvPlacement;
 pub use rope::{Rope, RopeError, RopeLayout};
 pub use shape::{AttentionShape, DType, KvDType};

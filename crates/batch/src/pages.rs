@@ -1,4 +1,4 @@
-//! Where the KV of a batch file lies: pages of a pool, in the disorder of one that has been used for a while.
+//! Where the KV of a batch file lies: pages of a pool, in the disorder of one that has been used for a while, or in order.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -9,14 +9,36 @@ use rand::seq::SliceRandom;
 
 use crate::{Batch, BatchFile, BatchFileError};
 
+/// Where the pages of a batch file lie in their pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvPlacement {
+    /// In random order, as in a pool that has been used for a while.
+    Scattered {
+        /// Of that order.
+        seed: u64,
+    },
+    /// In the order in which requests take them, so that what a request does not share is in one piece, as are blocks that are
+    /// there for the first time.
+    Contiguous,
+}
+
 impl BatchFile {
-    /// The batch with its KV laid out in pages of a pool that just holds it: in random order (by `seed`), and shared by the
-    /// requests whose leading blocks are the same.
+    /// [`Self::to_batch_in`] scattered pages, in an order by `seed`.
+    ///
+    /// # Errors
+    ///
+    /// As that.
+    pub fn to_batch(&self, seed: u64) -> Result<Batch, BatchFileError> {
+        self.to_batch_in(KvPlacement::Scattered { seed })
+    }
+
+    /// The batch with its KV laid out in pages of a pool that just holds it, shared by the requests whose leading blocks are the
+    /// same.
     ///
     /// # Errors
     ///
     /// What [`Self::check`] finds, or more slots than can be numbered.
-    pub fn to_batch(&self, seed: u64) -> Result<Batch, BatchFileError> {
+    pub fn to_batch_in(&self, placement: KvPlacement) -> Result<Batch, BatchFileError> {
         self.check()?;
         let mut prefixes = PrefixPages::new(self.block_tokens.unwrap_or(0) / self.page_size);
         let mut in_order: Vec<u32> = Vec::new();
@@ -39,10 +61,12 @@ impl BatchFile {
             let page_size = self.page_size;
             return Err(BatchFileError::TooManySlots { pages: pages.into(), page_size, most });
         }
-        let mut shuffled: Vec<u32> = (0..pages).collect();
-        shuffled.shuffle(&mut SmallRng::seed_from_u64(seed));
+        let mut placed: Vec<u32> = (0..pages).collect();
+        if let KvPlacement::Scattered { seed } = placement {
+            placed.shuffle(&mut SmallRng::seed_from_u64(seed));
+        }
         for page in &mut in_order {
-            *page = shuffled[*page as usize];
+            *page = placed[*page as usize];
         }
 
         let mut batch = Batch::in_layout(shape, self.mask(), kv_layout)?;

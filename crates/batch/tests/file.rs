@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use packinfer_batch::{Batch, BatchFile, KvRun, Mask, Request, RequestLengths};
+use packinfer_batch::{Batch, BatchFile, KvPlacement, KvRun, Mask, Request, RequestLengths};
 
 /// A batch file of one request, with `old` replaced by `new`.
 fn with(old: &str, new: &str) -> String {
@@ -141,6 +141,16 @@ fn pages_are_in_disorder_that_the_seed_repeats() {
     assert_ne!(batch, other.expect("a good batch"));
     assert!(batch.runs().len() > 200, "only {} runs: the pages are nearly in order", batch.runs().len());
     assert_eq!(batch.num_slots(), 4096);
+}
+
+#[test]
+fn contiguous_requests_are_in_one_piece() {
+    // Pages of 16, blocks of 32: the second request begins with a block of the first.
+    let requests = vec![request(1, 100, &[1, 2]), request(1, 80, &[1, 3]), request(1, 40, &[])];
+    let batch = file(16, 32, requests).to_batch_in(KvPlacement::Contiguous).expect("a good batch");
+    let runs: Vec<_> = batch.requests().iter().map(|request| batch.runs_of(request)).collect();
+    let run = |first_slot, num_slots| KvRun { first_slot, num_slots };
+    assert_eq!(runs, [&[run(0, 100)][..], &[run(0, 32), run(112, 48)], &[run(160, 40)]]);
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use packinfer::{KernelFamily, Packing};
+use packinfer_batch::KvPlacement;
 use serde::Serialize;
 
 /// Packed attention for batched LLM inference.
@@ -48,6 +49,9 @@ pub struct PlanArgs {
     /// What to plan for, and with --explain where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// Where the KV of each request lies.
+    #[arg(long = "kv", value_name = "PLACEMENT", value_enum, default_value_t)]
+    pub placement: Placement,
     /// Shows the predicted schedule too; where there is a GPU, runs the plans and shows what was predicted against what was
     /// achieved.
     #[arg(long)]
@@ -83,6 +87,9 @@ pub struct VerifyArgs {
     /// Where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// Where the KV of each request lies.
+    #[arg(long = "kv", value_name = "PLACEMENT", value_enum, default_value_t)]
+    pub placement: Placement,
     /// Runs each batch in all element types and head dimensions, and with each option: a sliding window, a soft-cap, sinks, KV in
     /// FP8, and all of these together.
     #[arg(long)]
@@ -104,6 +111,9 @@ pub struct BenchArgs {
     /// Where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// Where the KV of each request lies.
+    #[arg(long = "kv", value_name = "PLACEMENT", value_enum, default_value_t)]
+    pub placement: Placement,
     /// Also measures the same kernels, scheduled in another way.
     #[arg(long, value_enum)]
     pub baseline: Option<Baseline>,
@@ -255,6 +265,27 @@ impl DecodeLayout {
             Self::Contiguous => "contiguous",
             Self::Moved => "moved",
             Self::Groups => "groups",
+        }
+    }
+}
+
+/// Where the KV of each request lies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Placement {
+    /// In pages of the file's page size in random order, as in a paged pool that has been used for a while.
+    #[default]
+    Scattered,
+    /// In one piece, as KV groups and variable-length layouts have it; blocks that requests share are there once.
+    Contiguous,
+}
+
+impl Placement {
+    /// That of a batch, with the order of scattered pages by `seed`.
+    pub fn by_seed(self, seed: u64) -> KvPlacement {
+        match self {
+            Self::Scattered => KvPlacement::Scattered { seed },
+            Self::Contiguous => KvPlacement::Contiguous,
         }
     }
 }

@@ -8,7 +8,7 @@ use packinfer_batch::{Batch, DType, KvDType};
 use packinfer_planner::KernelFamily;
 use serde::Serialize;
 
-use crate::args::{Baseline, BenchArgs};
+use crate::args::{Baseline, BenchArgs, Placement};
 use crate::backend::{Backend, BackendElement, BackendKv, Ceilings, Repeat};
 use crate::case::Case;
 use crate::json_file::JsonFile;
@@ -20,8 +20,9 @@ use crate::units::significant;
 
 /// Measures the batches.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    let placement = args.placement.by_seed(args.seed);
     let cases =
-        if args.batch.is_empty() { vec![Case::builtin(args.seed)?] } else { Case::read_all(&args.batch, args.seed, false)? };
+        if args.batch.is_empty() { vec![Case::builtin(placement)?] } else { Case::read_all(&args.batch, placement, false)? };
     let mut out = JsonFile::create(args.json.as_ref())?;
     let mut backend = Backend::open(&args.device)?;
     let progress = Progress::new(cases.len() + 1);
@@ -30,6 +31,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         program: concat!("packinfer ", env!("CARGO_PKG_VERSION")),
         device: backend.name().into(),
         date: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        kv: args.placement,
         ceilings: backend.ceilings()?,
         batches: Vec::new(),
     };
@@ -54,6 +56,8 @@ struct Report {
     device: String,
     /// When, in UTC.
     date: String,
+    /// Where KV lay.
+    kv: Placement,
     ceilings: Ceilings,
     batches: Vec<Measured>,
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use half::f16;
-use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType, PageOrder, PagedLayout};
+use packinfer_batch::{AttentionShape, Batch, BatchFile, DType, KvDType, KvPlacement, PageOrder, PagedLayout};
 use packinfer_cpu::{Element, Inputs, KvElement, Options, random_elements};
 
 use crate::memory;
@@ -20,9 +20,8 @@ pub struct Case {
 }
 
 impl Case {
-    /// Reads batch files. Their pages are in an order that `seed` says. With `matrix`, each file is read once for each pair of
-    /// element type and head dimension and each option.
-    pub fn read_all(paths: &[PathBuf], seed: u64, matrix: bool) -> anyhow::Result<Vec<Self>> {
+    /// Reads batch files. With `matrix`, each file is read once for each pair of element type and head dimension and each option.
+    pub fn read_all(paths: &[PathBuf], placement: KvPlacement, matrix: bool) -> anyhow::Result<Vec<Self>> {
         let mut cases = Vec::new();
         for path in paths {
             let stem = || path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -30,20 +29,21 @@ impl Case {
             file.name.get_or_insert_with(stem);
             let files = if matrix { variants(&file) } else { vec![file] };
             for file in &files {
-                cases.push(Self::of(file, seed).with_context(|| path.display().to_string())?);
+                cases.push(Self::of(file, placement).with_context(|| path.display().to_string())?);
             }
         }
         Ok(cases)
     }
 
     /// The batch that is built in.
-    pub fn builtin(seed: u64) -> anyhow::Result<Self> {
-        Self::of(&BatchFile::builtin(), seed)
+    pub fn builtin(placement: KvPlacement) -> anyhow::Result<Self> {
+        Self::of(&BatchFile::builtin(), placement)
     }
 
-    fn of(file: &BatchFile, seed: u64) -> anyhow::Result<Self> {
+    fn of(file: &BatchFile, placement: KvPlacement) -> anyhow::Result<Self> {
         let BatchFile { logit_soft_cap, sinks, .. } = *file;
-        Ok(Self { name: file.name.clone().unwrap_or_default(), batch: file.to_batch(seed)?, logit_soft_cap, sinks })
+        let batch = file.to_batch_in(placement)?;
+        Ok(Self { name: file.name.clone().unwrap_or_default(), batch, logit_soft_cap, sinks })
     }
 
     /// Random Q, K and V for the batch, if they and O fit into memory.

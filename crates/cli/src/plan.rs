@@ -30,7 +30,7 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
         _ => backend::device_to_plan_for(&DeviceArgs { device: without_gpu(args, &backend), ..args.device.clone() })?,
     };
     let mut explained = Vec::new();
-    for case in Case::read_all(&args.batch, SEED, false)? {
+    for case in Case::read_all(&args.batch, args.placement.by_seed(SEED), false)? {
         let Planned { plan, plan_us } = planning::packed(&case.batch, planner.clone())?;
         let call = backend.as_ref().map(|backend| Call::of(&case, &plan, backend)).transpose()?;
         if let (Some(path), Some(call)) = (&args.timeline, &call) {

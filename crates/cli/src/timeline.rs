@@ -105,6 +105,7 @@ fn draw_schedule(area: &Area<'_>, title: &str, plan: &Plan, schedule: &Schedule,
 
 #[cfg(test)]
 mod tests {
+    use packinfer_batch::KvPlacement;
     use packinfer_planner::{DeviceModel, Planner};
 
     use super::*;
@@ -112,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_bar_for_each_task() -> Result<()> {
-        let case = Case::builtin(0)?;
+        let case = Case::builtin(KvPlacement::Contiguous)?;
         let plan = Planner::new(DeviceModel::H100).plan(&case.batch)?;
         let schedule = Schedule::predicted(&plan, plan.model());
         let svg = svg("<a> & \"b\"", &plan, &[("predicted", &schedule), ("achieved", &schedule)])?;

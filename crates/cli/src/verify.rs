@@ -26,7 +26,7 @@ const SAMPLED_ROWS: u32 = 16;
 
 /// Runs and compares the batches, and says whether all are within tolerance.
 pub fn run(args: &VerifyArgs) -> anyhow::Result<bool> {
-    let cases = Case::read_all(&args.batch, args.seed, args.matrix)?;
+    let cases = Case::read_all(&args.batch, args.placement.by_seed(args.seed), args.matrix)?;
     let mut backend = Backend::open(&args.device)?;
     let mut table = table::new(&["batch", "dtype", "tokens", "compared", "error", "worst request", "LSE error", "tolerance", ""]);
     let mut all_within = true;

@@ -425,7 +425,7 @@ fn bench_measures_the_baseline_too() {
     let batches = Batches::new();
     let out = batches.path("out.json");
     packinfer()
-        .args(["bench", "--device", "cpu", "--repeat", "3", "--baseline", "per-request", "--json"])
+        .args(["bench", "--device", "cpu", "--repeat", "3", "--baseline", "per-request", "--kv", "contiguous", "--json"])
         .arg(&out)
         .arg("--batch")
         .arg(batches.file("small.json", &small()))
@@ -443,6 +443,7 @@ fn bench_measures_the_baseline_too() {
     }
     assert!(batch["baseline"]["speed_up"].as_f64().is_some_and(|number| number > 0.0), "{batch}");
     assert!(report["ceilings"]["copy_bytes_per_s"].as_f64().is_some_and(|number| number > 0.0), "{report}");
+    assert_eq!(report["kv"], "contiguous");
     assert!(report["date"].is_string() && report["device"].is_string(), "{report}");
 }
 

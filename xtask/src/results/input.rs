@@ -20,6 +20,9 @@ pub struct Bench {
     pub device: String,
     /// When, in UTC: `2026-11-23T17:07:47Z`.
     pub date: String,
+    /// Where KV lay.
+    #[serde(default)]
+    pub kv: Placement,
     /// What the device can do at best.
     pub ceilings: Ceilings,
     /// One a batch file.
@@ -31,6 +34,17 @@ impl Bench {
     pub fn device_and_kernels(&self) -> (&str, &str) {
         self.device.split_once(", ").unwrap_or((&self.device, ""))
     }
+}
+
+/// Where the KV of each request lies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Placement {
+    /// In pages in random order.
+    #[default]
+    Scattered,
+    /// In one piece.
+    Contiguous,
 }
 
 /// The rates that floors are computed from.

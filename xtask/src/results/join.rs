@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::input::{Batch, Bench, Peers, PeersRow};
+use super::input::{Batch, Bench, Peers, PeersRow, Placement};
 
 /// Another library, or one of the ways to call it.
 #[derive(Debug)]
@@ -160,10 +160,14 @@ impl Results {
 
 impl Table {
     fn new(mut bench: Bench, peers: &[Peers], columns: &[Column]) -> Result<Self> {
-        let title = match bench.device_and_kernels().1 {
-            "" => "PackInfer".into(),
-            kernels => format!("PackInfer, {kernels}"),
-        };
+        let mut title = String::from("PackInfer");
+        let kernels = bench.device_and_kernels().1;
+        if !kernels.is_empty() {
+            title = format!("{title}, {kernels}");
+        }
+        if bench.kv == Placement::Contiguous {
+            title.push_str(", contiguous KV");
+        }
         let join = |ours: Batch| {
             let rows: Vec<Option<&PeersRow>> = peers.iter().map(|peers| peers.row(&ours.batch)).collect();
             for (peers, row) in peers.iter().zip(&rows) {
@@ -366,6 +370,14 @@ pub mod tests {
             assert!(message.contains(expected), "{message}");
         }
         assert!(second("a.json", "/device", json!("NVIDIA H100 80GB HBM3")).contains("two files of peers are called \"a.json\""));
+    }
+
+    #[test]
+    fn a_title_says_where_kv_lay() {
+        let contiguous = Bench { kv: Placement::Contiguous, ..bench("sm_90a kernels") };
+        let results = Results::new(vec![bench("sm_90a kernels"), contiguous], Vec::new()).unwrap();
+        let titles: Vec<_> = results.tables.iter().map(|table| table.title.as_str()).collect();
+        assert_eq!(titles, ["PackInfer, sm_90a kernels", "PackInfer, sm_90a kernels, contiguous KV"]);
     }
 
     #[test]
