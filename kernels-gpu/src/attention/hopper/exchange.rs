@@ -92,6 +92,9 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
     ) -> [f32; ROWS_PER_LANE] {
         let mut factors = [0f32; ROWS_PER_LANE];
         for half in 0..ROWS_PER_LANE {
+            if task.rows.index(row_of_lane(0, half, 0)) == NO_ROW {
+                break; // there are none behind it
+            }
             let (row, sum) = (rows[half], sums[half]);
             let sink = if task.has_sinks() && row.exists() { store::sink_log2(task, row.index) } else { f32::NEG_INFINITY };
             let tile_row = row_of_lane(0, half, lane);
@@ -110,8 +113,8 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
         factors
     }
 
-    /// Writes down the warp's output of the rows from `first_row` on, a multiple of [`Self::ROWS_AT_ONCE`]. `element` says which
-    /// the first of a lane's elements in a block of 8 is.
+    /// Writes down the warp's output of the rows from `first_row` on, a multiple of [`Self::ROWS_AT_ONCE`], times the
+    /// [factors](Self::factors) of the lane's rows. `element` says which the first of a lane's elements in a block of 8 is.
     ///
     /// # Safety
     ///
@@ -123,13 +126,15 @@ impl<const DIM_BLOCKS: usize> Exchange<DIM_BLOCKS> {
         lane: u32,
         first_row: u32,
         output: &[Fragment; DIM_BLOCKS],
+        factors: &[f32; ROWS_PER_LANE],
         element: impl Fn(usize, u32) -> u32,
     ) {
         let row = (lane / 4).wrapping_sub(first_row % 8);
         if row < Self::ROWS_AT_ONCE {
             for (block, fragment) in output.iter().enumerate() {
                 let [a, b] = if first_row < 8 { [fragment[0], fragment[1]] } else { [fragment[2], fragment[3]] };
-                store_shared_f32x2(self.output(warp, row, element(block, lane)), a, b);
+                let factor = if first_row < 8 { factors[0] } else { factors[1] };
+                store_shared_f32x2(self.output(warp, row, element(block, lane)), a * factor, b * factor);
             }
         }
     }

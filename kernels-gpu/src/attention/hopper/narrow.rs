@@ -91,7 +91,7 @@ pub unsafe fn tile<
         consumer.queries.release_by_lanes();
     }
     KV::put_in_order(&mut output[0]);
-    store::<E, KV, DIM_BLOCKS, FRAGMENTS, H>(consumer, slot, &rows, &softmax, v_factor, &mut output);
+    store::<E, KV, DIM_BLOCKS, FRAGMENTS, H>(consumer, slot, &rows, &softmax, v_factor, &output[0]);
     consumer.tasks.release_by_lanes();
 }
 
@@ -158,7 +158,7 @@ unsafe fn store<E: Element, KV: Stored<E>, const DIM_BLOCKS: usize, const FRAGME
     rows: &[Row; ROWS_PER_LANE],
     softmax: &OnlineSoftmax<1>,
     v_factor: f32,
-    output: &mut [[Fragment; DIM_BLOCKS]; 1],
+    output: &[Fragment; DIM_BLOCKS],
 ) {
     let task = consumer.shared.task(consumer.params, slot);
     let (warp, lane, exchange) = (consumer.warp, consumer.lane(), consumer.shared.exchange());
@@ -166,8 +166,7 @@ unsafe fn store<E: Element, KV: Stored<E>, const DIM_BLOCKS: usize, const FRAGME
     exchange.tell_lse(warp, lane, &sums);
     consumer.meet();
     let [_, v_scale] = consumer.shared.scales(slot);
-    let factors = exchange.factors(&task, warp, lane, rows, &sums);
-    scale_rows(output, &[factors.map(|factor| factor * (v_scale * v_factor))]);
+    let factors = exchange.factors(&task, warp, lane, rows, &sums).map(|factor| factor * (v_scale * v_factor));
     for first_row in (0..NARROW_TILE_ROWS).step_by(Exchange::<DIM_BLOCKS>::ROWS_AT_ONCE as usize) {
         if task.rows.index(first_row) == NO_ROW {
             break;
@@ -175,7 +174,7 @@ unsafe fn store<E: Element, KV: Stored<E>, const DIM_BLOCKS: usize, const FRAGME
         if first_row > 0 {
             consumer.meet(); // all have read the rows before
         }
-        exchange.write(warp, lane, first_row, &output[0], KV::element);
+        exchange.write(warp, lane, first_row, output, &factors, KV::element);
         consumer.meet();
         exchange.store_sums::<E>(&task, consumer.thread(), first_row);
     }

@@ -143,26 +143,29 @@ impl LazySoftmax {
 /// floating-point numbers are not.
 #[inline(always)]
 fn greatest_of_lane_if_positive<const FRAGMENTS: usize>(scores: &[Fragment; FRAGMENTS]) -> OfRows {
-    let bits = |score: f32| score.to_bits() as i32;
-    let mut greatest = [bits(scores[0][0]), bits(scores[0][1]), bits(scores[0][2]), bits(scores[0][3])];
-    for fragment in &scores[1..] {
-        for (greatest, &score) in greatest.iter_mut().zip(fragment) {
-            *greatest = (*greatest).max(bits(score));
-        }
-    }
-    let [a, b, c, d] = greatest;
-    [f32::from_bits(a.max(b) as u32), f32::from_bits(c.max(d) as u32)]
+    greatest_in_order_of(scores, |score| score.to_bits() as i32, i32::max).map(|bits| f32::from_bits(bits as u32))
 }
 
 /// The greatest score that the lane has of each row.
 #[inline(always)]
 fn greatest_of_lane<const FRAGMENTS: usize>(scores: &[Fragment; FRAGMENTS]) -> OfRows {
+    greatest_in_order_of(scores, |score| score, math::max)
+}
+
+/// The greatest of what the lane's scores of each row are as another type, which `max` compares.
+#[inline(always)]
+fn greatest_in_order_of<T: Copy, const FRAGMENTS: usize>(
+    scores: &[Fragment; FRAGMENTS],
+    of: impl Fn(f32) -> T,
+    max: impl Fn(T, T) -> T,
+) -> [T; ROWS_PER_LANE] {
     // Of every second column of a row, so that four maxima are worked out side by side.
-    let mut greatest = scores[0];
+    let mut greatest = scores[0].map(&of);
     for fragment in &scores[1..] {
         for (greatest, &score) in greatest.iter_mut().zip(fragment) {
-            *greatest = math::max(*greatest, score);
+            *greatest = max(*greatest, of(score));
         }
     }
-    [math::max(greatest[0], greatest[1]), math::max(greatest[2], greatest[3])]
+    let [a, b, c, d] = greatest;
+    [max(a, b), max(c, d)]
 }
