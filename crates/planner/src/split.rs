@@ -2,7 +2,8 @@
 //!
 //! Tiles go to lanes one after another, the longest first, each to the lane that is free first. If the lanes then end too far
 //! apart, a tile that would keep its lane busy past the common end is cut there, and the rest of it goes on elsewhere: so few
-//! tiles are split, and the lanes end together.
+//! tiles are split, and the lanes end together. Where there are fewer decodes than lanes, they may also be cut evenly, so that each
+//! lane has one part: whichever is predicted to end sooner.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -31,6 +32,9 @@ const LONGEST_PART: f64 = 0.5;
 const LONGEST_NARROW_PART_OF_HOPPER: f64 = 0.75;
 /// … or so many times what it takes besides its columns, so that tiles of many rows do not leave too many partials.
 const WORTHWHILE_PART: f64 = 6.0;
+/// Where each lane has only one part, it has at least so many columns: with half as many, merging twice the partials takes longer
+/// than what a lane gains.
+const LEAST_ONLY_PART: u32 = 2 * SPLIT_STEP;
 /// Tiles are split even if they are predicted to end so many times as late: lanes are taken to end with whole parts, where whoever
 /// is free first has the next one.
 const NO_LONGER: f64 = 1.01;
@@ -49,6 +53,8 @@ pub(crate) struct Part {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Splitter {
     parts: Vec<Part>,
+    /// Another way to divide the same tiles.
+    other_parts: Vec<Part>,
     /// What whole tiles take.
     times: Vec<WorkTimes>,
     /// Tiles with their costs, the longest first.
@@ -111,7 +117,7 @@ impl Splitter {
         if !is_balanced(latest_end) && !is_balanced(self.end_unsplit(num_lanes)) {
             let unsplit = self.lanes.max() as f64;
             self.whole(tiles);
-            let unsplit = unsplit + self.merge_ns(tiles, plan, model);
+            let unsplit = NO_LONGER * (unsplit + self.merge_ns(tiles, plan, model));
             // The first pass shows how much more work the parts are, the second divides that too.
             let with_splits = self.fill_lanes(tiles, plan, cost, num_lanes, total);
             let first_end = self.lanes.max();
@@ -120,11 +126,50 @@ impl Splitter {
             if self.lanes.max() > first_end {
                 self.fill_lanes(tiles, plan, cost, num_lanes, total);
             }
-            if self.lanes.max() as f64 + self.merge_ns(tiles, plan, model) < unsplit * NO_LONGER {
+            let filled = self.lanes.max() as f64 + self.merge_ns(tiles, plan, model);
+            std::mem::swap(&mut self.parts, &mut self.other_parts);
+            if let Some(end) = self.give_each_lane_one(tiles, plan, cost, num_lanes)
+                && end as f64 + self.merge_ns(tiles, plan, model) < filled.min(unsplit)
+            {
+                return &self.parts;
+            }
+            std::mem::swap(&mut self.parts, &mut self.other_parts);
+            if filled < unsplit {
                 return &self.parts;
             }
         }
         self.whole(tiles)
+    }
+
+    /// Cuts narrow tiles so that no lane has more than one part, and the longest one is as short as can be. Returns when that ends;
+    /// nothing if there are too many tiles, or wide ones.
+    fn give_each_lane_one(&mut self, tiles: &[Tile], plan: &Plan, cost: &CostModel, num_lanes: u32) -> Option<Ns> {
+        if tiles.len() as u32 > num_lanes / self.copies || tiles.iter().any(|tile| tile.kind == TileKind::Wide) {
+            return None;
+        }
+        let parts_of = |tile: &Tile, most_steps: u32| tile.columns.div_ceil(most_steps * SPLIT_STEP).max(1);
+        let is_enough = |most_steps: u32| {
+            let items = tiles.iter().map(|tile| u64::from(tile.siblings) * u64::from(parts_of(tile, most_steps)));
+            items.sum::<u64>() * u64::from(self.copies) <= u64::from(num_lanes)
+        };
+        let (mut too_few_steps, mut most_steps) = (LEAST_ONLY_PART / SPLIT_STEP - 1, Batch::MAX_SLOTS.div_ceil(SPLIT_STEP));
+        while most_steps - too_few_steps > 1 {
+            let between = too_few_steps.midpoint(most_steps);
+            *(if is_enough(between) { &mut most_steps } else { &mut too_few_steps }) = between;
+        }
+        let mut end = 0;
+        self.parts.clear();
+        for &(Reverse(whole), index) in &self.order {
+            let tile = &tiles[index as usize];
+            if tile.siblings == 0 {
+                continue; // It is cut where the first of its siblings is.
+            }
+            let columns = tile.columns.div_ceil(parts_of(tile, most_steps)).next_multiple_of(SPLIT_STEP).min(tile.columns);
+            end = end.max(TileCost::of(tile, plan, cost, whole).part(columns, columns < tile.columns));
+            let begins = (0..tile.columns).step_by(columns as usize);
+            self.parts.extend(begins.map(|begin| Part { tile: index, columns: begin..tile.columns.min(begin + columns) }));
+        }
+        Some(end)
     }
 
     /// When all lanes are free if no tile is cut.

@@ -87,3 +87,34 @@ fn lanes_end_together() {
     }
     assert!(looked_at >= 90, "only {looked_at} plans are long enough to look at");
 }
+
+/// A few decodes: every lane has one part at most, and hardly any has none while parts have 256 columns.
+#[test]
+fn few_decodes_are_shared_out_among_all_lanes() {
+    let models = DeviceModel::all_for_device("H100", (9, 0), 132);
+    for (heads, lengths) in [
+        ((8, 1), vec![16_384]),
+        ((32, 8), vec![16_384]),
+        ((28, 4), vec![16_384]),
+        ((32, 32), vec![100_000]),
+        ((32, 8), vec![8192, 8000, 7800, 9000]),
+        ((8, 1), vec![40_000, 3000, 512, 20_000, 128, 1000]),
+        ((8, 1), vec![2048, 600]),
+    ] {
+        let shape = AttentionShape::new(heads.0, heads.1, 128, DType::Bf16).expect("a good shape");
+        let mut batch = Batch::new(shape, Mask::Causal);
+        for &kv_len in &lengths {
+            batch.push_contiguous(1, kv_len, batch.num_slots()).expect("a good request");
+        }
+        for model in models.iter().filter(|model| (model.head_dim, model.blocks_per_sm) == (128, 1)) {
+            let plan = Planner::new(*model).plan(&batch).expect("a batch that can be planned");
+            let (num_items, groups) = (plan.items().len() as u32, plan.heads().num_groups);
+            let name = format!("{lengths:?} with heads {heads:?}: {num_items} items of {groups} head groups");
+            assert!(num_items * groups <= model.lanes(), "{name}");
+            let longest = plan.items().iter().map(|item| item.column_end - item.column_begin).max().expect("an item");
+            assert!(longest <= 256 || num_items * groups >= model.lanes() * 9 / 10, "{name}, the longest of {longest} columns");
+            let mean = lengths.iter().sum::<u32>() / num_items;
+            assert!(longest <= mean * 5 / 4 + 128, "{name}, the longest of {longest} columns");
+        }
+    }
+}
