@@ -18,7 +18,7 @@ pub enum KvPlacement {
         seed: u64,
     },
     /// In the order in which requests take them, so that what a request does not share is in one piece, as are blocks that are
-    /// there for the first time.
+    /// there for the first time; slots of [`PagedLayout`](crate::PagedLayout)s are runs page by page even so.
     Contiguous,
 }
 

@@ -199,7 +199,7 @@ pub struct DecodeRunArgs {
     #[arg(long, value_name = "N")]
     pub slots: Option<u32>,
     /// What a further run of slots costs attention, in slots read: moves are begun where they save more than they cost.
-    #[arg(long, value_name = "SLOTS")]
+    #[arg(long, value_name = "SLOTS", value_parser = slots_read)]
     pub run_cost: Option<f64>,
     /// Layouts to go through, in this order; by default all.
     #[arg(long, value_name = "LAYOUT", value_enum, value_delimiter = ',', num_args = 1..,
@@ -276,7 +276,8 @@ pub enum Placement {
     /// In pages of the file's page size in random order, as in a paged pool that has been used for a while.
     #[default]
     Scattered,
-    /// In one piece, as KV groups and variable-length layouts have it; blocks that requests share are there once.
+    /// In one piece, as KV groups and variable-length layouts have it; blocks that requests share are there once. Pages of the
+    /// order "hnd" follow each other then, but are read one by one all the same.
     Contiguous,
 }
 
@@ -306,6 +307,10 @@ pub struct DeviceArgs {
 
 fn share(text: &str) -> Result<f64, String> {
     number(text, 0.0..=1.0)
+}
+
+fn slots_read(text: &str) -> Result<f64, String> {
+    number(text, 0.0..=1e9)
 }
 
 fn ratio(text: &str) -> Result<f64, String> {

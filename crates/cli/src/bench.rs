@@ -23,7 +23,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let placement = args.placement.by_seed(args.seed);
     let cases =
         if args.batch.is_empty() { vec![Case::builtin(placement)?] } else { Case::read_all(&args.batch, placement, false)? };
-    let mut out = JsonFile::create(args.json.as_ref())?;
+    let mut out = JsonFile::open(args.json.as_ref())?;
     let mut backend = Backend::open(&args.device)?;
     let progress = Progress::new(cases.len() + 1);
     progress.doing("ceilings of the device");

@@ -72,7 +72,7 @@ struct Measured {
 
 /// Measures copies and appends, in bf16 and in FP8.
 pub fn run(args: &BenchKvArgs) -> anyhow::Result<()> {
-    let mut out = JsonFile::create(args.json.as_ref())?;
+    let mut out = JsonFile::open(args.json.as_ref())?;
     let cuda = Cuda::open(None, None)?;
     let progress = Progress::new(3);
     progress.doing("copy bandwidth of the device");

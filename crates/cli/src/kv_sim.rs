@@ -10,6 +10,7 @@ use packinfer_trace::{TraceReader, TraceRequest, TraceSummary};
 use serde::Serialize;
 
 use crate::args::{KvSimArgs, Layout};
+use crate::json_file::cannot_write;
 use crate::progress::Progress;
 use crate::table;
 
@@ -39,10 +40,10 @@ pub fn run(args: &KvSimArgs) -> anyhow::Result<()> {
     drop(progress);
     if let Some(path) = &args.json {
         let output = Output { trace, reuse: trace.reuse(), config: &config, hit_rate: report.hit_rate(), report: &report };
-        fs::write(path, serde_json::to_string_pretty(&output)?).with_context(|| format!("cannot write {}", path.display()))?;
+        fs::write(path, serde_json::to_string_pretty(&output)?).with_context(|| cannot_write(path))?;
     }
     if let Some(path) = &args.svg {
-        fs::write(path, plot_svg(&report)?).with_context(|| format!("cannot write {}", path.display()))?;
+        fs::write(path, plot_svg(&report)?).with_context(|| cannot_write(path))?;
     }
     let mut table = table::new(&["", "kv-sim"]);
     table.add_row(["reuse in the trace", &format!("{:.1} % of {} blocks", 100.0 * trace.reuse(), trace.blocks)]);

@@ -11,6 +11,7 @@ use crate::args::{DeviceArgs, DeviceChoice, PlanArgs};
 use crate::backend::{self, Backend};
 use crate::case::Case;
 use crate::explain::Call;
+use crate::json_file::cannot_write;
 use crate::planning::{self, Planned};
 use crate::table;
 use crate::timeline;
@@ -35,7 +36,7 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
         let call = backend.as_ref().map(|backend| Call::of(&case, &plan, backend)).transpose()?;
         if let (Some(path), Some(call)) = (&args.timeline, &call) {
             let svg = timeline::svg(&case.name, &plan, &call.schedules())?;
-            fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))?;
+            fs::write(path, svg).with_context(|| cannot_write(path))?;
         }
         explained.push(Explained {
             batch: case.name,

@@ -420,6 +420,25 @@ fn calibrating_needs_a_gpu() {
     packinfer().arg("calibrate").assert().code(2).stderr(predicate::str::contains("driver"));
 }
 
+/// Windows need causal masks, which are not possible where queries outnumber KV tokens: these variants are left out.
+#[test]
+fn the_matrix_has_what_a_batch_can_have() {
+    let batches = Batches::new();
+    let variants = |name: &str, file: &BatchFile, window: bool| {
+        let stdout =
+            predicate::str::contains("d256 all options").and(predicate::str::contains(" window").count(usize::from(window) * 8));
+        packinfer()
+            .args(["verify", "--device", "cpu", "--matrix", "--batch"])
+            .arg(batches.file(name, file))
+            .assert()
+            .success()
+            .stdout(stdout);
+    };
+    let few = BatchFile { requests: vec![request(3, 40, &[]), request(1, 20, &[])], ..small() };
+    variants("causal.json", &few, true);
+    variants("full.json", &BatchFile { causal: false, requests: vec![request(40, 30, &[])], ..few }, false);
+}
+
 #[test]
 fn bench_measures_the_baseline_too() {
     let batches = Batches::new();

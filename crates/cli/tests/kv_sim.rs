@@ -59,7 +59,8 @@ fn bad_input_is_told_in_a_sentence() {
     let fails = |trace: &PathBuf, arguments: &[&str], message: &str| {
         kv_sim(trace).args(arguments).assert().code(2).stderr(predicate::str::contains(message)).stdout("");
     };
-    fails(&folder.path().join("none.csv"), &[], "cannot read the trace");
+    let none = folder.path().join("none.csv");
+    fails(&none, &[], &format!("packinfer: cannot read the trace {}: No such file or directory (os error 2)\n", none.display()));
     let good = trace(&folder);
     fails(&good, &["--slots", "many"], "invalid value");
     fails(&good, &["--page-size", "0"], "invalid value");

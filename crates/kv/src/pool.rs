@@ -80,7 +80,7 @@ impl SlotPool {
     ///
     /// # Errors
     ///
-    /// A page size of zero that does not divide the slots, or more than [`Self::MAX_SLOTS`].
+    /// A page size of zero, or one that does not divide the slots; or more than [`Self::MAX_SLOTS`].
     pub fn new(num_slots: u32, page_size: u32) -> Result<Self, KvError> {
         static NEXT_ID: AtomicU32 = AtomicU32::new(0);
         if page_size == 0 || num_slots > Self::MAX_SLOTS || !num_slots.is_multiple_of(page_size) {

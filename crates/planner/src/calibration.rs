@@ -6,6 +6,7 @@ use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::has_words;
 use crate::fit::{Fit, Measurement};
 use crate::{DeviceModel, KernelFamily};
 
@@ -165,10 +166,10 @@ impl Calibration {
             MEASURED.into_iter().filter_map(parse).collect()
         });
         let of = |name: &str| ALL.iter().find(|(known, _)| *known == name).map(|(_, calibration)| calibration.models.clone());
-        if device.contains("PCIe") {
-            return None; // slower than those of the same name that are not
+        if ["PCIe", "NVL"].iter().any(|form| has_words(device, form)) {
+            return None; // another memory or other clocks than those of the same name that were measured
         }
-        MEASURED.iter().find(|(name, _)| device.contains(name)).and_then(|(name, _)| of(name))
+        MEASURED.iter().find(|(name, _)| has_words(device, name)).and_then(|(name, _)| of(name))
     }
 
     fn check(&self) -> Result<(), CalibrationError> {

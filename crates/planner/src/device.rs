@@ -195,7 +195,7 @@ impl DeviceModel {
     /// What is known of a device with the `sm_80` kernels.
     fn for_device(name: &str, compute_capability: (u32, u32), num_sms: u32) -> Self {
         let known = [("H200", Self::H200), ("H100 PCIe", Self::H100_PCIE), ("H100", Self::H100), ("A100", Self::A100)];
-        match known.iter().find(|(part, _)| name.contains(part)) {
+        match known.iter().find(|(words, _)| has_words(name, words)) {
             Some((_, model)) => model.with_sms(num_sms),
             None => Self::generic(num_sms, compute_capability),
         }
@@ -211,7 +211,7 @@ impl DeviceModel {
         like.with_sms(num_sms)
     }
 
-    /// The same with another number of multiprocessors, and rates in proportion.
+    /// The same with another number of multiprocessors, and rates and the L2 cache in proportion.
     fn with_sms(self, num_sms: u32) -> Self {
         let num_sms = num_sms.max(1);
         let part = f64::from(num_sms) / f64::from(self.num_sms);
@@ -220,6 +220,7 @@ impl DeviceModel {
             bytes_per_s: self.bytes_per_s * part,
             cached_bytes_per_s: self.cached_bytes_per_s * part,
             flops_per_s: self.flops_per_s * part,
+            displaced_bytes: self.displaced_bytes * part,
             e4m3: self.e4m3.map(|times| Fp8Times { bytes_per_s: times.bytes_per_s * part, ..times }),
             ..self
         }
@@ -327,6 +328,11 @@ impl DeviceModel {
     }
 }
 
+/// Whether the name of a device has these words: "NVIDIA GH200 480GB" has no "H200".
+pub(crate) fn has_words(name: &str, words: &str) -> bool {
+    name.match_indices(words).any(|(at, _)| !name[..at].ends_with(|before: char| before.is_ascii_alphanumeric()))
+}
+
 /// What a batch has to do at least.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LeastWork {
@@ -383,6 +389,11 @@ mod tests {
         assert_eq!(DeviceModel::for_device("NVIDIA H100 PCIe", (9, 0), 114), DeviceModel::H100_PCIE);
         assert_eq!(DeviceModel::for_device("NVIDIA H200", (9, 0), 132), DeviceModel::H200);
         assert_eq!(DeviceModel::for_device("NVIDIA A100-SXM4-80GB", (8, 0), 108), DeviceModel::A100);
+        assert_eq!(DeviceModel::for_device("NVIDIA GH200 480GB", (9, 0), 132), DeviceModel::H100, "Grace and an H100");
+        let measured =
+            |name| DeviceModel::all_for_device(name, (9, 0), 132) != DeviceModel::estimates_for_device(name, (9, 0), 132);
+        assert!(measured("NVIDIA H100 80GB HBM3") && measured("NVIDIA H200"));
+        assert!(!measured("NVIDIA H100 NVL") && !measured("NVIDIA H100 PCIe") && !measured("NVIDIA GH200 480GB"));
     }
 
     #[test]
@@ -390,6 +401,7 @@ mod tests {
         let half = DeviceModel::for_device("NVIDIA H100 80GB HBM3 MIG 3g.40gb", (9, 0), 66);
         assert_eq!((half.num_sms, half.bytes_per_s, half.flops_per_s), (66, 1.5e12, 1.95e14));
         assert_eq!(half.item_ns, DeviceModel::H100.item_ns);
+        assert_eq!(half.displaced_bytes, DeviceModel::H100.displaced_bytes / 2.0);
     }
 
     #[test]

@@ -218,6 +218,11 @@ pub fn fit(estimate: &DeviceModel, measurements: &[Measurement]) -> (DeviceModel
         batches.extend(of_fp8.iter().filter_map(|measurement| batch_error(measurement, &fitted)));
     }
     fit_beside(&mut model, &beside);
+    if let Some((name, value)) = model.implausible() {
+        notes.push(format!("{name} would be {value:.2e}: what calls take besides their items stays as estimated"));
+        let DeviceModel { displaced_bytes, launch_ns, merge_ns, e4m3, beside, .. } = *estimate;
+        model = DeviceModel { displaced_bytes, launch_ns, merge_ns, e4m3, beside, ..model };
+    }
     let model = rounded(model);
     let mut errors: Vec<f64> = batches.iter().map(|batch| batch.error().abs()).collect();
     let median_error = median(&mut errors).unwrap_or(0.0);

@@ -270,9 +270,8 @@ impl Planner {
         let planned = self.lay_out(batch, plan, heads, cost);
         // Tiles of a request read a part each of the columns that they see. All query tokens see these but for the last ones.
         let not_seen_by_all = batch.requests().iter().map(|request| u64::from(request.query_len.saturating_sub(1))).sum();
-        // Who reads more displaces no less.
-        let besides_ns = plan.model.launch_ns + plan.least_displacing_ns();
-        let apart_ns = (plan.model.least_ns(LeastWork::of(batch, not_seen_by_all)) + besides_ns) * (1.0 - WORTHWHILE);
+        let least_ns = plan.model.least_ns(LeastWork::of(batch, not_seen_by_all)) + plan.model.launch_ns;
+        let apart_ns = least_ns * (1.0 - WORTHWHILE);
         if planned.is_ok() && plan.predicted_at_most_ns(&plan.model, &self.times) < apart_ns {
             return planned;
         }

@@ -112,7 +112,7 @@ impl Schedule {
     }
 
     /// Gives each task to the lane of its multiprocessor that ended first, and to each the time until the lane's next begins.
-    /// Tasks from `first_beside` on are done beside the others, on the last lane.
+    /// Tasks from `first_beside` on are done beside the others, on the second half of the lanes.
     fn find_lanes(&mut self, first_beside: usize) {
         let mut order: Vec<usize> = (0..self.tasks.len()).collect();
         order.sort_unstable_by_key(|&task| (self.tasks[task].begin_ns, task));
@@ -121,7 +121,7 @@ impl Schedule {
         for index in order {
             let TaskTime { sm, begin_ns, end_ns, .. } = self.tasks[index];
             let lanes = &mut last[(sm * self.lanes_per_sm) as usize..][..self.lanes_per_sm as usize];
-            let others = if first_beside < self.tasks.len() { lanes.len() - 1 } else { lanes.len() };
+            let others = if first_beside < self.tasks.len() { lanes.len() / 2 } else { lanes.len() };
             let of_kind = if index < first_beside { 0..others } else { others..lanes.len() };
             let lanes = lanes.iter_mut().enumerate().filter(|(lane, _)| of_kind.contains(lane));
             let Some((lane, before)) = lanes.min_by_key(|(_, (end, _))| *end) else { continue };
@@ -215,9 +215,10 @@ impl Schedule {
     }
 }
 
-/// Lanes of a multiprocessor, with one for what is done beside others.
+/// Lanes of a multiprocessor: one for each block, and another one where blocks do a kind of items beside the other.
 fn lanes_per_sm(plan: &Plan, model: &DeviceModel) -> u32 {
-    model.lanes().div_ceil(model.num_sms.max(1)).max(1) + u32::from(plan.is_beside())
+    let lanes_per_block = if plan.is_beside() { 2 } else { 1 };
+    model.lanes().div_ceil(model.num_sms.max(1)).max(1) * lanes_per_block
 }
 
 /// A task that a lane was given.
@@ -298,12 +299,6 @@ impl Plan {
     /// the call leaves it there.
     pub(crate) fn displacing_ns(&self, tile: TileKind, model: &DeviceModel) -> f64 {
         if self.settled_bytes[tile as usize] == 0 { 0.0 } else { 1e9 * model.displaced_bytes / model.bytes_per_s }
-    }
-
-    /// What the first item of every block waits for at least.
-    pub(crate) fn least_displacing_ns(&self) -> f64 {
-        let of_kind = |tile| self.displacing_ns(tile, &self.model);
-        of_kind(TileKind::Wide).min(of_kind(TileKind::Narrow))
     }
 
     /// The same where a lane does one task at a time.
@@ -473,6 +468,12 @@ mod tests {
         assert!(!mixed_plan_beside(Some(BesideTimes { wide: 3.0, narrow: 3.0, stored_step_ns: 0.0 })).0.is_beside());
         assert!(!mixed_plan_beside(Some(BesideTimes { wide: 1.0, narrow: 9.0, stored_step_ns: 0.0 })).0.is_beside());
         assert!(!self::plan(100).is_beside());
+        // Two blocks on a multiprocessor do two kinds each.
+        let two_blocks = DeviceModel { num_sms: 66, blocks_per_sm: 2, ..model };
+        let schedule = Schedule::predicted(&plan, &two_blocks);
+        assert_eq!((schedule.num_sms, schedule.lanes_per_sm), (66, 4));
+        assert_eq!(schedule.loads().len(), 66);
+        assert_eq!(schedule.summary().span_us, Schedule::predicted(&plan, &model).summary().span_us);
     }
 
     /// Each task once, and all items for some of the head groups before the others.

@@ -32,8 +32,8 @@ const LONGEST_PART: f64 = 0.5;
 const LONGEST_NARROW_PART_OF_HOPPER: f64 = 0.75;
 /// … or so many times what it takes besides its columns, so that tiles of many rows do not leave too many partials.
 const WORTHWHILE_PART: f64 = 6.0;
-/// Where each lane has only one part, it has at least so many columns: with half as many, merging twice the partials takes longer
-/// than what a lane gains.
+/// Where each lane has only one part, it has at least so many columns, but for the last part of a tile: with half as many, merging
+/// twice the partials takes longer than what a lane gains.
 const LEAST_ONLY_PART: u32 = 2 * SPLIT_STEP;
 /// Tiles are split even if they are predicted to end so many times as late: lanes are taken to end with whole parts, where whoever
 /// is free first has the next one.
@@ -155,7 +155,11 @@ impl Splitter {
         let (mut too_few_steps, mut most_steps) = (LEAST_ONLY_PART / SPLIT_STEP - 1, Batch::MAX_SLOTS.div_ceil(SPLIT_STEP));
         while most_steps - too_few_steps > 1 {
             let between = too_few_steps.midpoint(most_steps);
-            *(if is_enough(between) { &mut most_steps } else { &mut too_few_steps }) = between;
+            if is_enough(between) {
+                most_steps = between;
+            } else {
+                too_few_steps = between;
+            }
         }
         let mut end = 0;
         self.parts.clear();

@@ -183,10 +183,16 @@ fn any_tree() -> impl Strategy<Value = Batch> {
     )
 }
 
-/// Devices with few multiprocessors, or next to no memory bandwidth: sharing pays early.
+/// What was measured; and devices with few multiprocessors, or next to no memory bandwidth: sharing pays early.
 fn any_model() -> impl Strategy<Value = DeviceModel> {
     let slow = DeviceModel { bytes_per_s: 1e10, item_ns: 10.0, merge_ns: 0.0, ..DeviceModel::H100 };
+    let measured: Vec<_> = ["H100", "H200"]
+        .iter()
+        .flat_map(|device| DeviceModel::all_for_device(device, (9, 0), 132))
+        .filter(|model| model.head_dim == 128)
+        .collect();
     prop_oneof![
+        prop::sample::select(measured),
         Just(DeviceModel::H100),
         (1..40u32).prop_map(|num_sms| DeviceModel { num_sms, ..DeviceModel::H100 }),
         (1..200u32).prop_map(move |num_sms| DeviceModel { num_sms, ..slow }),

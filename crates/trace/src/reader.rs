@@ -57,7 +57,7 @@ impl TraceReader {
     /// The file cannot be read, or is in neither format.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, TraceError> {
         let path = path.into();
-        let io_error = |source| TraceError::Io { path: path.clone(), source };
+        let io_error = |error| TraceError::Io { path: path.clone(), error };
         let mut reader = BufReader::new(File::open(&path).map_err(io_error)?);
         let beginning = reader.fill_buf().map_err(io_error)?;
         let detected = if beginning.is_empty() { Format::of_extension(&path) } else { Format::detect(beginning) };

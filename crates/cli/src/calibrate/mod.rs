@@ -3,15 +3,13 @@
 mod designs;
 mod run;
 
-use std::fs;
 use std::io::{Write, stdout};
 use std::time::SystemTime;
 
-use anyhow::Context;
 use packinfer_planner::{Calibration, DeviceModel, Fit, Measurement, fit};
 
 use crate::args::CalibrateArgs;
-use crate::json_file::cannot_write;
+use crate::json_file::JsonFile;
 use crate::table;
 use crate::units::significant;
 
@@ -20,10 +18,7 @@ const NUM_WORST: usize = 8;
 
 /// Measures or reads measurements, fits models to them, prints how well that went and writes what was asked for.
 pub fn run(args: &CalibrateArgs) -> anyhow::Result<()> {
-    // Better to learn now that the file cannot be written.
-    if let Some(path) = &args.json {
-        fs::OpenOptions::new().create(true).append(true).open(path).with_context(|| cannot_write(path))?;
-    }
+    let mut out = JsonFile::open(args.json.as_ref())?;
     let calibration = match &args.refit {
         Some(path) => refit(Calibration::read(path)?),
         None => measure(args)?,
@@ -33,8 +28,8 @@ pub fn run(args: &CalibrateArgs) -> anyhow::Result<()> {
     for fit in &calibration.fits {
         print_fit(fit, &mut stdout)?;
     }
-    if let Some(path) = &args.json {
-        fs::write(path, calibration.to_json()).with_context(|| cannot_write(path))?;
+    if let Some(out) = &mut out {
+        out.write_text(&calibration.to_json())?;
     }
     Ok(())
 }

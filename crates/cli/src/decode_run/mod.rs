@@ -65,7 +65,7 @@ struct Run {
 pub fn run(args: &DecodeRunArgs) -> anyhow::Result<()> {
     let trace: Vec<TraceRequest> = TraceReader::open(&args.trace)?.collect::<Result<_, _>>()?;
     let shape = AttentionShape::new(args.num_qo_heads, args.num_kv_heads, args.head_dim, DType::Bf16)?;
-    let mut out = JsonFile::create(args.json.as_ref())?;
+    let mut out = JsonFile::open(args.json.as_ref())?;
     let backend = Backend::open(&args.device)?;
     let progress = Progress::new(args.layouts.len() * args.rounds as usize);
     let mut runs = Vec::new();

@@ -77,7 +77,7 @@ impl<Q: ?Sized + ToOwned + Hash + Eq> PrefixTree<Q> {
         if tokens > room {
             let headroom = if let Growth::Contiguous { headroom } = growth { headroom } else { 0 };
             // One page more for what is copied on write.
-            let wanted = (tokens - room).saturating_add(headroom).saturating_add(2 * pool.page_size());
+            let wanted = (tokens - room).saturating_add(headroom).saturating_add(pool.page_size().saturating_mul(2));
             evicted = self.evict(pool, wanted)?;
         }
         let copy = branch.kv.append(pool, tokens, growth)?;

@@ -171,6 +171,16 @@ fn what_is_not_measured_stays_as_estimated() {
 }
 
 #[test]
+fn what_no_device_takes_for_a_call_is_not_believed() {
+    let slow: Vec<_> = measurements(&truth(), 0.0).into_iter().map(|m| Measurement { call_ns: m.items_ns + 4e6, ..m }).collect();
+    let (model, fit) = fit(&DeviceModel::H100, &slow);
+    assert_eq!(model.implausible(), None);
+    assert_eq!(model.launch_ns, DeviceModel::H100.launch_ns);
+    assert!((model.bytes_per_s / truth().bytes_per_s - 1.0).abs() < 0.02, "{model:?}");
+    assert!(fit.notes.iter().any(|note| note.starts_with("launch_ns would be 4.0")), "{:?}", fit.notes);
+}
+
+#[test]
 fn nonsense_is_not_believed() {
     let mut absurd = measurements(&truth(), 0.0);
     for (index, measurement) in absurd.iter_mut().enumerate() {
