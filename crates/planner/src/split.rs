@@ -15,7 +15,7 @@ use crate::cost::{self, CostModel, Ns, WorkTimes, memory_need, num_rows};
 use crate::device::LanesOfGroups;
 use crate::lanes::{Lanes, total_and_latest_end};
 use crate::tile::{Tile, siblings};
-use crate::{DeviceModel, KernelFamily, Plan};
+use crate::{KernelFamily, Plan};
 
 /// Splits are at multiples of so many columns: whole steps of every kernel.
 const SPLIT_STEP: u32 = 2 * COLUMN_STEP;
@@ -53,8 +53,8 @@ pub(crate) struct Part {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Splitter {
     parts: Vec<Part>,
-    /// Another way to divide the same tiles.
-    other_parts: Vec<Part>,
+    /// One for each lane, at most.
+    even_parts: Vec<Part>,
     /// What whole tiles take.
     times: Vec<WorkTimes>,
     /// Tiles with their costs, the longest first.
@@ -112,12 +112,12 @@ impl Splitter {
         let longest_first = self.order.iter().map(|&(Reverse(item), _)| item);
         let (total, latest_end) = total_and_latest_end(longest_first, copies, num_lanes);
         let ideal = total as f64 / f64::from(num_lanes);
-        let merge_ns = if tiles.iter().any(|tile| tile.partial) { 0.0 } else { model.merge_ns };
-        let is_balanced = |end: Ns| end as f64 <= ideal * (1.0 + BALANCED) || end as f64 <= ideal + merge_ns;
+        let first_merge_ns = if tiles.iter().any(|tile| tile.partial) { 0.0 } else { model.merge_ns };
+        let is_balanced = |end: Ns| end as f64 <= ideal * (1.0 + BALANCED) || end as f64 <= ideal + first_merge_ns;
         if !is_balanced(latest_end) && !is_balanced(self.end_unsplit(num_lanes)) {
             let unsplit = self.lanes.max() as f64;
             self.whole(tiles);
-            let unsplit = NO_LONGER * (unsplit + self.merge_ns(tiles, plan, model));
+            let unsplit = NO_LONGER * (unsplit + merge_ns(&self.parts, tiles, plan));
             // The first pass shows how much more work the parts are, the second divides that too.
             let with_splits = self.fill_lanes(tiles, plan, cost, num_lanes, total);
             let first_end = self.lanes.max();
@@ -126,14 +126,12 @@ impl Splitter {
             if self.lanes.max() > first_end {
                 self.fill_lanes(tiles, plan, cost, num_lanes, total);
             }
-            let filled = self.lanes.max() as f64 + self.merge_ns(tiles, plan, model);
-            std::mem::swap(&mut self.parts, &mut self.other_parts);
+            let filled = self.lanes.max() as f64 + merge_ns(&self.parts, tiles, plan);
             if let Some(end) = self.give_each_lane_one(tiles, plan, cost, num_lanes)
-                && end as f64 + self.merge_ns(tiles, plan, model) < filled.min(unsplit)
+                && end as f64 + merge_ns(&self.even_parts, tiles, plan) < filled.min(unsplit)
             {
-                return &self.parts;
+                return &self.even_parts;
             }
-            std::mem::swap(&mut self.parts, &mut self.other_parts);
             if filled < unsplit {
                 return &self.parts;
             }
@@ -162,7 +160,7 @@ impl Splitter {
             }
         }
         let mut end = 0;
-        self.parts.clear();
+        self.even_parts.clear();
         for &(Reverse(whole), index) in &self.order {
             let tile = &tiles[index as usize];
             if tile.siblings == 0 {
@@ -171,7 +169,7 @@ impl Splitter {
             let columns = tile.columns.div_ceil(parts_of(tile, most_steps)).next_multiple_of(SPLIT_STEP).min(tile.columns);
             end = end.max(TileCost::of(tile, plan, cost, whole).part(columns, columns < tile.columns));
             let begins = (0..tile.columns).step_by(columns as usize);
-            self.parts.extend(begins.map(|begin| Part { tile: index, columns: begin..tile.columns.min(begin + columns) }));
+            self.even_parts.extend(begins.map(|begin| Part { tile: index, columns: begin..tile.columns.min(begin + columns) }));
         }
         Some(end)
     }
@@ -236,24 +234,24 @@ impl Splitter {
         }
         placed
     }
+}
 
-    /// About what merging the partials takes.
-    fn merge_ns(&self, tiles: &[Tile], plan: &Plan, model: &DeviceModel) -> f64 {
-        let (mut tokens, mut rows) = (0, 0);
-        for part in &self.parts {
-            for tile in siblings(tiles, part.tile) {
-                if tile.partial || part.columns.len() < tile.columns as usize {
-                    let tile_rows = num_rows(plan.heads, tile.segments(&plan.segments));
-                    rows += u64::from(tile_rows);
-                    // Tokens of shared columns have columns of their own, too.
-                    if part.columns.start == 0 && !tile.shared {
-                        tokens += u64::from(tile_rows / plan.heads.heads_per_group);
-                    }
+/// About what merging the partials of some parts takes.
+fn merge_ns(parts: &[Part], tiles: &[Tile], plan: &Plan) -> f64 {
+    let (mut tokens, mut rows) = (0, 0);
+    for part in parts {
+        for tile in siblings(tiles, part.tile) {
+            if tile.partial || part.columns.len() < tile.columns as usize {
+                let tile_rows = num_rows(plan.heads, tile.segments(&plan.segments));
+                rows += u64::from(tile_rows);
+                // Tokens of shared columns have columns of their own, too.
+                if part.columns.start == 0 && !tile.shared {
+                    tokens += u64::from(tile_rows / plan.heads.heads_per_group);
                 }
             }
         }
-        cost::merge_ns(model, plan.attended.shape, plan.heads, tokens, rows)
     }
+    cost::merge_ns(&plan.model, plan.attended.shape, plan.heads, tokens, rows)
 }
 
 /// What a tile's columns take, taken to be all alike.
