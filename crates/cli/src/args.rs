@@ -199,7 +199,7 @@ pub struct DecodeRunArgs {
     #[arg(long, value_name = "N")]
     pub slots: Option<u32>,
     /// What a further run of slots costs attention, in slots read: moves are begun where they save more than they cost.
-    #[arg(long, value_name = "SLOTS", value_parser = slots_read)]
+    #[arg(long, value_name = "SLOTS", value_parser = slots)]
     pub run_cost: Option<f64>,
     /// Layouts to go through, in this order; by default all.
     #[arg(long, value_name = "LAYOUT", value_enum, value_delimiter = ',', num_args = 1..,
@@ -309,8 +309,8 @@ fn share(text: &str) -> Result<f64, String> {
     number(text, 0.0..=1.0)
 }
 
-fn slots_read(text: &str) -> Result<f64, String> {
-    number(text, 0.0..=1e9)
+fn slots(text: &str) -> Result<f64, String> {
+    number(text, 0.0..=f64::MAX)
 }
 
 fn ratio(text: &str) -> Result<f64, String> {

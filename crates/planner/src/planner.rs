@@ -268,7 +268,7 @@ impl Planner {
         /// What sharing must save, as part of the time, to be worth its merges: predictions are not better than that.
         const WORTHWHILE: f64 = 0.01;
         let planned = self.lay_out(batch, plan, heads, cost);
-        // Tiles of a request read a part each of the columns that they see. All query tokens see these but for the last ones.
+        // Of what a request's tiles see, plans count the mean as read: no less than what its first query token sees.
         let not_seen_by_all = batch.requests().iter().map(|request| u64::from(request.query_len.saturating_sub(1))).sum();
         let least_ns = plan.model.least_ns(LeastWork::of(batch, not_seen_by_all)) + plan.model.launch_ns;
         let apart_ns = least_ns * (1.0 - WORTHWHILE);
