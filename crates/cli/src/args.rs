@@ -321,7 +321,8 @@ fn ratio(text: &str) -> Result<f64, String> {
 fn number(text: &str, within: RangeInclusive<f64>) -> Result<f64, String> {
     let number: f64 = text.parse().map_err(|error| format!("{error}"))?;
     let (least, most) = (within.start(), within.end());
-    if within.contains(&number) { Ok(number) } else { Err(format!("{number} is not between {least} and {most}")) }
+    let bounds = || if *most == f64::MAX { format!("{least} or more") } else { format!("between {least} and {most}") };
+    if within.contains(&number) { Ok(number) } else { Err(format!("{number} is not {}", bounds())) }
 }
 
 /// Kind of device.
